@@ -1,0 +1,392 @@
+//! LeRobot's `config.json`, `policy_preprocessor.json`, `policy_postprocessor.json` and their
+//! statistics → plain structs.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use pirouette_model::{DType, Family, Tensor};
+use serde_json::{Map, Value};
+
+use crate::error::{CheckpointError, Malformed};
+use crate::json_file;
+use crate::safetensors::{Stored, TensorFiles};
+
+/// Most steps of a processor and most features of a policy.
+const MAX_ITEMS: usize = 1000;
+
+/// What a feature holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FeatureKind {
+    /// A camera, shape [3, height, width].
+    Visual,
+    /// The robot's state.
+    State,
+    /// The simulator's state.
+    Env,
+    /// Actions.
+    Action,
+}
+
+impl FeatureKind {
+    /// LeRobot's spelling, also the key of a norm map.
+    pub fn name(self) -> &'static str {
+        match self {
+            FeatureKind::Visual => "VISUAL",
+            FeatureKind::State => "STATE",
+            FeatureKind::Env => "ENV",
+            FeatureKind::Action => "ACTION",
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        [Self::Visual, Self::State, Self::Env, Self::Action].into_iter().find(|k| k.name() == text)
+    }
+}
+
+/// How a kind of feature is normalised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NormMode {
+    /// Passed through.
+    Identity,
+    /// By mean and std.
+    MeanStd,
+    /// By min and max.
+    MinMax,
+    /// By q01 and q99.
+    Quantiles,
+    /// By q10 and q90.
+    Quantile10,
+}
+
+impl NormMode {
+    fn parse(text: &str) -> Option<Self> {
+        Some(match text {
+            "IDENTITY" => Self::Identity,
+            "MEAN_STD" => Self::MeanStd,
+            "MIN_MAX" => Self::MinMax,
+            "QUANTILES" => Self::Quantiles,
+            "QUANTILE10" => Self::Quantile10,
+            _ => return None,
+        })
+    }
+}
+
+/// A named input or output of a policy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Feature {
+    /// `observation.images.top`, `observation.state`, `action`, ….
+    pub name: String,
+    /// What it holds.
+    pub kind: FeatureKind,
+    /// Its shape, channels first for cameras.
+    pub shape: Vec<usize>,
+}
+
+/// A (un)normaliser step: the last of its kind in a processor.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Normaliser {
+    /// Added to denominators.
+    pub eps: f64,
+    /// Features it covers.
+    pub features: Vec<Feature>,
+    /// Mode per kind of feature; a kind that is absent is passed through.
+    pub norm_map: Vec<(FeatureKind, NormMode)>,
+    /// Feature → statistic (`mean`, `q01`, …) → values. A feature without an entry is passed
+    /// through.
+    pub stats: BTreeMap<String, BTreeMap<String, Vec<f32>>>,
+}
+
+/// One step of a processor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ProcessorStep {
+    /// `registry_name`, or the class of an unregistered step.
+    pub name: String,
+    /// Its `config` object.
+    pub config: Map<String, Value>,
+    /// Its statistics file.
+    pub state_file: Option<String>,
+}
+
+/// Everything a LeRobot checkpoint says besides the weights.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LeRobot {
+    /// From `type`.
+    pub family: Family,
+    /// Inputs in the order of the file, which is the order of the cameras.
+    pub input_features: Vec<Feature>,
+    /// Outputs.
+    pub output_features: Vec<Feature>,
+    /// Actions per chunk (H).
+    pub chunk_size: usize,
+    /// Actions of a chunk that are executed.
+    pub n_action_steps: usize,
+    /// Width the state is padded to.
+    pub max_state_dim: usize,
+    /// Width the actions are padded to.
+    pub max_action_dim: usize,
+    /// Euler steps.
+    pub num_inference_steps: usize,
+    /// Shortest and longest period of the time embedding.
+    pub periods: (f64, f64),
+    /// Height and width of the model's images.
+    pub image_resolution: (usize, usize),
+    /// Cameras to be added that are always masked.
+    pub empty_cameras: usize,
+    /// Prompt length L.
+    pub tokenizer_max_length: usize,
+    /// Whether actions are relative to the state.
+    pub use_relative_actions: bool,
+    /// Joints that stay absolute.
+    pub relative_exclude_joints: Vec<String>,
+    /// Names of the action's elements.
+    pub action_feature_names: Option<Vec<String>>,
+    /// Old key → new key, applied to observations.
+    pub rename_map: Vec<(String, String)>,
+    /// Name or folder of the tokenizer.
+    pub tokenizer_name: Option<String>,
+    /// Mode per kind of feature as in `config.json`; the processor's own map is the one applied.
+    pub normalization_mapping: Vec<(FeatureKind, NormMode)>,
+    /// The whole `rtc_config`, if not null.
+    pub rtc: Option<Value>,
+    /// Steps before the model.
+    pub preprocessor: Vec<ProcessorStep>,
+    /// Steps after it.
+    pub postprocessor: Vec<ProcessorStep>,
+    /// The normaliser of the inputs.
+    pub input_stats: Normaliser,
+    /// The unnormaliser of the actions.
+    pub output_stats: Normaliser,
+}
+
+impl LeRobot {
+    /// Camera keys in the order in which the model gets them.
+    pub fn cameras(&self) -> impl Iterator<Item = &str> {
+        self.input_features.iter().filter(|f| f.kind == FeatureKind::Visual).map(|f| &*f.name)
+    }
+
+    /// Reads everything beside the weights in `root`; `config` is its parsed `config.json`.
+    pub fn read(root: &Path, config: &Value) -> Result<Self, CheckpointError> {
+        let path = root.join("config.json");
+        let family = family(config, &path)?;
+        let fields = Fields { json: config };
+        let damaged = |e: Malformed| e.at(&path);
+        let pre = steps(root, "policy_preprocessor.json")?;
+        let post = steps(root, "policy_postprocessor.json")?;
+        let tokenizer = step(&pre, "tokenizer_processor");
+        let rename = step(&pre, "rename_observations_processor")
+            .and_then(|s| s.config.get("rename_map")?.as_object());
+        let default_tokens = if family == Family::Pi0 { 48 } else { 200 };
+        let build = || -> Result<LeRobot, Malformed> {
+            Ok(LeRobot {
+                family,
+                input_features: features(&config["input_features"], "input_features")?,
+                output_features: features(&config["output_features"], "output_features")?,
+                chunk_size: fields.size("chunk_size", 50)?,
+                n_action_steps: fields.size("n_action_steps", 50)?,
+                max_state_dim: fields.size("max_state_dim", 32)?,
+                max_action_dim: fields.size("max_action_dim", 32)?,
+                num_inference_steps: fields.size("num_inference_steps", 10)?,
+                periods: (fields.float("min_period", 0.004)?, fields.float("max_period", 4.0)?),
+                image_resolution: fields.resolution()?,
+                empty_cameras: fields.size("empty_cameras", 0)?,
+                tokenizer_max_length: fields.size("tokenizer_max_length", default_tokens)?,
+                use_relative_actions: config["use_relative_actions"] == true,
+                relative_exclude_joints: fields
+                    .strings("relative_exclude_joints")?
+                    .unwrap_or_default(),
+                action_feature_names: fields.strings("action_feature_names")?,
+                rename_map: rename
+                    .into_iter()
+                    .flatten()
+                    .filter_map(|(from, to)| Some((from.clone(), to.as_str()?.to_string())))
+                    .collect(),
+                tokenizer_name: tokenizer
+                    .and_then(|s| s.config.get("tokenizer_name")?.as_str())
+                    .map(String::from),
+                normalization_mapping: norm_map(&config["normalization_mapping"])?,
+                rtc: Some(config["rtc_config"].clone()).filter(|v| !v.is_null()),
+                preprocessor: vec![],
+                postprocessor: vec![],
+                input_stats: Normaliser::default(),
+                output_stats: Normaliser::default(),
+            })
+        };
+        let mut policy = build().map_err(damaged)?;
+        policy.input_stats = normaliser(root, &pre, "normalizer_processor")?;
+        policy.output_stats = normaliser(root, &post, "unnormalizer_processor")?;
+        policy.preprocessor = pre;
+        policy.postprocessor = post;
+        Ok(policy)
+    }
+}
+
+/// The family, or why a policy of this kind can't be run.
+fn family(config: &Value, path: &Path) -> Result<Family, CheckpointError> {
+    let refuse = |what: String| Err(CheckpointError::Unsupported { path: path.into(), what });
+    for (flag, what) in [
+        ("use_peft", "PEFT adapters; merge them into the weights and save again"),
+        ("use_visual_memory", "visual memory, which is not implemented"),
+        ("use_proprioceptive_memory", "proprioceptive memory, which is not implemented"),
+    ] {
+        if config[flag] == true {
+            return refuse(format!("the policy uses {what}"));
+        }
+    }
+    match config["type"].as_str() {
+        Some("pi0") => Ok(Family::Pi0),
+        Some("pi05") => Ok(Family::Pi05),
+        _ => refuse(format!("policy type {} is not pi0 or pi05", config["type"])),
+    }
+}
+
+struct Fields<'a> {
+    json: &'a Value,
+}
+
+impl Fields<'_> {
+    fn get<T>(&self, key: &str, default: T, read: fn(&Value) -> Option<T>) -> Result<T, Malformed> {
+        match &self.json[key] {
+            Value::Null => Ok(default),
+            v => read(v).ok_or_else(|| Malformed::new(format!("`{key}` is {v}"))),
+        }
+    }
+
+    fn size(&self, key: &str, default: usize) -> Result<usize, Malformed> {
+        self.get(key, default, |v| v.as_u64().filter(|&n| n <= 1 << 20).map(|n| n as usize))
+    }
+
+    fn float(&self, key: &str, default: f64) -> Result<f64, Malformed> {
+        self.get(key, default, Value::as_f64)
+    }
+
+    fn resolution(&self) -> Result<(usize, usize), Malformed> {
+        self.get("image_resolution", (224, 224), |v| match &sizes(v)?[..] {
+            &[height, width] => Some((height, width)),
+            _ => None,
+        })
+    }
+
+    fn strings(&self, key: &str) -> Result<Option<Vec<String>>, Malformed> {
+        self.get(key, None, |v| {
+            let list = v.as_array()?.iter().map(|s| s.as_str().map(String::from));
+            list.collect::<Option<Vec<_>>>().map(Some)
+        })
+    }
+}
+
+fn sizes(v: &Value) -> Option<Vec<usize>> {
+    v.as_array()?.iter().map(|n| n.as_u64().filter(|&n| n <= 1 << 20).map(|n| n as usize)).collect()
+}
+
+fn features(json: &Value, what: &str) -> Result<Vec<Feature>, Malformed> {
+    let bad = |what: String| Malformed::new(what);
+    let map = match json {
+        Value::Null => return Ok(vec![]),
+        v => v.as_object().filter(|m| m.len() <= MAX_ITEMS),
+    }
+    .ok_or_else(|| bad(format!("`{what}` is not a map of features")))?;
+    map.iter()
+        .map(|(name, v)| {
+            let kind = v["type"].as_str().and_then(FeatureKind::parse);
+            let kind =
+                kind.ok_or_else(|| bad(format!("feature `{name}` has type {}", v["type"])))?;
+            let shape = sizes(&v["shape"]);
+            let shape =
+                shape.ok_or_else(|| bad(format!("feature `{name}` has shape {}", v["shape"])))?;
+            Ok(Feature { name: name.clone(), kind, shape })
+        })
+        .collect()
+}
+
+fn norm_map(json: &Value) -> Result<Vec<(FeatureKind, NormMode)>, Malformed> {
+    json.as_object()
+        .into_iter()
+        .flatten()
+        .map(|(kind, mode)| {
+            FeatureKind::parse(kind)
+                .zip(mode.as_str().and_then(NormMode::parse))
+                .ok_or_else(|| Malformed::new(format!("normalisation of {kind} is {mode}")))
+        })
+        .collect()
+}
+
+/// The steps of a processor file; none if the file is absent (old base checkpoints).
+fn steps(root: &Path, file: &str) -> Result<Vec<ProcessorStep>, CheckpointError> {
+    let path = root.join(file);
+    if !path.is_file() {
+        return Ok(vec![]);
+    }
+    let json = json_file(&path)?;
+    let list = json["steps"].as_array().filter(|l| l.len() <= MAX_ITEMS);
+    let list = list.ok_or_else(|| Malformed::new("no list of `steps`").at(&path))?;
+    list.iter()
+        .map(|v| {
+            let name = v["registry_name"].as_str().or(v["class"].as_str());
+            let name = name.ok_or_else(|| {
+                Malformed::new("a step has neither `registry_name` nor `class`").at(&path)
+            })?;
+            let state_file = v["state_file"].as_str().map(String::from);
+            if let Some(state) = &state_file
+                && state.contains(['/', '\\'])
+            {
+                let what = format!("state file `{state}` is no plain file name");
+                return Err(Malformed::new(what).at(&path));
+            }
+            let config = v["config"].as_object().cloned().unwrap_or_default();
+            Ok(ProcessorStep { name: name.into(), config, state_file })
+        })
+        .collect()
+}
+
+fn step<'a>(steps: &'a [ProcessorStep], name: &str) -> Option<&'a ProcessorStep> {
+    steps.iter().rfind(|s| s.name == name)
+}
+
+fn normaliser(
+    root: &Path,
+    steps: &[ProcessorStep],
+    name: &str,
+) -> Result<Normaliser, CheckpointError> {
+    let Some(step) = step(steps, name) else { return Ok(Normaliser::default()) };
+    let empty = Value::Null;
+    let field = |key: &str| step.config.get(key).unwrap_or(&empty);
+    let at = |e: Malformed| e.within(&format!("step `{name}`")).at(root);
+    Ok(Normaliser {
+        eps: field("eps").as_f64().unwrap_or(1e-8),
+        features: features(field("features"), "features").map_err(at)?,
+        norm_map: norm_map(field("norm_map")).map_err(at)?,
+        stats: match &step.state_file {
+            Some(file) => statistics(&root.join(file))?,
+            None => BTreeMap::new(),
+        },
+    })
+}
+
+/// `<feature>.<stat>` tensors, split at the last dot. Integer counts are left out.
+fn statistics(
+    path: &Path,
+) -> Result<BTreeMap<String, BTreeMap<String, Vec<f32>>>, CheckpointError> {
+    let files = TensorFiles::open(path)?;
+    let mut out: BTreeMap<String, BTreeMap<String, Vec<f32>>> = BTreeMap::new();
+    for entry in files.entries() {
+        let Some((feature, stat)) = entry.name.rsplit_once('.') else {
+            let what = format!("`{}` is not named <feature>.<statistic>", entry.name);
+            return Err(Malformed::new(what).at(path));
+        };
+        let values = match &entry.stored {
+            Stored::Float(dtype) => floats(&files, &entry.name, &entry.shape, *dtype),
+            Stored::Other(_) if stat == "count" => continue,
+            Stored::Other(found) => {
+                let what = format!("`{}` has type {found}, expected F32", entry.name);
+                return Err(Malformed::new(what).at(path));
+            }
+        };
+        out.entry(feature.into()).or_default().insert(stat.into(), values);
+    }
+    Ok(out)
+}
+
+fn floats(files: &TensorFiles, name: &str, shape: &[usize], dtype: DType) -> Vec<f32> {
+    let data = files.bytes(name).unwrap_or_default().into();
+    Tensor { shape: shape.to_vec(), dtype, data }.to_f32()
+}

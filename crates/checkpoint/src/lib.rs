@@ -1,0 +1,50 @@
+//! A checkpoint directory → model weights under canonical names, and what else it carries.
+//!
+//! [`open`] tells the format from the directory: openpi PyTorch (`model.safetensors`), openpi JAX
+//! (`params/` written by Orbax) or LeRobot. [`Synthetic`] makes weights without any file.
+#![deny(missing_docs)]
+
+mod assets;
+mod driver;
+mod error;
+mod expected;
+mod inspect;
+mod layout;
+pub mod lerobot;
+pub mod names;
+mod open;
+pub mod orbax;
+pub mod safetensors;
+mod strict;
+mod synthetic;
+mod torch_source;
+
+use std::path::Path;
+
+pub use assets::{NormStatsFile, asset_ids, tokenizer_candidates};
+pub use error::{CheckpointError, Malformed, Mismatch};
+pub use expected::{Expected, expected_tensors};
+pub use inspect::{NormStatsFound, Report, StoredType};
+pub use layout::{Format, Layout};
+pub use open::{Checkpoint, open, open_fixture};
+pub use synthetic::{Spread, Synthetic};
+pub use torch_source::TorchSource;
+
+/// Largest side file read into memory (JSON, manifests).
+pub const MAX_SMALL_FILE: u64 = 128 << 20;
+
+/// Reads a side file whole, up to [`MAX_SMALL_FILE`].
+fn small_file(path: &Path) -> Result<Vec<u8>, CheckpointError> {
+    let length = std::fs::metadata(path).map_err(CheckpointError::io(path))?.len();
+    if length > MAX_SMALL_FILE {
+        let what = format!("{length} bytes, the limit for such a file is {MAX_SMALL_FILE}");
+        return Err(Malformed::new(what).at(path));
+    }
+    std::fs::read(path).map_err(CheckpointError::io(path))
+}
+
+/// Reads a side file as JSON.
+fn json_file(path: &Path) -> Result<serde_json::Value, CheckpointError> {
+    let bytes = small_file(path)?;
+    serde_json::from_slice(&bytes).map_err(|e| Malformed::new(format!("not JSON: {e}")).at(path))
+}

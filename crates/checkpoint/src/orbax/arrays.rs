@@ -1,0 +1,172 @@
+//! A `params/` directory → its arrays by path, whether they lie in OCDBT or in folders.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use pirouette_model::DType;
+use serde_json::Value;
+
+use super::ocdbt::Database;
+use super::zarr::{ArrayMeta, parse_zarray, read_array};
+use crate::driver::Mapped;
+use crate::error::{CheckpointError, Malformed};
+use crate::small_file;
+
+/// Most arrays of one checkpoint; π0.5 has 51, with LoRA 75.
+const MAX_ARRAYS: usize = 10_000;
+
+enum Store {
+    Ocdbt(Database),
+    Folders(PathBuf),
+}
+
+enum Chunk<'a> {
+    InStore(&'a [u8]),
+    File(Mapped),
+}
+
+impl AsRef<[u8]> for Chunk<'_> {
+    fn as_ref(&self) -> &[u8] {
+        match self {
+            Chunk::InStore(bytes) => bytes,
+            Chunk::File(mapped) => mapped.bytes(),
+        }
+    }
+}
+
+impl Store {
+    fn get(&self, key: &str) -> Result<Option<Chunk<'_>>, CheckpointError> {
+        match self {
+            Store::Ocdbt(db) => Ok(db.get(key).map(Chunk::InStore)),
+            Store::Folders(root) => {
+                let path = root.join(key);
+                if !path.exists() {
+                    return Ok(None);
+                }
+                Mapped::open(&path).map(|m| Some(Chunk::File(m)))
+            }
+        }
+    }
+
+    /// Stored names of all arrays.
+    fn names(&self) -> Result<Vec<String>, CheckpointError> {
+        match self {
+            Store::Ocdbt(db) => {
+                Ok(db.keys().filter_map(|k| k.strip_suffix("/.zarray")).map(String::from).collect())
+            }
+            Store::Folders(root) => folders(root),
+        }
+    }
+}
+
+fn folders(root: &Path) -> Result<Vec<String>, CheckpointError> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(root).map_err(CheckpointError::io(root))? {
+        let entry = entry.map_err(CheckpointError::io(root))?;
+        if entry.path().join(".zarray").is_file() {
+            names.push(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// One array of a checkpoint.
+#[derive(Clone, Debug)]
+pub struct ArrayEntry {
+    /// Name in the store.
+    pub stored: String,
+    /// Shape, chunks, type.
+    pub meta: ArrayMeta,
+}
+
+/// All arrays of a `params/` directory, under their paths: components joined by `/`, without the
+/// leading `params` and without a trailing `value` that every leaf has.
+pub struct Arrays {
+    root: PathBuf,
+    store: Store,
+    entries: BTreeMap<String, ArrayEntry>,
+}
+
+impl Arrays {
+    /// Opens the directory and reads every array's metadata.
+    pub fn open(root: &Path) -> Result<Self, CheckpointError> {
+        refuse_zarr3(root)?;
+        let store = match root.join("manifest.ocdbt").is_file() {
+            true => Store::Ocdbt(Database::open(root)?),
+            false => Store::Folders(root.into()),
+        };
+        if let Store::Ocdbt(db) = &store
+            && db.keys().any(|k| k.ends_with("/zarr.json"))
+        {
+            return Err(zarr3(root));
+        }
+        let names = store.names()?;
+        if names.is_empty() || names.len() > MAX_ARRAYS {
+            let what = format!("{} zarr arrays in it, expected about 50", names.len());
+            return Err(Malformed::new(what).at(root));
+        }
+        let valued = names.iter().all(|n| n.ends_with(".value"));
+        let mut entries = BTreeMap::new();
+        for stored in names {
+            let key = format!("{stored}/.zarray");
+            let bytes = store.get(&key)?;
+            let bytes = bytes.as_ref().map_or(&[][..], Chunk::as_ref);
+            let meta =
+                parse_zarray(bytes).map_err(|e| e.within(&format!("array `{stored}`")).at(root))?;
+            let name = stored.strip_suffix(".value").filter(|_| valued).unwrap_or(&stored);
+            let path = name.strip_prefix("params.").unwrap_or(name).replace('.', "/");
+            entries.insert(path, ArrayEntry { stored, meta });
+        }
+        Ok(Arrays { root: root.into(), store, entries })
+    }
+
+    /// The directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Paths and metadata, sorted by path.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &ArrayEntry)> {
+        self.entries.iter().map(|(path, e)| (path.as_str(), e))
+    }
+
+    /// Metadata of one array.
+    pub fn meta(&self, path: &str) -> Option<&ArrayMeta> {
+        self.entries.get(path).map(|e| &e.meta)
+    }
+
+    /// Decodes a whole array: C order, little-endian, in its stored type.
+    pub fn read(&self, path: &str) -> Result<(DType, Vec<u8>), CheckpointError> {
+        let entry = self.entries.get(path).ok_or_else(|| {
+            Malformed::new(format!("array `{path}` is not in the checkpoint")).at(&self.root)
+        })?;
+        let chunk = |key: &str| {
+            self.store
+                .get(&format!("{}/{key}", entry.stored))
+                .map_err(|e| Malformed::new(e.to_string()))
+        };
+        let data = read_array(&entry.meta, &chunk)
+            .map_err(|e| e.within(&format!("array `{}`", entry.stored)).at(&self.root))?;
+        Ok((entry.meta.dtype, data))
+    }
+}
+
+fn zarr3(root: &Path) -> CheckpointError {
+    let what = "the arrays are stored as zarr v3, which openpi does not write; save them again \
+                with Orbax's `use_zarr3=False`";
+    CheckpointError::Unsupported { path: root.into(), what: what.into() }
+}
+
+/// `_METADATA` is optional; all that matters in it is whether the codec is the known one.
+fn refuse_zarr3(root: &Path) -> Result<(), CheckpointError> {
+    let path = root.join("_METADATA");
+    if !path.is_file() {
+        return Ok(());
+    }
+    let bytes: Cow<'_, [u8]> = small_file(&path)?.into();
+    let json: Value = serde_json::from_slice(&bytes)
+        .map_err(|e| Malformed::new(format!("not JSON: {e}")).at(&path))?;
+    if json["use_zarr3"] == true { Err(zarr3(root)) } else { Ok(()) }
+}

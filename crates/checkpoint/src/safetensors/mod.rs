@@ -1,0 +1,122 @@
+//! One `.safetensors` file, or several named by an index → tensors under their stored names.
+
+mod header;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+pub use header::{Entry, Header, MAX_HEADER_BYTES, MAX_RANK, MAX_TENSORS, Stored, parse_header};
+
+use crate::driver::Mapped;
+use crate::error::{CheckpointError, Malformed, Mismatch};
+use crate::small_file;
+
+/// Most shards of one checkpoint.
+const MAX_SHARDS: usize = 1024;
+
+struct Shard {
+    path: PathBuf,
+    map: Mapped,
+    header: Header,
+}
+
+/// Mapped tensor files. All shards together look like one.
+pub struct TensorFiles {
+    origin: PathBuf,
+    shards: Vec<Shard>,
+    /// Stored name → shard, entry.
+    index: BTreeMap<String, (usize, usize)>,
+}
+
+impl TensorFiles {
+    /// Opens one file, or every shard if the path is a `*.safetensors.index.json`.
+    pub fn open(path: &Path) -> Result<Self, CheckpointError> {
+        let mut files = TensorFiles { origin: path.into(), shards: vec![], index: BTreeMap::new() };
+        if path.extension().is_some_and(|e| e == "json") {
+            let weight_map = weight_map(path)?;
+            let mut shards: Vec<&String> = weight_map.values().collect();
+            shards.sort();
+            shards.dedup();
+            if shards.len() > MAX_SHARDS {
+                let what = format!("{} shards, the limit is {MAX_SHARDS}", shards.len());
+                return Err(Malformed::new(what).at(path));
+            }
+            let folder = path.parent().unwrap_or(Path::new("."));
+            for shard in shards {
+                files.add(&folder.join(shard))?;
+            }
+            let mismatches = weight_map
+                .keys()
+                .filter(|name| !files.index.contains_key(*name))
+                .map(|name| Mismatch::Missing(name.clone()))
+                .collect::<Vec<_>>();
+            if !mismatches.is_empty() {
+                return Err(CheckpointError::Tensors { origin: files.origin(), mismatches });
+            }
+        } else {
+            files.add(path)?;
+        }
+        Ok(files)
+    }
+
+    fn add(&mut self, path: &Path) -> Result<(), CheckpointError> {
+        let map = Mapped::open(path)?;
+        let header = parse_header(map.bytes()).map_err(|e| e.at(path))?;
+        let shard = self.shards.len();
+        for (i, entry) in header.entries.iter().enumerate() {
+            if let Some((other, _)) = self.index.insert(entry.name.clone(), (shard, i)) {
+                let first = self.shards.get(other).map_or(path, |s| &s.path).display().to_string();
+                let what = format!("tensor `{}` is also in {first}", entry.name);
+                return Err(Malformed::new(what).at(path));
+            }
+        }
+        self.shards.push(Shard { path: path.into(), map, header });
+        Ok(())
+    }
+
+    /// The path that was opened.
+    pub fn origin(&self) -> String {
+        self.origin.display().to_string()
+    }
+
+    /// Every tensor, by stored name.
+    pub fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.index.values().map(|&(s, e)| &self.shards[s].header.entries[e])
+    }
+
+    /// A tensor's type and shape.
+    pub fn entry(&self, name: &str) -> Option<&Entry> {
+        self.index.get(name).map(|&(s, e)| &self.shards[s].header.entries[e])
+    }
+
+    /// A tensor's bytes.
+    pub fn bytes(&self, name: &str) -> Option<&[u8]> {
+        let &(s, e) = self.index.get(name)?;
+        let shard = &self.shards[s];
+        shard.map.bytes().get(shard.header.entries[e].range.clone())
+    }
+
+    /// A `__metadata__` string.
+    pub fn metadata(&self, key: &str) -> Option<&str> {
+        self.shards.iter().find_map(|s| s.header.metadata.get(key)).map(String::as_str)
+    }
+}
+
+fn weight_map(path: &Path) -> Result<BTreeMap<String, String>, CheckpointError> {
+    let bytes = small_file(path)?;
+    let json: Value = serde_json::from_slice(&bytes)
+        .map_err(|e| Malformed::new(format!("not JSON: {e}")).at(path))?;
+    let bad = |what: &str| Malformed::new(what).at(path);
+    let map = json["weight_map"].as_object().ok_or_else(|| bad("no `weight_map` object"))?;
+    let mut out = BTreeMap::new();
+    for (name, file) in map {
+        let file = file.as_str().unwrap_or_default();
+        if !file.ends_with(".safetensors") || file.contains(['/', '\\']) {
+            return Err(bad(&format!("`{name}` lies in `{file}`, which is no plain file name")));
+        }
+        out.insert(name.clone(), file.to_string());
+    }
+    Ok(out)
+}

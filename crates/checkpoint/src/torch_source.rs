@@ -1,0 +1,72 @@
+//! Mapped safetensors and the meaning of their names → a [`TensorSource`] that borrows its bytes.
+
+use std::borrow::Cow;
+
+use pirouette_model::{SourceError, Tensor, TensorSource};
+
+use crate::error::{CheckpointError, Mismatch};
+use crate::names::Mapping;
+use crate::safetensors::{Stored, TensorFiles};
+
+/// Tensors of openpi PyTorch or LeRobot files under their canonical names.
+pub struct TorchSource {
+    files: TensorFiles,
+    mapping: Mapping,
+}
+
+impl TorchSource {
+    /// Joins files and names. Every used tensor must have a type weights may have.
+    pub fn new(files: TensorFiles, mapping: Mapping) -> Result<Self, CheckpointError> {
+        let mismatches = mapping
+            .used
+            .values()
+            .filter_map(|name| match &files.entry(name)?.stored {
+                Stored::Float(_) => None,
+                Stored::Other(found) => {
+                    Some(Mismatch::DType { name: name.clone(), found: found.clone() })
+                }
+            })
+            .collect::<Vec<_>>();
+        if !mismatches.is_empty() {
+            return Err(CheckpointError::Tensors { origin: files.origin(), mismatches });
+        }
+        Ok(TorchSource { files, mapping })
+    }
+
+    /// The files.
+    pub fn files(&self) -> &TensorFiles {
+        &self.files
+    }
+
+    /// The meaning of their names.
+    pub fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+}
+
+impl TensorSource for TorchSource {
+    fn origin(&self) -> String {
+        self.files.origin()
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.mapping.used.keys().cloned().collect()
+    }
+
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        let stored = self.mapping.used.get(name)?;
+        self.files.entry(stored).map(|e| e.shape.clone())
+    }
+
+    fn load(&self, name: &str) -> Result<Tensor<'_>, SourceError> {
+        let missing = || SourceError::Missing { name: name.into(), origin: self.origin() };
+        let stored = self.mapping.used.get(name).ok_or_else(missing)?;
+        let entry = self.files.entry(stored).ok_or_else(missing)?;
+        let bytes = self.files.bytes(stored).ok_or_else(missing)?;
+        let Stored::Float(dtype) = entry.stored else {
+            let reason = format!("it has type {}", entry.stored.name());
+            return Err(SourceError::Unreadable { name: name.into(), reason });
+        };
+        Ok(Tensor { shape: entry.shape.clone(), dtype, data: Cow::Borrowed(bytes) })
+    }
+}

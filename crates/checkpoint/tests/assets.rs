@@ -1,0 +1,125 @@
+//! What lies beside the weights: norm stats, tokenizers, and the report on all of it.
+
+mod support;
+
+use std::path::Path;
+
+use pirouette_checkpoint::{Checkpoint, CheckpointError, open};
+use support::fixture;
+
+fn put(path: &Path, text: &str) {
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(path, text).unwrap();
+}
+
+fn tiny(at: &Path) -> Checkpoint {
+    support::copy(&fixture("A_tiny/pi0"), at);
+    open(at).unwrap()
+}
+
+#[test]
+fn norm_stats_are_found_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("converted");
+    let checkpoint = tiny(&root);
+    let id = "physical-intelligence/libero";
+    let file = format!("{id}/norm_stats.json");
+    let get = |explicit: Option<&Path>| {
+        let found = checkpoint.norm_stats(id, explicit).unwrap();
+        assert_eq!(found.bytes, std::fs::read(&found.path).unwrap());
+        String::from_utf8(found.bytes).unwrap()
+    };
+
+    let Err(CheckpointError::NoNormStats { looked, .. }) = checkpoint.norm_stats(id, None) else {
+        panic!("found");
+    };
+    assert_eq!(looked, [root.join("assets").join(&file), dir.path().join("assets").join(&file)]);
+    put(&dir.path().join("assets").join(&file), "beside");
+    assert_eq!(get(None), "beside");
+    put(&root.join("assets").join(&file), "inside");
+    assert_eq!(get(None), "inside");
+    let explicit = dir.path().join("mine.json");
+    put(&explicit, "explicit");
+    assert_eq!(get(Some(&explicit)), "explicit");
+    put(&dir.path().join("folder").join(&file), "in a folder");
+    assert_eq!(get(Some(&dir.path().join("folder"))), "in a folder");
+
+    let e = checkpoint.norm_stats("droid", None).unwrap_err().to_string();
+    assert!(e.contains("droid/norm_stats.json") && e.contains(id), "{e}");
+    let missing = dir.path().join("nowhere.json");
+    let e = checkpoint.norm_stats(id, Some(&missing)).unwrap_err().to_string();
+    assert!(e.contains("nowhere.json"), "{e}");
+}
+
+#[test]
+fn asset_ids_stay_inside() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = tiny(&dir.path().join("c"));
+    for id in ["", "..", "../assets/x", "/etc", "a/../b"] {
+        let e = checkpoint.norm_stats(id, None).unwrap_err();
+        assert!(matches!(e, CheckpointError::BadAssetId(_)), "{id}: {e}");
+    }
+}
+
+#[test]
+fn tokenizers_in_the_checkpoint_come_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = tiny(&dir.path().join("c"));
+    let (model, json) =
+        (checkpoint.root.join("tokenizer.model"), checkpoint.root.join("tokenizer/tokenizer.json"));
+    put(&json, "{}");
+    put(&model, "");
+    assert_eq!(checkpoint.tokenizer_candidates()[..2], [model, json]);
+}
+
+#[test]
+fn report_of_a_jax_checkpoint() {
+    let report = open(&fixture("B_jax/ckpt_pi05_bf16")).unwrap().inspect();
+    assert_eq!((report.family, report.tensors), ("pi05", 111));
+    assert_eq!(report.types.keys().collect::<Vec<_>>(), ["BF16"]);
+    assert_eq!(report.types["BF16"].elements, report.parameters);
+    assert_eq!(report.bytes, 2 * report.parameters);
+    let found = &report.norm_stats[0];
+    assert_eq!(found.asset_id, "physical-intelligence/libero");
+    assert_eq!(found.problem, None);
+    assert_eq!(found.dims.keys().collect::<Vec<_>>(), ["actions", "state"]);
+    assert!(found.dims.values().all(|&n| n > 0));
+    let text = report.to_string();
+    for part in ["openpi JAX (Orbax)", "pi05", "physical-intelligence/libero: actions"] {
+        assert!(text.contains(part), "{text}\nlacks {part}");
+    }
+    let json = serde_json::to_value(&report).unwrap();
+    assert_eq!(json["sizes"]["vision_heads"], 4);
+}
+
+#[test]
+fn report_of_a_torch_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("c");
+    tiny(&root);
+    put(&root.join("assets/nan/norm_stats.json"), r#"{"norm_stats":{"state":{"mean":[NaN,1]}}}"#);
+    put(&root.join("assets/bad/norm_stats.json"), "{");
+    let report = open(&root).unwrap().inspect();
+    assert_eq!(report.skipped.len(), 1);
+    assert!(report.skipped[0].name.contains("gemma_expert.lm_head"));
+    assert_eq!(report.types["F32"].tensors, report.tensors);
+    let [bad, nan] = &report.norm_stats[..] else { panic!("{:?}", report.norm_stats) };
+    assert!(bad.problem.as_ref().unwrap().contains("not JSON"));
+    assert_eq!(nan.dims["state"], 2);
+    assert!(report.to_string().contains("bad: not JSON"));
+}
+
+/// A checkpoint in the current directory has its assets beside it in `..`.
+#[test]
+fn relative_paths_work() {
+    let dir = tempfile::tempdir().unwrap();
+    tiny(&dir.path().join("c"));
+    put(&dir.path().join("assets/droid/norm_stats.json"), "beside");
+    std::env::set_current_dir(dir.path().join("c")).unwrap();
+    for path in [".", "model.safetensors", "./model.safetensors"] {
+        let found = open(Path::new(path)).unwrap().norm_stats("droid", None).unwrap();
+        assert_eq!(found.bytes, b"beside", "{path}");
+    }
+    std::env::set_current_dir("..").unwrap();
+    assert!(open(Path::new("c")).unwrap().norm_stats("droid", None).is_ok());
+}

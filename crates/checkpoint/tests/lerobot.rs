@@ -1,0 +1,248 @@
+//! LeRobot checkpoints: names, settings, processor statistics, camera order.
+
+mod support;
+
+use std::path::Path;
+
+use pirouette_checkpoint::lerobot::{FeatureKind, NormMode};
+use pirouette_checkpoint::names::openpi_torch::LM_HEAD;
+use pirouette_checkpoint::{Checkpoint, CheckpointError, Format, open};
+use pirouette_model::Family;
+use pirouette_model::config::names::{EMBED, EXPERT};
+use serde_json::{Value, json};
+use support::{Stored, Tensors, encode, fixture, read};
+
+fn config(family: &str) -> Value {
+    json!({
+        "type": family,
+        "input_features": {
+            "observation.images.wrist": {"type": "VISUAL", "shape": [3, 480, 640]},
+            "observation.state": {"type": "STATE", "shape": [6]},
+            "observation.images.front": {"type": "VISUAL", "shape": [3, 240, 320]},
+            "observation.images.above": {"type": "VISUAL", "shape": [3, 240, 320]},
+        },
+        "output_features": {"action": {"type": "ACTION", "shape": [6]}},
+        "chunk_size": 10, "n_action_steps": 8, "max_state_dim": 32, "max_action_dim": 32,
+        "num_inference_steps": 10, "min_period": 0.004, "max_period": 4.0,
+        "dtype": "float32", "image_resolution": [56, 56], "empty_cameras": 1,
+        "normalization_mapping": {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
+        "use_relative_actions": false, "relative_exclude_joints": ["gripper"],
+        "action_feature_names": null, "rtc_config": null, "unknown_field": [1, 2],
+        "vision": {"num_attention_heads": 4},
+    })
+}
+
+fn processor(steps: Value) -> Value {
+    json!({"name": "p", "steps": steps})
+}
+
+fn preprocessor() -> Value {
+    let features = config("pi0")["input_features"].clone();
+    processor(json!([
+        {"registry_name": "rename_observations_processor",
+         "config": {"rename_map": {"observation.images.a": "observation.images.front"}}},
+        {"class": "my.module.Step", "config": {}},
+        {"registry_name": "tokenizer_processor", "config": {"tokenizer_name": "tokenizer"}},
+        {"registry_name": "normalizer_processor", "state_file": "pre_stats.safetensors",
+         "config": {"eps": 1e-6, "features": features,
+                    "norm_map": {"VISUAL": "IDENTITY", "STATE": "QUANTILES"}}},
+    ]))
+}
+
+fn postprocessor() -> Value {
+    processor(json!([
+        {"registry_name": "unnormalizer_processor", "state_file": "post_stats.safetensors",
+         "config": {"eps": 1e-8, "features": config("pi0")["output_features"],
+                    "norm_map": {"ACTION": "MEAN_STD"}}},
+    ]))
+}
+
+fn stats() -> Tensors {
+    let six = |v: f32| Stored::f32(&[6], &[v; 6]);
+    let count = Stored { dtype: "I64", shape: vec![1], bytes: vec![9, 0, 0, 0, 0, 0, 0, 0] };
+    Tensors::from([
+        ("observation.state.q01".into(), six(-1.0)),
+        ("observation.state.q99".into(), six(1.0)),
+        ("observation.state.count".into(), count),
+        ("action.mean".into(), six(0.25)),
+        ("action.std".into(), six(2.0)),
+    ])
+}
+
+/// Writes a LeRobot checkpoint of the tiny weights.
+fn write(dir: &Path, tensors: &Tensors, config: &Value) {
+    let put = |name: &str, bytes: Vec<u8>| std::fs::write(dir.join(name), bytes).unwrap();
+    put("model.safetensors", encode(tensors, &[]));
+    put("config.json", config.to_string().into());
+    put("policy_preprocessor.json", preprocessor().to_string().into());
+    put("policy_postprocessor.json", postprocessor().to_string().into());
+    put("pre_stats.safetensors", encode(&stats(), &[]));
+    put("post_stats.safetensors", encode(&stats(), &[]));
+    std::fs::create_dir_all(dir.join("tokenizer")).unwrap();
+    put("tokenizer/tokenizer.json", b"{}".into());
+}
+
+fn tiny(family: &str) -> Tensors {
+    read(&fixture(&format!("A_tiny/{family}/model.safetensors")))
+}
+
+fn prefixed(tensors: Tensors) -> Tensors {
+    tensors.into_iter().map(|(name, t)| (format!("model.{name}"), t)).collect()
+}
+
+fn opened(tensors: &Tensors, config: &Value) -> Result<Checkpoint, CheckpointError> {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), tensors, config);
+    open(dir.path())
+}
+
+#[test]
+fn prefixed_weights_are_the_same_weights() {
+    for family in ["pi0", "pi05"] {
+        let expected = open(&fixture(&format!("A_tiny/{family}"))).unwrap();
+        let mut tensors = prefixed(tiny(family));
+        // Current LeRobot does not tie: the head is there too, untrained.
+        let table = tensors.remove(&format!("model.{LM_HEAD}")).unwrap();
+        tensors.insert(format!("model.{LM_HEAD}"), Stored::zeros(&table.shape));
+        tensors.insert(format!("model.{EMBED}"), table);
+        let extra = "model.proprio_history_proj.weight".to_string();
+        tensors.insert(extra.clone(), Stored::zeros(&[2, 2]));
+        let found = opened(&tensors, &config(family)).unwrap();
+        assert_eq!(found.format, Format::LeRobot);
+        assert_eq!(found.config, expected.config);
+        support::assert_same(&*found.source, &*expected.source, &|v| v);
+        let skipped = found.inspect().skipped;
+        assert_eq!(skipped.len(), 3, "{skipped:?}");
+        assert!(skipped.iter().any(|s| s.name == extra));
+    }
+}
+
+#[test]
+fn weights_without_prefix_are_renamed_as_lerobot_does() {
+    let expected = open(&fixture("A_tiny/pi05")).unwrap();
+    let mut tensors = tiny("pi05");
+    for part in ["in.weight", "in.bias", "out.weight", "out.bias"] {
+        let t = tensors.remove(&format!("time_mlp_{part}")).unwrap();
+        tensors.insert(format!("action_time_mlp_{part}"), t);
+    }
+    tensors.insert("state_proj.weight".into(), Stored::zeros(&[32, 32]));
+    tensors.insert(format!("{EXPERT}norm.weight"), Stored::zeros(&[32]));
+    let found = opened(&tensors, &config("pi05")).unwrap();
+    support::assert_same(&*found.source, &*expected.source, &|v| v);
+
+    let expected = open(&fixture("A_tiny/pi0")).unwrap();
+    let mut tensors = tiny("pi0");
+    for part in ["in.weight", "in.bias", "out.weight", "out.bias"] {
+        let t = tensors.remove(&format!("action_time_mlp_{part}")).unwrap();
+        tensors.insert(format!("time_mlp_{part}"), t);
+    }
+    let found = opened(&tensors, &config("pi0")).unwrap();
+    support::assert_same(&*found.source, &*expected.source, &|v| v);
+}
+
+#[test]
+fn settings_and_statistics_are_read() {
+    let checkpoint = opened(&prefixed(tiny("pi0")), &config("pi0")).unwrap();
+    let policy = checkpoint.lerobot.as_ref().unwrap();
+    assert_eq!(policy.family, Family::Pi0);
+    let cameras: Vec<&str> = policy.cameras().collect();
+    assert_eq!(
+        cameras,
+        ["observation.images.wrist", "observation.images.front", "observation.images.above"]
+    );
+    assert_eq!((policy.chunk_size, policy.n_action_steps), (10, 8));
+    assert_eq!((policy.image_resolution, policy.empty_cameras), ((56, 56), 1));
+    assert_eq!(policy.tokenizer_max_length, 48, "the default of π0");
+    assert_eq!(policy.tokenizer_name.as_deref(), Some("tokenizer"));
+    assert_eq!(
+        policy.rename_map,
+        [("observation.images.a".to_string(), "observation.images.front".to_string())]
+    );
+    assert_eq!(policy.action_feature_names, None);
+    assert_eq!(policy.relative_exclude_joints, ["gripper"]);
+    assert_eq!(policy.preprocessor[1].name, "my.module.Step");
+
+    let input = &policy.input_stats;
+    assert_eq!(input.eps, 1e-6);
+    assert_eq!(
+        input.norm_map,
+        [(FeatureKind::Visual, NormMode::Identity), (FeatureKind::State, NormMode::Quantiles)]
+    );
+    assert_eq!(input.stats["observation.state"]["q01"], [-1.0; 6]);
+    assert!(!input.stats["observation.state"].contains_key("count"));
+    assert_eq!(policy.output_stats.stats["action"]["std"], [2.0; 6]);
+    assert_eq!(policy.output_stats.features[0].shape, [6]);
+
+    let report = checkpoint.inspect().to_string();
+    for part in [
+        "LeRobot",
+        "observation.images.front VISUAL [3, 240, 320]",
+        "observation.state STATE [6], with statistics",
+    ] {
+        assert!(report.contains(part), "{report}\nlacks {part}");
+    }
+}
+
+#[test]
+fn a_base_checkpoint_may_lack_processors() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), &prefixed(tiny("pi0")), &config("pi0"));
+    for name in ["policy_preprocessor.json", "policy_postprocessor.json"] {
+        std::fs::remove_file(dir.path().join(name)).unwrap();
+    }
+    let policy = open(dir.path()).unwrap().lerobot.unwrap();
+    assert!(policy.input_stats.stats.is_empty() && policy.output_stats.norm_map.is_empty());
+
+    let outer = tempfile::tempdir().unwrap();
+    support::copy(dir.path(), &outer.path().join("pretrained_model"));
+    assert_eq!(open(outer.path()).unwrap().format, Format::LeRobot);
+}
+
+/// Each change of the settings, and what the error must say.
+#[test]
+fn policies_that_cannot_run_are_refused() {
+    let cases = [
+        ("type", json!("pi0_fast"), "\"pi0_fast\" is not pi0 or pi05"),
+        ("type", json!("pi05"), "missing"),
+        ("use_peft", json!(true), "PEFT"),
+        ("use_visual_memory", json!(true), "visual memory"),
+        ("use_proprioceptive_memory", json!(true), "proprioceptive memory"),
+        ("chunk_size", json!(-1), "`chunk_size` is -1"),
+        ("image_resolution", json!([224]), "`image_resolution` is [224]"),
+        ("input_features", json!([]), "`input_features` is not a map"),
+        ("input_features", json!({"a": {"type": "SOUND", "shape": [1]}}), "`a` has type \"SOUND\""),
+        ("input_features", json!({"a": {"type": "STATE", "shape": "x"}}), "`a` has shape"),
+        ("normalization_mapping", json!({"STATE": "LOG"}), "normalisation of STATE is \"LOG\""),
+    ];
+    let tensors = tiny("pi0");
+    for (key, value, part) in cases {
+        let mut config = config("pi0");
+        config[key] = value;
+        let Err(e) = opened(&tensors, &config) else { panic!("opened: {part}") };
+        assert!(e.to_string().contains(part), "{e}\nlacks {part}");
+    }
+    let Err(e) = opened(&prefixed(tensors), &config("pi05")) else { panic!("opened") };
+    assert!(e.to_string().contains("its `type` is pi05"), "{e}");
+}
+
+#[test]
+fn damaged_processors_are_named() {
+    let cases: [(&str, Vec<u8>, &str); 5] = [
+        ("policy_preprocessor.json", b"{".into(), "policy_preprocessor.json is damaged: not JSON"),
+        ("policy_preprocessor.json", b"{}".into(), "no list of `steps`"),
+        ("policy_preprocessor.json", br#"{"steps":[{}]}"#.into(), "neither `registry_name`"),
+        ("pre_stats.safetensors", vec![1; 40], "pre_stats.safetensors is damaged"),
+        (
+            "policy_preprocessor.json",
+            br#"{"steps":[{"registry_name":"n","state_file":"../x"}]}"#.into(),
+            "`../x` is no plain file name",
+        ),
+    ];
+    for (file, bytes, part) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), &prefixed(tiny("pi0")), &config("pi0"));
+        std::fs::write(dir.path().join(file), bytes).unwrap();
+        let Err(e) = open(dir.path()) else { panic!("opened: {part}") };
+        assert!(e.to_string().contains(part), "{e}\nlacks {part}");
+    }
+}

@@ -1,0 +1,350 @@
+//! The command line: commands, and the flags that mean the same everywhere.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use pirouette_model::{Config, Family, Shape};
+
+/// π0 and π0.5 robot-policy inference: a drop-in for openpi's policy server.
+#[derive(Parser)]
+#[command(name = "pirouette", version, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Serve a policy to robots over openpi's websocket protocol.
+    Serve(crate::serve::ServeArgs),
+    /// Run one observation and print or save the actions.
+    Infer(crate::infer::InferArgs),
+    /// Time inference: medians, p99, stages. Random full-size weights without a checkpoint.
+    Bench(BenchArgs),
+    /// Say where the milliseconds of a run go, step by step against the limit.
+    Profile(ProfileArgs),
+    /// Measure what each choice is worth, switched on one after the other.
+    Ladder(LadderArgs),
+    /// Measure everything and write one page: HTML, Markdown, JSON. Or compare saved ones.
+    Report(ReportArgs),
+    /// Print the recorded program: steps with shapes, FLOPs, bytes and limits.
+    Plan(PlanArgs),
+    /// Say what is in a checkpoint directory and what of it will be used.
+    Inspect(InspectArgs),
+    /// Compare a device with openpi's recorded answers.
+    Golden(GoldenArgs),
+    /// Compare this backend at its precision with the F32 reference, step by step.
+    Verify(VerifyArgs),
+    /// Say what this machine offers, each line with its fix.
+    Doctor(DoctorArgs),
+}
+
+/// The two models, for commands that run on random weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ModelName {
+    Pi0,
+    Pi05,
+}
+
+impl ModelName {
+    /// Full-size configuration.
+    pub fn config(self) -> Config {
+        match self {
+            ModelName::Pi0 => Config::pi0(),
+            ModelName::Pi05 => Config::pi05(),
+        }
+    }
+}
+
+/// Stored precision of the matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Precision {
+    F32,
+    Bf16,
+}
+
+impl Precision {
+    /// The spelling of the flag.
+    pub fn name(self) -> &'static str {
+        match self {
+            Precision::F32 => "f32",
+            Precision::Bf16 => "bf16",
+        }
+    }
+}
+
+/// Where and how to run.
+#[derive(Args, Clone, Debug)]
+pub struct DeviceArgs {
+    /// `auto` (a GPU if there is one), `cpu`, or `cuda:N`.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// Precision of the weights.
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub precision: Precision,
+    /// CPU threads (default: all cores).
+    #[arg(long)]
+    pub threads: Option<usize>,
+}
+
+/// Which weights.
+#[derive(Args, Clone, Debug)]
+pub struct WeightArgs {
+    /// Checkpoint directory: openpi safetensors, openpi JAX (Orbax) or LeRobot.
+    #[arg(long)]
+    pub checkpoint: Option<PathBuf>,
+    /// Without a checkpoint: which full-size model to fill with random weights.
+    #[arg(long, value_enum, default_value = "pi0")]
+    pub model: ModelName,
+    /// Without a checkpoint: seed of the random weights.
+    #[arg(long, default_value_t = 1)]
+    pub weight_seed: u64,
+}
+
+impl WeightArgs {
+    /// A checkpoint, or random weights of that family.
+    pub fn for_family(checkpoint: Option<PathBuf>, family: Family) -> Self {
+        let model = match family {
+            Family::Pi0 => ModelName::Pi0,
+            Family::Pi05 => ModelName::Pi05,
+        };
+        WeightArgs { checkpoint, model, weight_seed: 1 }
+    }
+}
+
+/// The shape of a run.
+#[derive(Args, Clone, Debug)]
+pub struct ShapeArgs {
+    /// Cameras that are really there (1 to 3); masked ones are dropped, not computed.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=3))]
+    pub cameras: u8,
+    /// Prompt tokens.
+    #[arg(long, default_value_t = 20)]
+    pub prompt_tokens: usize,
+    /// Actions per chunk.
+    #[arg(long, default_value_t = 10)]
+    pub horizon: usize,
+    /// Euler steps.
+    #[arg(long, default_value_t = 10)]
+    pub steps: usize,
+}
+
+impl ShapeArgs {
+    /// The shape for a batch size.
+    pub fn shape(&self, batch: usize) -> Shape {
+        Shape {
+            batch,
+            cameras: self.cameras as usize,
+            prompt_tokens: self.prompt_tokens,
+            horizon: self.horizon,
+            steps: self.steps,
+        }
+    }
+}
+
+#[derive(Args)]
+pub struct PlanArgs {
+    /// Which model.
+    #[arg(value_enum, default_value = "pi0")]
+    pub model: ModelName,
+    #[command(flatten)]
+    pub shape: ShapeArgs,
+    /// Samples per run.
+    #[arg(long, default_value_t = 1)]
+    pub batch: usize,
+    /// Matrix rate the limit is computed for, TFLOP/s.
+    #[arg(long, default_value_t = 790.0)]
+    pub tflops: f64,
+    /// Memory bandwidth the limit is computed for, TB/s.
+    #[arg(long, default_value_t = 4.3)]
+    pub tbps: f64,
+    /// Stored precision of the matrices.
+    #[arg(long, value_enum, default_value = "bf16")]
+    pub precision: Precision,
+    /// Write the plan as JSON to this file (`-` for standard output).
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+    /// Every step, not only the rim and one layer of each tower.
+    #[arg(long)]
+    pub all: bool,
+}
+
+#[derive(Args)]
+pub struct BenchArgs {
+    #[command(flatten)]
+    pub weights: WeightArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    #[command(flatten)]
+    pub shape: ShapeArgs,
+    /// Batch sizes, each measured.
+    #[arg(long, value_delimiter = ',', default_value = "1")]
+    pub batch: Vec<usize>,
+    /// Measured runs of each batch size (default: 200 on a GPU, 5 on the CPU).
+    #[arg(long)]
+    pub runs: Option<usize>,
+    /// Runs before measuring (default: 20 on a GPU, 1 on the CPU).
+    #[arg(long)]
+    pub warmup: Option<usize>,
+    /// Write the results as JSON to this file (`-` for standard output).
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct InspectArgs {
+    /// Checkpoint directory.
+    pub dir: PathBuf,
+    /// Write the report as JSON to this file (`-` for standard output).
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct GoldenArgs {
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    /// The full-size models too (random reproducible weights; minutes on a CPU).
+    #[arg(long)]
+    pub full: bool,
+    /// Only this model.
+    #[arg(long, value_enum)]
+    pub model: Option<ModelName>,
+    /// Write the results as JSON to this file (`-` for standard output).
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct VerifyArgs {
+    /// Checkpoint directory (default: random full-size weights).
+    pub dir: Option<PathBuf>,
+    /// Without a checkpoint: which full-size model.
+    #[arg(long, value_enum, default_value = "pi0")]
+    pub model: ModelName,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    #[command(flatten)]
+    pub shape: ShapeArgs,
+    /// Seed of the random observation.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Write the results as JSON to this file (`-` for standard output).
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct DoctorArgs {
+    /// Write the findings as JSON to this file (`-` for standard output).
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+}
+
+/// Rates that limits are computed for.
+#[derive(Args, Clone, Debug)]
+pub struct RateArgs {
+    /// Matrix rate the limits are computed for, TFLOP/s (default: an H200's as measured; on the
+    /// CPU one product measured now).
+    #[arg(long)]
+    pub tflops: Option<f64>,
+    /// Memory bandwidth the limits are computed for, TB/s (default: likewise).
+    #[arg(long)]
+    pub tbps: Option<f64>,
+}
+
+#[derive(Args)]
+pub struct ProfileArgs {
+    #[command(flatten)]
+    pub weights: WeightArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    #[command(flatten)]
+    pub shape: ShapeArgs,
+    #[command(flatten)]
+    pub rates: RateArgs,
+    /// Samples per run.
+    #[arg(long, default_value_t = 1)]
+    pub batch: usize,
+    /// Measured runs (default: 200 on a GPU, 5 on the CPU).
+    #[arg(long)]
+    pub runs: Option<usize>,
+    /// Runs before measuring (default: 20 on a GPU, 1 on the CPU).
+    #[arg(long)]
+    pub warmup: Option<usize>,
+    /// Write a trace for Perfetto or chrome://tracing to this file.
+    #[arg(long)]
+    pub trace: Option<PathBuf>,
+    /// Write the profile as JSON to this file (`-` for standard output).
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct LadderArgs {
+    #[command(flatten)]
+    pub weights: WeightArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    #[command(flatten)]
+    pub shape: ShapeArgs,
+    /// Measured runs of each rung (default: 200 on a GPU; on the CPU 3, 1 where it is slow).
+    #[arg(long)]
+    pub runs: Option<usize>,
+    /// Runs before measuring (default: 20 on a GPU, 1 on the CPU).
+    #[arg(long)]
+    pub warmup: Option<usize>,
+    /// Write the ladder as JSON to this file (`-` for standard output).
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct ReportArgs {
+    /// Models to measure on random weights; a checkpoint brings its own.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "pi0,pi05")]
+    pub models: Vec<ModelName>,
+    /// Checkpoint directory to measure instead.
+    #[arg(long)]
+    pub checkpoint: Option<PathBuf>,
+    /// Seed of the random weights.
+    #[arg(long, default_value_t = 1)]
+    pub weight_seed: u64,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+    #[command(flatten)]
+    pub shape: ShapeArgs,
+    #[command(flatten)]
+    pub rates: RateArgs,
+    /// Batch sizes (default: 1,2,4,8,16,32,64 on a GPU, 1 on the CPU).
+    #[arg(long, value_delimiter = ',')]
+    pub batch: Vec<usize>,
+    /// Measured runs of each row (default: 200 on a GPU; on the CPU 5, 3 on the ladder).
+    #[arg(long)]
+    pub runs: Option<usize>,
+    /// Runs before measuring (default: 20 on a GPU, 1 on the CPU).
+    #[arg(long)]
+    pub warmup: Option<usize>,
+    /// Leave the ladder out.
+    #[arg(long)]
+    pub no_ladder: bool,
+    /// Render these saved reports instead of measuring.
+    #[arg(long, num_args = 1.., value_name = "FILE", conflicts_with = "compare")]
+    pub from: Vec<PathBuf>,
+    /// Compare two saved reports instead of measuring.
+    #[arg(long, num_args = 2, value_names = ["A", "B"])]
+    pub compare: Vec<PathBuf>,
+    /// Numbers published by others, shown beside ours and labelled as theirs.
+    #[arg(long)]
+    pub published: Option<PathBuf>,
+    /// Write the page as HTML to this file.
+    #[arg(long)]
+    pub html: Option<PathBuf>,
+    /// Write it as Markdown to this file (default: to standard output, if nothing else is asked
+    /// for).
+    #[arg(long)]
+    pub markdown: Option<PathBuf>,
+    /// Write the measurements as JSON to this file (`-` for standard output).
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+}

@@ -1,0 +1,134 @@
+//! `pirouette infer`: one observation → one chunk of actions, printed or saved.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use pirouette_engine::{BucketRule, draw_seed};
+use pirouette_engine::{Engine, EngineOptions, Noise, Request};
+use pirouette_model::WeightTable;
+use pirouette_policy::{NdArray, Value, sample_observation};
+
+use crate::args::{DeviceArgs, WeightArgs};
+use crate::setup::{self, PolicyArgs};
+use crate::text::write_json;
+use crate::weights::Weights;
+use crate::{device, npz, serve};
+
+/// Arguments of `infer`.
+#[derive(clap::Args)]
+pub struct InferArgs {
+    /// A configuration's name or a TOML file (a LeRobot checkpoint describes itself).
+    pub config: Option<String>,
+    /// Checkpoint directory (default: random weights of the full size).
+    #[arg(long)]
+    pub checkpoint: Option<PathBuf>,
+    /// The observation: `.npz`, or `.msgpack` as a client sends it (default: a random one).
+    #[arg(long)]
+    pub observation: Option<PathBuf>,
+    /// Instruction, when the observation brings none.
+    #[arg(long)]
+    pub prompt: Option<String>,
+    /// Seed of the noise (default: drawn and printed).
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Euler steps (default: the configuration's).
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// Save the actions as a NumPy file.
+    #[arg(long)]
+    pub out: Option<PathBuf>,
+    /// Write actions, seed and times as JSON to this file (`-` for standard output).
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+    #[command(flatten)]
+    pub policy: PolicyArgs,
+    #[command(flatten)]
+    pub device: DeviceArgs,
+}
+
+/// Runs one observation through the whole stack.
+pub fn run(args: &InferArgs) -> Result<()> {
+    let family = match &args.config {
+        Some(name) => setup::policy_config(name)?.family,
+        None => pirouette_model::Family::Pi0,
+    };
+    let weight_args = WeightArgs::for_family(args.checkpoint.clone(), family);
+    let weights = Weights::open(&weight_args)?;
+    let config = setup::choose(args.config.as_deref(), weights.checkpoint())?;
+    let steps = args.steps.unwrap_or(config.steps);
+    let policy_args = PolicyArgs {
+        default_prompt: args.prompt.clone().or(args.policy.default_prompt.clone()),
+        ..args.policy.clone()
+    };
+    let (policy, warnings) =
+        setup::policy(config, &weights.config, weights.checkpoint(), &policy_args)?;
+    eprintln!("{}; {}", setup::describe(&policy), weights.origin);
+    warnings.iter().for_each(|w| eprintln!("note: {w}"));
+    let observation = match &args.observation {
+        Some(path) => read(path)?,
+        None => {
+            eprintln!("note: a random observation (give one with --observation)");
+            sample_observation(policy.config(), 0)
+        }
+    };
+    let prepared = policy
+        .prepare(&observation)
+        .map_err(|e| anyhow::anyhow!("{}: {} ({})", e.exception(), e.message(), e.remedy()))?;
+
+    let c = policy.config();
+    let table = std::sync::Arc::new(WeightTable::new(weights.config, steps));
+    let mut options = EngineOptions::new(vec![table], c.horizon, c.max_token_len);
+    options.rule = BucketRule::cpu(1);
+    options.watchdog = std::time::Duration::from_secs(3600);
+    drop(weights);
+    device::is_gpu(&args.device)?;
+    let factory = serve::factory(args.device.clone(), weight_args, steps);
+    let engine = Engine::start(vec![factory], options)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(engine.wait_ready()).map_err(|why| anyhow::anyhow!("{why}"))?;
+    let seed = args.seed.unwrap_or_else(draw_seed);
+    let input = prepared.input.clone();
+    let request = Request {
+        images: input.images,
+        tokens: input.tokens,
+        state: input.state,
+        noise: Noise::Seed(seed),
+        steps: None,
+        deadline: None,
+    };
+    let answer = engine.submit(request)?.wait()?;
+    let actions = policy.finish(&prepared, &answer.actions)?;
+    eprintln!("seed {seed}, {:.1} ms", answer.timing.run.total_ms);
+    let values = actions.to_f64().context("actions are numbers")?;
+    if let Some(path) = &args.out {
+        npz::write_npy(path, &actions)?;
+    }
+    if let Some(path) = &args.json {
+        let rows: Vec<&[f64]> = values.chunks(actions.shape[1].max(1)).collect();
+        let ms = answer.timing.run.total_ms;
+        let report = serde_json::json!({ "actions": rows, "seed": seed, "infer_ms": ms });
+        return write_json(path, &report);
+    }
+    if args.out.is_none() {
+        print(&actions, &values);
+    }
+    Ok(())
+}
+
+fn read(path: &std::path::Path) -> Result<Value> {
+    let bytes = std::fs::read(path).with_context(|| format!("can't read {}", path.display()))?;
+    let extension = path.extension().and_then(|e| e.to_str()).unwrap_or("");
+    match extension {
+        "npz" => npz::read(&bytes).with_context(|| path.display().to_string()),
+        "msgpack" => pirouette_server::msgpack::decode(&bytes.into())
+            .with_context(|| path.display().to_string()),
+        _ => bail!("{}: an observation is a .npz or a .msgpack file", path.display()),
+    }
+}
+
+fn print(actions: &NdArray, values: &[f64]) {
+    for row in values.chunks(actions.shape.get(1).copied().unwrap_or(1).max(1)) {
+        let cells: Vec<String> = row.iter().map(|v| format!("{v:>9.4}")).collect();
+        println!("{}", cells.join(" "));
+    }
+}

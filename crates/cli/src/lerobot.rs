@@ -1,0 +1,114 @@
+//! A LeRobot checkpoint's own description → a policy configuration and statistics.
+
+use anyhow::{Result, bail};
+use pirouette_checkpoint::lerobot::{Feature, FeatureKind, LeRobot, NormMode as Stored};
+use pirouette_policy::image::Layout;
+use pirouette_policy::norm::NormMode;
+use pirouette_policy::robots::{Camera, GenericRobot, Robot, StateKey};
+use pirouette_policy::{NormStats, PolicyConfig, Processing};
+
+/// The configuration: cameras in the file's order, one state vector, `task` as the prompt.
+pub fn policy_config(l: &LeRobot) -> Result<PolicyConfig> {
+    crate::setup::check_lerobot(l)?;
+    let of = |kind: FeatureKind| -> Vec<&Feature> {
+        l.input_features.iter().filter(|f| f.kind == kind).collect()
+    };
+    let cameras: Vec<Camera> = of(FeatureKind::Visual)
+        .into_iter()
+        .enumerate()
+        .map(|(i, f)| Camera {
+            slot: format!("camera {i}"),
+            key: renamed(l, &f.name),
+            required: i == 0,
+            layout: Layout::Auto,
+        })
+        .collect();
+    if cameras.len() > 3 {
+        bail!("{} cameras: at most 3 are supported", cameras.len());
+    }
+    let Some(state) = of(FeatureKind::State).first().copied() else {
+        bail!("config.json names no STATE feature");
+    };
+    let Some(action) = l.output_features.iter().find(|f| f.kind == FeatureKind::Action) else {
+        bail!("config.json names no ACTION feature");
+    };
+    let dims = action.shape.first().copied().unwrap_or(0);
+    let mode = |kind, normaliser: &pirouette_checkpoint::lerobot::Normaliser| {
+        let found = normaliser.norm_map.iter().find(|(k, _)| *k == kind);
+        found.map_or(NormMode::Identity, |(_, m)| norm_mode(*m))
+    };
+    Ok(PolicyConfig {
+        name: "lerobot".into(),
+        family: l.family,
+        horizon: l.chunk_size,
+        max_token_len: l.tokenizer_max_length,
+        action_dim: l.max_action_dim,
+        steps: l.num_inference_steps,
+        asset_id: None,
+        state_norm: mode(FeatureKind::State, &l.input_stats),
+        action_norm: mode(FeatureKind::Action, &l.output_stats),
+        robot: Robot::Generic(GenericRobot {
+            cameras,
+            state: vec![StateKey {
+                key: renamed(l, &state.name),
+                dims: state.shape.first().copied(),
+            }],
+            output_dims: dims,
+            prompt_key: "task".into(),
+            state_units: "as recorded in the dataset".into(),
+            action_units: "as recorded in the dataset".into(),
+        }),
+        absolute_mask: absolute_mask(l, dims),
+        discrete_state: l.family == pirouette_model::Family::Pi05,
+        default_prompt: None,
+        metadata: vec![],
+        processing: Processing::Lerobot,
+    })
+}
+
+/// The key a robot sends for a feature: the rename map read backwards.
+fn renamed(l: &LeRobot, feature: &str) -> String {
+    let from = l.rename_map.iter().find(|(_, to)| to == feature);
+    from.map_or_else(|| feature.to_string(), |(from, _)| from.clone())
+}
+
+fn norm_mode(stored: Stored) -> NormMode {
+    match stored {
+        Stored::Identity => NormMode::Identity,
+        Stored::MeanStd => NormMode::MeanStd,
+        Stored::MinMax => NormMode::MinMax,
+        Stored::Quantiles => NormMode::Quantiles,
+        Stored::Quantile10 => NormMode::Quantile10,
+    }
+}
+
+/// Relative actions: all columns, except those whose name contains an excluded joint.
+fn absolute_mask(l: &LeRobot, dims: usize) -> Vec<bool> {
+    if !l.use_relative_actions {
+        return vec![];
+    }
+    let Some(names) = &l.action_feature_names else { return vec![true; dims] };
+    let excluded = |name: &String| {
+        let name = name.to_lowercase();
+        l.relative_exclude_joints.iter().any(|joint| name.contains(&joint.to_lowercase()))
+    };
+    names.iter().take(dims).map(|name| !excluded(name)).collect()
+}
+
+/// The processors' statistics under the policy's names.
+pub fn statistics(l: &LeRobot, warnings: &mut Vec<String>) -> Result<NormStats> {
+    let tensors = |stats: &pirouette_checkpoint::lerobot::Normaliser, feature: &'static str| {
+        let found = stats.stats.get(feature).cloned().unwrap_or_default();
+        found.into_iter().map(move |(name, values)| (format!("{feature}.{name}"), values))
+    };
+    let all: Vec<(String, Vec<f32>)> = tensors(&l.input_stats, "observation.state")
+        .chain(tensors(&l.output_stats, "action"))
+        .collect();
+    for feature in ["observation.state", "action"] {
+        if !all.iter().any(|(name, _)| name.starts_with(feature)) {
+            warnings
+                .push(format!("the checkpoint has no statistics of {feature}: passed as it is"));
+        }
+    }
+    Ok(NormStats::from_lerobot(all.iter().map(|(n, v)| (n.as_str(), v.clone())))?)
+}

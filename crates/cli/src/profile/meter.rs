@@ -1,0 +1,115 @@
+//! A compiled program on any backend → its times: whole, by stage, by step.
+
+use std::sync::Arc;
+
+use anyhow::Result;
+use pirouette_cpu::CpuExecutable;
+use pirouette_model::program::Stage;
+use pirouette_model::{BackendError, Executable, Inputs, Program, StageTimes};
+
+use super::cuda::CudaMeter;
+use crate::bench::quantile;
+use crate::device::Opened;
+
+/// A compiled program whose insides can be timed.
+pub trait Meter {
+    /// One run, inputs in host memory to actions in host memory.
+    fn run(&mut self, inputs: &Inputs<'_>, actions: &mut [f32])
+    -> Result<StageTimes, BackendError>;
+
+    /// Milliseconds of vision, prefill and denoise in each of `n` runs.
+    fn stages(
+        &mut self,
+        inputs: &Inputs<'_>,
+        actions: &mut [f32],
+        n: usize,
+    ) -> Result<Vec<[f64; 3]>, BackendError>;
+
+    /// Milliseconds of every step: the median of `n` runs.
+    fn steps(
+        &mut self,
+        inputs: &Inputs<'_>,
+        actions: &mut [f32],
+        n: usize,
+    ) -> Result<Vec<f64>, BackendError>;
+
+    /// Milliseconds of `n` runs without copies, where the device can run apart from the host.
+    fn device_only(&mut self, n: usize) -> Result<Option<Vec<f64>>, BackendError>;
+
+    /// Kernels per run, where a step is not one unit of work.
+    fn kernels(&self) -> Option<usize>;
+
+    /// How [`Meter::steps`] takes its times: what they include and what they don't.
+    fn step_clock(&self) -> &'static str;
+}
+
+/// Compiles a program on the opened device, ready to be timed.
+pub fn compile(opened: &mut Opened, program: Arc<Program>) -> Result<Box<dyn Meter>> {
+    match opened {
+        Opened::Cpu(device) => Ok(Box::new(CpuMeter(device.compile_cpu(program)?))),
+        Opened::Cuda(device) => Ok(Box::new(CudaMeter(device.compile_cuda(program)?))),
+    }
+}
+
+/// The CPU takes the time of every step in passing.
+pub struct CpuMeter(pub CpuExecutable);
+
+impl Meter for CpuMeter {
+    fn run(
+        &mut self,
+        inputs: &Inputs<'_>,
+        actions: &mut [f32],
+    ) -> Result<StageTimes, BackendError> {
+        self.0.run(inputs, actions)
+    }
+
+    fn stages(
+        &mut self,
+        inputs: &Inputs<'_>,
+        actions: &mut [f32],
+        n: usize,
+    ) -> Result<Vec<[f64; 3]>, BackendError> {
+        let by_stage = |t: StageTimes| [t.vision_ms, t.prefill_ms, t.denoise_ms];
+        (0..n).map(|_| self.0.run(inputs, actions).map(by_stage)).collect()
+    }
+
+    fn steps(
+        &mut self,
+        inputs: &Inputs<'_>,
+        actions: &mut [f32],
+        n: usize,
+    ) -> Result<Vec<f64>, BackendError> {
+        self.0.time_steps(true);
+        let mut samples = vec![Vec::with_capacity(n); self.0.program().steps.len()];
+        for _ in 0..n {
+            self.0.run(inputs, actions)?;
+            for (sample, &ms) in samples.iter_mut().zip(self.0.step_ms()) {
+                sample.push(ms);
+            }
+        }
+        self.0.time_steps(false);
+        Ok(samples.into_iter().map(median).collect())
+    }
+
+    fn device_only(&mut self, _: usize) -> Result<Option<Vec<f64>>, BackendError> {
+        Ok(None)
+    }
+
+    fn kernels(&self) -> Option<usize> {
+        None
+    }
+
+    fn step_clock(&self) -> &'static str {
+        "taken in ordinary runs, from barrier to barrier; their sum is the run without its copies"
+    }
+}
+
+/// The middle of some values; zero of none.
+pub fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    if values.is_empty() { 0.0 } else { quantile(&values, 0.5) }
+}
+
+/// The stages with their names, in order.
+pub const STAGES: [(Stage, &str); 3] =
+    [(Stage::Vision, "vision"), (Stage::Prefill, "prefill"), (Stage::Denoise, "denoise")];

@@ -1,0 +1,238 @@
+//! `pirouette profile`: where the milliseconds of one run go, step by step against the limit.
+
+mod breakdown;
+mod cuda;
+mod meter;
+mod rates;
+mod timing;
+mod trace;
+
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use pirouette_model::{Config, Program, StageTimes, WeightTable, record_with};
+use serde::{Deserialize, Serialize};
+
+pub use breakdown::{Breakdown, Group, gaps};
+pub use meter::{CpuMeter, Meter, STAGES, compile};
+pub use rates::{Limits, limits};
+pub use timing::{Repeats, Timing, Workload, summary, time};
+
+use crate::args::ProfileArgs;
+use crate::bench::RandomInputs;
+use crate::device;
+use crate::text::{scaled, table, today, write_json};
+use crate::weights::Weights;
+
+/// Where the milliseconds of one run go.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Profile {
+    /// What was run.
+    #[serde(flatten)]
+    pub workload: Workload,
+    /// Median of whole runs, inputs in host memory to actions in host memory.
+    pub end_to_end_ms: f64,
+    /// Median without copies, where measured apart.
+    pub device_ms: Option<f64>,
+    /// Medians of vision, prefill and denoise in runs that don't look at steps.
+    pub stage_ms: [f64; 3],
+    /// Kernels per run, where a step is not one unit of work.
+    pub kernels: Option<usize>,
+    /// How the steps' times were taken.
+    pub step_clock: String,
+    /// Rates the limits are computed for.
+    pub limits: Limits,
+    /// The tables.
+    #[serde(flatten)]
+    pub breakdown: Breakdown,
+}
+
+#[derive(Serialize)]
+struct Output<'a> {
+    version: &'static str,
+    date: String,
+    device: String,
+    weights: &'a str,
+    model: &'static str,
+    precision: &'static str,
+    #[serde(flatten)]
+    profile: &'a Profile,
+}
+
+/// A profile, and what a trace is drawn from.
+pub struct Measured {
+    /// The tables.
+    pub profile: Profile,
+    run: StageTimes,
+    step_ms: Vec<f64>,
+}
+
+/// Profiles one model and prints the tables, or writes them.
+pub fn run(args: &ProfileArgs) -> Result<()> {
+    let weights = Weights::open(&args.weights)?;
+    let config = weights.config;
+    let mut opened = device::open(&args.device, config, args.shape.steps, weights.source())?;
+    let name = opened.device().name();
+    eprintln!("{} · {name} · {}", config.family.name(), weights.origin);
+    let limits = limits(&name, &args.device, &args.rates)?;
+    let table = Arc::new(WeightTable::new(config, args.shape.steps));
+    let program = Arc::new(record_with(table, args.shape.shape(args.batch))?);
+    let mut meter = compile(&mut opened, program.clone())?;
+    let repeats = Repeats::choose(&name, args.runs, args.warmup)?;
+    let measured = measure(meter.as_mut(), &program, &config, repeats, limits)?;
+    if let Some(path) = &args.trace {
+        let rates = measured.profile.limits.rates();
+        let value = trace::trace(&program, &name, &rates, &measured.run, &measured.step_ms);
+        std::fs::write(path, serde_json::to_string(&value)? + "\n")
+            .with_context(|| format!("can't write {}", path.display()))?;
+        eprintln!("trace of {} steps: {}", program.steps.len(), path.display());
+    }
+    let profile = &measured.profile;
+    match &args.json {
+        Some(path) => {
+            let output = Output {
+                version: env!("CARGO_PKG_VERSION"),
+                date: today(),
+                device: name,
+                weights: &weights.origin,
+                model: config.family.name(),
+                precision: args.device.precision.name(),
+                profile,
+            };
+            write_json(path, &output)
+        }
+        None => {
+            print(profile, config.family.name());
+            Ok(())
+        }
+    }
+}
+
+/// Times whole runs, then steps.
+pub fn measure(
+    meter: &mut dyn Meter,
+    program: &Program,
+    config: &Config,
+    repeats: Repeats,
+    limits: Limits,
+) -> Result<Measured> {
+    let timing = time(meter, config, program.shape, repeats)?;
+    let sample = RandomInputs::new(config, program.shape, 1);
+    let mut actions = vec![0.0; sample.noise.len()];
+    let run = meter.run(&sample.inputs(), &mut actions)?;
+    // Medians of steps settle sooner than tails of whole runs.
+    let step_ms = meter.steps(&sample.inputs(), &mut actions, repeats.runs.min(20))?;
+    let profile = Profile {
+        workload: timing.workload,
+        end_to_end_ms: timing.p50_ms,
+        device_ms: timing.device_ms,
+        stage_ms: timing.stage_ms,
+        kernels: meter.kernels(),
+        step_clock: meter.step_clock().into(),
+        breakdown: breakdown::breakdown(program, &step_ms, &limits.rates()),
+        limits,
+    };
+    Ok(Measured { profile, run, step_ms })
+}
+
+/// Header of the tables of [`rows`].
+pub const GROUP_HEADER: [&str; 8] =
+    ["", "steps", "ms", "share", "FLOP", "weight bytes", "limit ms", "of limit"];
+
+/// Rows of a table of groups, and optionally their sum.
+pub fn rows<'a>(groups: impl IntoIterator<Item = &'a Group>, sum: bool) -> Vec<Vec<String>> {
+    let mut total = Group {
+        name: "sum of steps".into(),
+        steps: 0,
+        ms: 0.0,
+        share: 0.0,
+        flops: 0.0,
+        weight_bytes: 0.0,
+        limit_ms: 0.0,
+    };
+    let mut rows = Vec::new();
+    for g in groups {
+        rows.push(row(g));
+        total.steps += g.steps;
+        total.ms += g.ms;
+        total.share += g.share;
+        total.flops += g.flops;
+        total.weight_bytes += g.weight_bytes;
+        total.limit_ms += g.limit_ms;
+    }
+    if sum {
+        rows.push(row(&total));
+    }
+    rows
+}
+
+fn row(g: &Group) -> Vec<String> {
+    let of_limit = if g.ms > 0.0 { g.limit_ms / g.ms } else { 0.0 };
+    vec![
+        g.name.clone(),
+        g.steps.to_string(),
+        milliseconds(g.ms),
+        percent(g.share),
+        scaled(g.flops),
+        scaled(g.weight_bytes),
+        milliseconds(g.limit_ms),
+        percent(of_limit),
+    ]
+}
+
+/// Three digits that matter: `1234`, `123`, `12.3`, `1.23`, `0.123`.
+pub fn milliseconds(ms: f64) -> String {
+    let digits = match ms.abs() {
+        v if v >= 99.95 => 0,
+        v if v >= 9.995 => 1,
+        v if v >= 0.9995 => 2,
+        _ => 3,
+    };
+    format!("{ms:.digits$}")
+}
+
+/// `12.3 %`.
+pub fn percent(part: f64) -> String {
+    format!("{:.1} %", part * 100.0)
+}
+
+fn print(profile: &Profile, model: &str) {
+    println!("{model} · batch {} · {}", profile.workload.batch, profile.workload.text());
+    println!(
+        "limits at {:.2} TFLOP/s and {:.3} TB/s ({})\nsteps: {}\n",
+        profile.limits.tflops, profile.limits.tbps, profile.limits.origin, profile.step_clock
+    );
+    let b = &profile.breakdown;
+    let section = |title: &str, rows: &[Vec<String>]| {
+        let mut header = GROUP_HEADER;
+        header[0] = title;
+        println!("{}", table(&header, rows));
+    };
+    section("category", &rows(&b.categories, true));
+    section("stage", &rows(&b.stages, false));
+    section("kind of step", &rows(&b.kinds, false));
+    let largest: Vec<Vec<String>> = gaps(&b.kinds, 5)
+        .into_iter()
+        .map(|g| vec![g.name.clone(), milliseconds(g.ms), milliseconds(g.gap_ms())])
+        .collect();
+    println!("{}", table(&["largest gaps to the limit", "ms", "gap ms"], &largest));
+    if let Some(kernels) = profile.kernels {
+        println!("{kernels} kernels per run");
+    }
+    if let Some(ms) = profile.device_ms {
+        println!("device only, one replay: {} ms", milliseconds(ms));
+    }
+    println!("end to end: {} ms", milliseconds(profile.end_to_end_ms));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_keep_three_digits() {
+        let texts = [1234.4, 99.96, 12.34, 1.234, 0.1234, 0.0].map(milliseconds);
+        assert_eq!(texts, ["1234", "100", "12.3", "1.23", "0.123", "0.000"]);
+        assert_eq!(percent(0.1234), "12.3 %");
+    }
+}

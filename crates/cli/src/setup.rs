@@ -1,0 +1,190 @@
+//! Flags and a checkpoint → the policy to serve: configuration, statistics, tokenizer.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use pirouette_checkpoint::Checkpoint;
+use pirouette_checkpoint::lerobot::LeRobot;
+use pirouette_model::Config;
+use pirouette_policy::config::{from_toml, named};
+use pirouette_policy::tokenizer::find_tokenizer;
+use pirouette_policy::{NormStats, Policy, PolicyConfig, Tokenizer};
+
+use crate::lerobot;
+
+/// What a policy is set up from.
+#[derive(clap::Args, Clone, Debug)]
+pub struct PolicyArgs {
+    /// SentencePiece file (default: looked for in the checkpoint, openpi's and Hugging Face's
+    /// caches).
+    #[arg(long)]
+    pub tokenizer: Option<PathBuf>,
+    /// norm_stats.json, or a folder of assets (default: looked for in and beside the checkpoint).
+    #[arg(long)]
+    pub norm_stats: Option<PathBuf>,
+    /// Prompt of requests that bring none; goes before the configuration's.
+    #[arg(long, alias = "default_prompt")]
+    pub default_prompt: Option<String>,
+}
+
+/// A shipped configuration by name, or a user's own from a `.toml` file.
+pub fn policy_config(name: &str) -> Result<PolicyConfig> {
+    if !name.ends_with(".toml") {
+        return Ok(named(name)?);
+    }
+    let text = std::fs::read_to_string(name).with_context(|| format!("can't read {name}"))?;
+    from_toml(&text).with_context(|| format!("policy {name}"))
+}
+
+/// The configuration to serve: the one named, or what a LeRobot checkpoint says of itself.
+pub fn choose(name: Option<&str>, checkpoint: Option<&Checkpoint>) -> Result<PolicyConfig> {
+    match (name, checkpoint.and_then(|c| c.lerobot.as_ref())) {
+        (Some(name), _) => policy_config(name),
+        (None, Some(lerobot)) => lerobot::policy_config(lerobot),
+        (None, None) => bail!(
+            "which policy? Give a configuration's name or a TOML file, for example \
+             `pirouette serve pi05_droid --checkpoint DIR`"
+        ),
+    }
+}
+
+/// Sets the policy up for a model of these sizes. Warnings are for people.
+pub fn policy(
+    mut config: PolicyConfig,
+    model: &Config,
+    checkpoint: Option<&Checkpoint>,
+    args: &PolicyArgs,
+) -> Result<(Policy, Vec<String>)> {
+    if config.family != model.family {
+        bail!(
+            "configuration {} is for {}, these weights are {}: choose the configuration the \
+             checkpoint was trained with",
+            config.name,
+            config.family.name(),
+            model.family.name()
+        );
+    }
+    if config.action_dim != model.action_dim {
+        // The width belongs to the weights; named configurations assume the released ones.
+        config.action_dim = model.action_dim;
+    }
+    let mut warnings = Vec::new();
+    let stats = statistics(&config, checkpoint, args, &mut warnings)?;
+    let tokenizer = tokenizer(checkpoint, args, model, &mut warnings)?;
+    let policy = Policy::new(config, &stats, Arc::new(tokenizer), model.vision.image)?
+        .with_default_prompt(args.default_prompt.clone());
+    Ok((policy, warnings))
+}
+
+fn statistics(
+    config: &PolicyConfig,
+    checkpoint: Option<&Checkpoint>,
+    args: &PolicyArgs,
+    warnings: &mut Vec<String>,
+) -> Result<NormStats> {
+    let Some(checkpoint) = checkpoint else {
+        warnings.push("random weights: states and actions are not normalised".into());
+        return Ok(NormStats::default());
+    };
+    if let (Some(lerobot), None) = (&checkpoint.lerobot, &args.norm_stats) {
+        return lerobot::statistics(lerobot, warnings);
+    }
+    let Some(asset_id) = &config.asset_id else {
+        warnings.push(format!("{} has no asset id: nothing is normalised", config.name));
+        return Ok(NormStats::default());
+    };
+    let file = checkpoint.norm_stats(asset_id, args.norm_stats.as_deref())?;
+    NormStats::from_json(&file.bytes).with_context(|| file.path.display().to_string())
+}
+
+fn tokenizer(
+    checkpoint: Option<&Checkpoint>,
+    args: &PolicyArgs,
+    model: &Config,
+    warnings: &mut Vec<String>,
+) -> Result<Tokenizer> {
+    let root = checkpoint.map(|c| c.root.as_path());
+    let tokenizer = match find_tokenizer(args.tokenizer.as_deref(), root) {
+        Ok(path) => Tokenizer::from_file(&path)?,
+        Err(_) if checkpoint.is_none() && args.tokenizer.is_none() => {
+            warnings.push("no tokenizer file: prompts are read byte by byte".into());
+            Tokenizer::from_bytes(&byte_model())?
+        }
+        Err(e) => return Err(e.into()),
+    };
+    if tokenizer.piece_count() > model.vocab {
+        bail!(
+            "the tokenizer has {} pieces, the model's table {} rows: it belongs to another model \
+             (--tokenizer FILE)",
+            tokenizer.piece_count(),
+            model.vocab
+        );
+    }
+    Ok(tokenizer)
+}
+
+/// A SentencePiece model of the four special pieces and 256 bytes: what random weights speak.
+fn byte_model() -> Vec<u8> {
+    let field = |number: u8, body: &[u8]| -> Vec<u8> {
+        let mut out = vec![number << 3 | 2, body.len() as u8];
+        out.extend(body);
+        out
+    };
+    let piece = |text: &str, kind: u8| -> Vec<u8> {
+        let mut body = field(1, text.as_bytes());
+        body.extend([3 << 3, kind]);
+        field(1, &body)
+    };
+    let mut model = Vec::new();
+    for (text, kind) in [("<pad>", 3), ("<eos>", 3), ("<bos>", 3), ("<unk>", 2)] {
+        model.extend(piece(text, kind));
+    }
+    for byte in 0..=255u8 {
+        model.extend(piece(&format!("<0x{byte:02X}>"), 6));
+    }
+    // trainer: BPE (3), byte fallback (35), unk 3 (40), bos 2 (41), eos 1 (42), pad 0 (43)
+    let trainer: [u8; 17] =
+        [0x18, 2, 0x98, 0x02, 1, 0xC0, 0x02, 3, 0xC8, 0x02, 2, 0xD0, 0x02, 1, 0xD8, 0x02, 0];
+    model.extend(field(2, &trainer));
+    // normaliser: no dummy prefix, white space kept, spaces escaped
+    model.extend(field(3, &[0x18, 0, 0x20, 0, 0x28, 1]));
+    model
+}
+
+/// For a line of a log: the robot's cameras, dimensions and asset of a policy.
+pub fn describe(policy: &Policy) -> String {
+    let c = policy.config();
+    format!(
+        "{} ({}): robot {}, {} × {} actions, prompt ≤ {} tokens",
+        c.name,
+        c.family.name(),
+        c.robot.name(),
+        c.horizon,
+        c.output_dims(),
+        c.max_token_len
+    )
+}
+
+/// Where LeRobot's own facts contradict the program's fixed ones.
+pub fn check_lerobot(lerobot: &LeRobot) -> Result<()> {
+    let (low, high) = lerobot.periods;
+    if (low - 4e-3).abs() > 1e-9 || (high - 4.0).abs() > 1e-9 {
+        bail!("min_period {low} and max_period {high} differ from 0.004 and 4: not supported");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_byte_model_reads_any_text() {
+        let t = Tokenizer::from_bytes(&byte_model()).unwrap();
+        assert_eq!((t.bos(), t.piece_count()), (2, 260));
+        let plain = t.encode("pick");
+        assert_eq!(plain, [b'p', b'i', b'c', b'k'].map(|b| b as u32 + 4));
+        assert!(t.encode("löffel ▁ 🤖").iter().all(|&id| (4..260).contains(&id)));
+    }
+}

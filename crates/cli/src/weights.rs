@@ -1,0 +1,64 @@
+//! Flags → where the weights come from: a checkpoint, or random weights of the full size.
+
+use anyhow::{Context, Result};
+use pirouette_checkpoint::{Checkpoint, Synthetic};
+use pirouette_model::{Config, TensorSource};
+
+use crate::args::WeightArgs;
+
+/// Tensors to load, and what is known about them.
+pub struct Weights {
+    /// Sizes.
+    pub config: Config,
+    /// What to call them: a path, or the recipe.
+    pub origin: String,
+    kind: Kind,
+}
+
+enum Kind {
+    Checkpoint(Box<Checkpoint>),
+    Synthetic(Synthetic),
+}
+
+impl Weights {
+    /// Opens the checkpoint, or says that weights are random.
+    pub fn open(args: &WeightArgs) -> Result<Self> {
+        let Some(dir) = &args.checkpoint else {
+            return Ok(Self::synthetic(args.model.config(), args.weight_seed));
+        };
+        let checkpoint = pirouette_checkpoint::open(dir)
+            .with_context(|| format!("checkpoint {}", dir.display()))?;
+        let origin = dir.display().to_string();
+        Ok(Weights {
+            config: checkpoint.config,
+            origin,
+            kind: Kind::Checkpoint(Box::new(checkpoint)),
+        })
+    }
+
+    /// Random weights of any size.
+    pub fn synthetic(config: Config, seed: u64) -> Self {
+        let source = Synthetic::new(&config, seed);
+        Weights {
+            config,
+            origin: format!("random weights, seed {seed}"),
+            kind: Kind::Synthetic(source),
+        }
+    }
+
+    /// The tensors.
+    pub fn source(&self) -> &dyn TensorSource {
+        match &self.kind {
+            Kind::Checkpoint(c) => c.source.as_ref(),
+            Kind::Synthetic(s) => s,
+        }
+    }
+
+    /// The checkpoint, if it is one.
+    pub fn checkpoint(&self) -> Option<&Checkpoint> {
+        match &self.kind {
+            Kind::Checkpoint(c) => Some(c),
+            Kind::Synthetic(_) => None,
+        }
+    }
+}

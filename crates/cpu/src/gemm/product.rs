@@ -1,0 +1,255 @@
+//! `Linear` steps: input rows are packed (norm applied) by all workers, then tasks of row blocks ×
+//! column pairs are multiplied and finished.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use pirouette_model::program::{Epilogue, Norm};
+
+use super::epilogue::{Finish, finish_row};
+use super::operand::{RowNorm, pack_row};
+use super::{CHUNK, Kernel, PAIR, Tile};
+use crate::driver::memory::Shared;
+use crate::driver::pool::Worker;
+use crate::executable::Context;
+use crate::plan::{Feeding, LinearPlan};
+
+/// Most pairs of a task.
+const PAIRS: usize = 8;
+
+/// What the columns of a pair become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Output columns at the panels' own places.
+    Columns,
+    /// Gate columns and the up columns that go with them.
+    GateUp,
+    /// Two halves of a rotation: to `col` and `col + head_dim / 2` of q or k.
+    Rotate { to_key: bool, col: usize, angle: usize },
+    /// Value columns.
+    Value { col: usize },
+}
+
+/// Two panels of a weight that are multiplied and finished together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Pair {
+    pub(crate) panels: [Option<usize>; 2],
+    pub(crate) role: Role,
+}
+
+/// The pairs of an epilogue over a weight of `n` rows, and whether they do not fall on panels, so
+/// that whole rows must be finished.
+pub(crate) fn pairs(epilogue: &Epilogue, n: usize) -> (Vec<Pair>, bool) {
+    let pair = |a: usize, b: usize, role| Pair { panels: [Some(a), Some(b)], role };
+    let consecutive = |from: usize, to: usize, role: &dyn Fn(usize) -> Role| -> Vec<Pair> {
+        (from..to)
+            .step_by(2)
+            .map(|p| Pair { panels: [Some(p), (p + 1 < to).then_some(p + 1)], role: role(p) })
+            .collect()
+    };
+    let all = n.div_ceil(CHUNK);
+    match epilogue {
+        Epilogue::GeGlu { .. } if n.is_multiple_of(PAIR) => {
+            ((0..all / 2).map(|p| pair(p, all / 2 + p, Role::GateUp)).collect(), false)
+        }
+        Epilogue::Rope { q, head_dim, .. } if head_dim.is_multiple_of(PAIR) => {
+            let (per_head, heads) = (head_dim / CHUNK, n / head_dim - 1);
+            let mut pairs = Vec::new();
+            for head in 0..heads {
+                let to_key = head + 1 == heads;
+                let first = if to_key || q.is_none() { 0 } else { head * head_dim };
+                for i in 0..per_head / 2 {
+                    let (a, angle) = (head * per_head + i, i * CHUNK);
+                    let role = Role::Rotate { to_key, col: first + angle, angle };
+                    pairs.push(pair(a, a + per_head / 2, role));
+                }
+            }
+            let from = heads * per_head;
+            let value = |p: usize| Role::Value { col: (p - from) * CHUNK };
+            pairs.extend(consecutive(from, all, &value));
+            (pairs, false)
+        }
+        Epilogue::GeGlu { .. } | Epilogue::Rope { .. } => {
+            (consecutive(0, all, &|_| Role::Columns), true)
+        }
+        _ => (consecutive(0, all, &|_| Role::Columns), !n.is_multiple_of(CHUNK)),
+    }
+}
+
+/// How the rows of a run are cut.
+struct Cut {
+    /// Rows of a panel.
+    height: usize,
+    panels: usize,
+    panels_per_block: usize,
+    blocks: usize,
+    pairs_per_task: usize,
+}
+
+impl LinearPlan {
+    fn cut(&self, rows: usize, threads: usize) -> Cut {
+        let height = self.kernel.panel_rows(rows);
+        let panels = rows.div_ceil(height);
+        let most = if self.whole { 1 } else { (self.kernel.block_rows / height).max(1) };
+        let blocks = panels.div_ceil(most).max(1);
+        let panels_per_block = panels.div_ceil(blocks);
+        let pairs = self.pairs.len();
+        let pairs_per_task =
+            if self.whole { pairs } else { (pairs * blocks / (4 * threads)).clamp(1, PAIRS) };
+        Cut { height, panels, panels_per_block, blocks, pairs_per_task }
+    }
+
+    /// Where A is.
+    fn operand<'a>(&self, context: &Context<'a>) -> &'a Shared {
+        match (self.feeding, context.fed) {
+            (Feeding::Fed, Some(fed)) => fed,
+            _ => context.packed,
+        }
+    }
+
+    /// Words a worker needs for the sums of a task, and a whole row.
+    pub(crate) fn scratch_words(&self) -> usize {
+        let k = &self.kernel;
+        if self.whole {
+            (k.rows + 1) * self.pairs.len() * PAIR
+        } else {
+            (k.block_rows + k.rows) * PAIRS * PAIR
+        }
+    }
+}
+
+/// First half of the step: this worker's share of the rows of A.
+pub(crate) fn pack(context: &Context<'_>, plan: &LinearPlan, worker: &Worker<'_>) {
+    if plan.feeding == Feeding::Fed && context.fed.is_some() {
+        return;
+    }
+    let rows = &context.rows[plan.rows].rows;
+    let matrix = context.matrix(plan.weight);
+    let height = plan.kernel.panel_rows(rows.len());
+    let panel_words = matrix.chunks() * height * CHUNK;
+    let k = plan.input.cols;
+    let norm = match plan.norm {
+        Norm::None => RowNorm::None,
+        Norm::Rms { scale } => RowNorm::Rms(scale.map(|s| context.vector(s.0))),
+        Norm::Layer { scale } => RowNorm::Layer(context.vector(scale.0)),
+        Norm::Adaptive { table, row } => {
+            let m = &context.vector(table.0)[row * 3 * k..][..2 * k];
+            RowNorm::Adaptive(&m[..k], &m[k..])
+        }
+    };
+    let share = |i: usize| rows.len() * i / worker.count;
+    let first = share(worker.index);
+    for (r, &(group, row)) in (first..).zip(&rows[first..share(worker.index + 1)]) {
+        let at = plan.input.at(group as usize, row as usize);
+        // SAFETY: nobody writes the arena in this half of the step.
+        let x: &[f32] = unsafe { context.arena.read(at..at + k) };
+        let to = r / height * panel_words + r % height * CHUNK;
+        pack_row(plan.kernel.isa, x, norm, plan.kernel.storage, |chunk, words| {
+            let to = to + chunk * height * CHUNK;
+            // SAFETY: this worker alone writes row r of A.
+            unsafe { context.packed.write::<u32>(to..to + CHUNK) }.copy_from_slice(words);
+        });
+    }
+}
+
+/// Second half: tasks are taken from `counter` until none is left.
+pub(crate) fn multiply(
+    context: &Context<'_>,
+    plan: &LinearPlan,
+    worker: &Worker<'_>,
+    counter: &AtomicUsize,
+    scratch: &mut [f32],
+) {
+    let rows = &context.rows[plan.rows].rows;
+    if rows.is_empty() {
+        return;
+    }
+    let cut = plan.cut(rows.len(), worker.count);
+    let tasks = cut.blocks * plan.pairs.len().div_ceil(cut.pairs_per_task);
+    loop {
+        let task = counter.fetch_add(1, Ordering::Relaxed);
+        if task >= tasks {
+            return;
+        }
+        // Neighbouring tasks share columns of the weight.
+        let first = task % cut.blocks * cut.panels_per_block;
+        let panels = first..(first + cut.panels_per_block).min(cut.panels);
+        let pairs = plan.pairs.chunks(cut.pairs_per_task).nth(task / cut.blocks);
+        let pairs = pairs.unwrap_or_default();
+        sums(context, plan, &cut, panels.clone(), pairs, scratch);
+        let first_row = panels.start * cut.height;
+        let rows = &rows[first_row..(panels.end * cut.height).min(rows.len())];
+        let pair_words = panels.len() * cut.height * PAIR;
+        if plan.whole {
+            finish_whole(context, plan, rows, pair_words, scratch);
+            continue;
+        }
+        for (pair, sums) in pairs.iter().zip(scratch.chunks_exact(pair_words)) {
+            let height = cut.height;
+            let finish = Finish { context, plan, pair, sums, rows, first_row, height };
+            plan.kernel.isa.lanes(finish);
+        }
+    }
+}
+
+/// Sums of a task, `[pair][row][32]`.
+fn sums(
+    context: &Context<'_>,
+    plan: &LinearPlan,
+    cut: &Cut,
+    panels: std::ops::Range<usize>,
+    pairs: &[Pair],
+    scratch: &mut [f32],
+) {
+    let matrix = context.matrix(plan.weight);
+    let chunks = matrix.chunks();
+    let rows = context.rows[plan.rows].rows.len();
+    let Kernel { tile, chunks_per_block, .. } = plan.kernel;
+    let panel_words = chunks * cut.height * CHUNK;
+    let pair_words = panels.len() * cut.height * PAIR;
+    assert!(scratch.len() >= pairs.len() * pair_words, "scratch of a product is too small");
+    // With one panel of rows B is read once: nothing to keep in cache, stream it.
+    let block = if panels.len() == 1 { chunks } else { chunks_per_block };
+    // SAFETY: A was packed before a barrier, nobody writes it in this half of the step.
+    let a: &[u32] = unsafe { plan.operand(context).read(0..cut.panels * panel_words) };
+    for from in (0..chunks).step_by(block) {
+        for (p, pair) in pairs.iter().enumerate() {
+            let b = pair.panels.map(|panel| match panel {
+                Some(panel) => matrix.panel(panel)[from * CHUNK * CHUNK..].as_ptr(),
+                None => std::ptr::null(),
+            });
+            for (i, panel) in panels.clone().enumerate() {
+                let c = &mut scratch[p * pair_words + i * cut.height * PAIR..];
+                let t = Tile {
+                    rows: cut.height.min(rows - panel * cut.height),
+                    chunks: block.min(chunks - from),
+                    a: a[panel * panel_words + from * cut.height * CHUNK..].as_ptr(),
+                    a_stride: cut.height * CHUNK,
+                    b,
+                    c: c[..cut.height * PAIR].as_mut_ptr(),
+                    c_stride: PAIR,
+                    accumulate: from > 0,
+                };
+                // SAFETY: A and B panels have `chunks` chunks, the sums `height` rows of 32; the
+                // kernel was chosen for this machine and the worker is in a session.
+                unsafe { tile(&t) };
+            }
+        }
+    }
+}
+
+fn finish_whole(
+    context: &Context<'_>,
+    plan: &LinearPlan,
+    rows: &[(u32, u32)],
+    pair_words: usize,
+    scratch: &mut [f32],
+) {
+    let n = context.matrix(plan.weight).n;
+    let (sums, y) = scratch.split_at_mut(plan.pairs.len() * pair_words);
+    for (r, &row) in rows.iter().enumerate() {
+        for (p, y) in y[..n].chunks_mut(PAIR).enumerate() {
+            y.copy_from_slice(&sums[p * pair_words + r * PAIR..][..y.len()]);
+        }
+        finish_row(context, plan, row, &mut y[..n]);
+    }
+}

@@ -1,0 +1,209 @@
+//! Checkpoint → packed weights, once at load, row by row: no weight is ever whole in f32 unless it
+//! is stored so.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+
+use pirouette_model::program::WeightId;
+use pirouette_model::weights::{Kind, WeightSpec};
+use pirouette_model::{BackendError, TensorSource, WeightRows, WeightTable};
+
+use crate::driver::memory::{Words, reserve};
+use crate::gemm::operand::{Matrix, bf16_bits, pack_columns};
+use crate::gemm::{CHUNK, Storage};
+
+/// Rows of the token table that a thread takes at a time.
+const TABLE_ROWS: usize = 64;
+
+/// One loaded weight.
+pub(crate) enum Stored {
+    Matrix(Matrix),
+    /// The token table: pairs of bf16, or f32.
+    Table {
+        cols: usize,
+        storage: Storage,
+        words: Words,
+    },
+    Vector(Vec<f32>),
+}
+
+/// All weights of a model.
+pub(crate) struct Weights {
+    pub(crate) table: WeightTable,
+    /// Storage of matrices.
+    pub(crate) storage: Storage,
+    /// By [`WeightId`].
+    pub(crate) stored: Vec<Stored>,
+}
+
+impl Weights {
+    /// Loads in `loading_order`, all `threads` on the rows of one weight at a time.
+    pub(crate) fn load(
+        table: WeightTable,
+        storage: Storage,
+        source: &dyn TensorSource,
+        threads: usize,
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Weights, BackendError> {
+        let bytes = table.specs.iter().map(|s| stored_bytes(s, storage)).sum();
+        reserve(bytes, "the model")?;
+        let total = table.specs.iter().map(|s| s.len() as u64).sum();
+        let mut stored: Vec<Option<Stored>> = table.specs.iter().map(|_| None).collect();
+        let mut done = 0;
+        progress(done, total);
+        for id in table.loading_order() {
+            let rows = table.open(id, source)?;
+            let spec = table.spec(id);
+            stored[id.0] = Some(pack(spec, &rows, storage, threads)?);
+            done += spec.len() as u64;
+            progress(done, total);
+        }
+        let stored = stored.into_iter().flatten().collect();
+        Ok(Weights { table, storage, stored })
+    }
+
+    /// Bytes of all of them.
+    pub(crate) fn bytes(&self) -> usize {
+        let each = self.stored.iter().map(|s| match s {
+            Stored::Matrix(matrix) => matrix.words.bytes(),
+            Stored::Table { words, .. } => words.bytes(),
+            Stored::Vector(values) => values.len() * 4,
+        });
+        each.sum()
+    }
+
+    /// Row of a token table, to f32.
+    pub(crate) fn token_row(&self, id: usize, row: usize, out: &mut [f32]) {
+        let Stored::Table { cols, storage, words } = &self.stored[id] else {
+            panic!("weight {} is no token table", self.table.spec(WeightId(id)).name);
+        };
+        let width = row_words(*cols, *storage);
+        let words = &words.as_slice()[row * width..][..width];
+        match storage {
+            Storage::F32 => {
+                for (o, w) in out.iter_mut().zip(words) {
+                    *o = f32::from_bits(*w);
+                }
+            }
+            Storage::Bf16 => {
+                for (i, o) in out.iter_mut().enumerate() {
+                    *o = f32::from_bits(words[i / 2] >> (16 * (i % 2)) << 16);
+                }
+            }
+        }
+    }
+}
+
+/// Words of a row of the token table.
+fn row_words(cols: usize, storage: Storage) -> usize {
+    match storage {
+        Storage::F32 => cols,
+        Storage::Bf16 => cols.div_ceil(2),
+    }
+}
+
+/// Bytes of a weight once stored, padding aside.
+fn stored_bytes(spec: &WeightSpec, storage: Storage) -> u64 {
+    let each = match (spec.kind, storage) {
+        (Kind::Matrix | Kind::TokenTable, Storage::Bf16) => 2,
+        _ => 4,
+    };
+    spec.len() as u64 * each
+}
+
+fn pack(
+    spec: &WeightSpec,
+    rows: &WeightRows<'_>,
+    storage: Storage,
+    threads: usize,
+) -> Result<Stored, BackendError> {
+    match spec.kind {
+        Kind::Matrix | Kind::RimMatrix => {
+            let storage = if spec.kind == Kind::Matrix { storage } else { Storage::F32 };
+            let mut matrix = Matrix::zeroed(spec.rows, spec.cols, storage, &spec.name)?;
+            pack_columns_of(&mut matrix, threads, |row, out| rows.fill(row, out));
+            Ok(Stored::Matrix(matrix))
+        }
+        Kind::TokenTable => {
+            let width = row_words(spec.cols, storage);
+            let mut words = Words::zeroed(spec.rows * width, &spec.name)?;
+            let part = TABLE_ROWS * width;
+            in_parallel(words.as_mut_slice(), part, threads, |index, out| {
+                let mut row = vec![0.0; spec.cols];
+                for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                    rows.fill(index * TABLE_ROWS + i, &mut row);
+                    pack_table_row(&row, storage, out);
+                }
+            });
+            Ok(Stored::Table { cols: spec.cols, storage, words })
+        }
+        Kind::Vector => {
+            let mut values = vec![0.0; spec.len()];
+            for (i, row) in values.chunks_exact_mut(spec.cols).enumerate() {
+                rows.fill(i, row);
+            }
+            Ok(Stored::Vector(values))
+        }
+    }
+}
+
+/// Packs a matrix, `fill(row, out)` giving its rows; threads take panels in turn.
+pub(crate) fn pack_columns_of(
+    matrix: &mut Matrix,
+    threads: usize,
+    fill: impl Fn(usize, &mut [f32]) + Sync,
+) {
+    let (n, k, storage, panel) = (matrix.n, matrix.k, matrix.storage, matrix.panel_words());
+    in_parallel(matrix.words.as_mut_slice(), panel, threads, |index, out| {
+        let rows = index * CHUNK..((index + 1) * CHUNK).min(n);
+        let mut values = vec![0.0f32; rows.len() * k];
+        for (row, values) in rows.zip(values.chunks_exact_mut(k)) {
+            fill(row, values);
+        }
+        let columns: Vec<&[f32]> = values.chunks_exact(k).collect();
+        pack_columns(&columns, storage, |chunk, column, words| {
+            let block = &mut out[chunk * CHUNK * CHUNK..][..CHUNK * CHUNK];
+            for (w, word) in words.iter().enumerate() {
+                block[w * CHUNK + column] = *word;
+            }
+        });
+    });
+}
+
+fn pack_table_row(row: &[f32], storage: Storage, out: &mut [u32]) {
+    match storage {
+        Storage::F32 => {
+            for (o, v) in out.iter_mut().zip(row) {
+                *o = v.to_bits();
+            }
+        }
+        Storage::Bf16 => {
+            for (o, pair) in out.iter_mut().zip(row.chunks(2)) {
+                *o = bf16_bits(pair[0]) | pair.get(1).map_or(0, |v| bf16_bits(*v) << 16);
+            }
+        }
+    }
+}
+
+/// Calls `fill(index, part)` for every part of `part` words, parts taken by the threads in turn.
+fn in_parallel(
+    words: &mut [u32],
+    part: usize,
+    threads: usize,
+    fill: impl Fn(usize, &mut [u32]) + Sync,
+) {
+    let parts = Mutex::new(words.chunks_mut(part.max(1)).enumerate());
+    let work = || {
+        loop {
+            let next = parts.lock().unwrap_or_else(PoisonError::into_inner).next();
+            let Some((index, part)) = next else { return };
+            fill(index, part);
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(work);
+        }
+        work();
+    });
+}

@@ -1,0 +1,432 @@
+// Prefix attention of Gemma-2B: out = softmax(q·kᵀ)·v, 8 query heads of 256 over one K/V head.
+//
+// The 8 heads of a row are packed onto the M side (row r of a sample is M rows 8r … 8r+7, which is
+// how q lies in memory anyway), so a sample is one [8·P, 256] × [len, 256]ᵀ problem.
+//
+// | what | value |
+// |---|---|
+// | q, out | bf16 [batch · rows, 2048] = [batch · rows · 8, 256]; the softmax scale is in q |
+// | K, V | bf16 [batch · cache_rows, 256]; key s counts iff s < cameras · image_tokens + prompt |
+// | tile | 128 M rows × 80 keys, two consumer warpgroups of 64 rows, one producer |
+// | arithmetic | wgmma m64n80k16 (S, Q from smem), m64n256k16 (O, P from registers), FP32 |
+// | stages | 2 K + 2 V tiles of 40 KB beside Q's 64 KB |
+// | SPLIT | CTAs of a cluster that share 128 rows and split the keys; each then owns 256 / SPLIT |
+// |       | output columns and gathers the others' partial sums through distributed smem |
+// | threads | 384 (setmaxnreg: consumers 240 registers, producer 24) |
+// | dynamic smem | 230,400 bytes |
+// | grid | (tiles · SPLIT, batch), tiles = ceil(8 · rows / 128) |
+// | cluster | (SPLIT, 1, 1), launch attribute |
+// | maps | q [batch·rows·8, 256] box [128 rows, 64]; k, v [batch·cache_rows, 256] box [80, 64]; |
+// |      | bf16, 128-byte swizzle, no interleave, out of bounds reads as zero |
+//
+// Query rows at or past the prefix length get zeros. K/V rows past it may hold anything, NaN too.
+// Bit-stable: no atomics, partial sums are combined in the order of their rank.
+// `lengths` is read before the dependency wait: it must be written before the graph starts.
+// Limit at P = 788: 5.1 GFLOP, 6.4 µs at 800 TFLOP/s. Measured 2026-11-22, H200, nvcc 13.0, in a
+// graph of dependent launches: split2 14.1-14.4 µs (45 % of the limit), 968 18.9, 524 12.8;
+// B = 2 split1 24.9, B = 8 97-98 either way, B = 32 split1 333. Use split2 at B = 1, else split1.
+// Tried and dropped: K/V multicast over two row tiles (slower), split 4 (two waves), a maximum that
+// lags by up to 2^8 (0.3 µs faster, a quarter more error).
+#include "attention_ptx.cuh"
+
+/// Parameters of every attention_prefill_sm90_* kernel.
+struct AttentionPrefillParams {
+    u16* out;            ///< bf16 [batch · rows, 2048]
+    const u32* lengths;  ///< [batch, 2]: cameras, prompt length
+    u32 rows;            ///< prefix rows of a sample in q and out (P)
+    u32 cache_rows;      ///< rows of a sample in K and V
+    u32 image_tokens;    ///< rows of one camera
+    u32 reserved;        ///< 0
+};
+static_assert(sizeof(AttentionPrefillParams) == 32, "shared with the host");
+
+namespace prefill {
+
+constexpr u32 kRows = 128, kKeys = 80, kHeads = 8, kDim = 256;
+constexpr u32 kQBytes = kRows * kDim * 2, kTileBytes = kKeys * kDim * 2;
+constexpr u32 kQBlock = kRows * 128, kTileBlock = kKeys * 128;  // 64 columns of all rows
+constexpr u32 kK = kQBytes, kV = kK + 2 * kTileBytes, kBarriers = kV + 2 * kTileBytes;
+constexpr u32 kSmem = kBarriers + 1024;
+static_assert(kSmem == 230400, "the host asks for this much");
+constexpr u32 kConsumers = 256, kThreads = kConsumers + 128;
+constexpr u32 kExchangeStats = 65536;  // past the exchanged partial sums
+constexpr u32 kGather = 96;            // the barrier that counts them, after `Barriers`
+
+/// Shared-memory addresses of the barriers.
+struct Barriers {
+    u32 base;
+    __device__ u32 start(u32 c) const { return base + 8 * c; }  // Q and first K, a slice each
+    __device__ u32 k_full(u32 s) const { return base + 32 + 8 * s; }
+    __device__ u32 k_empty(u32 s) const { return base + 48 + 8 * s; }
+    __device__ u32 v_full(u32 s) const { return base + 64 + 8 * s; }
+    __device__ u32 v_empty(u32 s) const { return base + 80 + 8 * s; }
+};
+
+/// One K or V tile: four boxes of 64 columns.
+__device__ __forceinline__ void load_tile(u32 to, const AttentionTensorMap* map, u32 bar,
+                                          int row) {
+    ptx::barrier_expect(bar, kTileBytes);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) ptx::tma_load(to + c * kTileBlock, map, bar, c * 64, row);
+}
+
+/// The producer: Q with the first K tile in four slices of 64 columns, so that the first scores
+/// start after a quarter of it, then V and K tiles in the order the consumers need them.
+__device__ void produce(u32 smem, Barriers bars, const AttentionTensorMap* q_map,
+                        const AttentionTensorMap* k_map, const AttentionTensorMap* v_map,
+                        int q_row, int key_row, u32 blocks) {
+    for (u32 c = 0; c < 4 && blocks > 0; ++c) {
+        ptx::barrier_expect(bars.start(c), kQBlock + kTileBlock);
+        ptx::tma_load(smem + c * kQBlock, q_map, bars.start(c), c * 64, q_row);
+        ptx::tma_load(smem + kK + c * kTileBlock, k_map, bars.start(c), c * 64, key_row);
+    }
+    for (u32 i = 0; i < blocks; ++i) {
+        if (i + 1 < blocks) {
+            const u32 s = (i + 1) & 1;
+            ptx::barrier_wait(bars.k_empty(s), (((i + 1) >> 1) & 1) ^ 1);
+            load_tile(smem + kK + s * kTileBytes, k_map, bars.k_full(s),
+                      key_row + (i + 1) * kKeys);
+        }
+        const u32 s = i & 1;
+        ptx::barrier_wait(bars.v_empty(s), ((i >> 1) & 1) ^ 1);
+        load_tile(smem + kV + s * kTileBytes, v_map, bars.v_full(s), key_row + i * kKeys);
+    }
+}
+
+/// State of one consumer thread: rows `lane / 4` and `+ 8` of its warp's 16.
+struct Rows {
+    float max[2], sum[2];
+};
+
+/// Says that this warp is done with a tile.
+__device__ __forceinline__ void release(u32 bar) {
+    if ((threadIdx.x & 31) == 0) ptx::barrier_arrive(bar);
+}
+
+/// The two warpgroups take turns to feed the tensor cores: one's softmax runs under the other's
+/// products.
+__device__ __forceinline__ void turn_begin(u32 group) { ptx::named_barrier(3 + group, 256); }
+__device__ __forceinline__ void turn_end(u32 group) {
+    asm volatile("bar.arrive %0, 256;" :: "r"(4 - group) : "memory");
+}
+
+/// s = Q·Kᵀ, waiting slice by slice when the tile is the first.
+template <bool FIRST>
+__device__ __forceinline__ void scores(float (&s)[40], u32 q, u32 k, Barriers bars) {
+    ptx::wgmma_touch(s);
+    ptx::wgmma_fence();
+    const u64 a = ptx::wgmma_descriptor(q, 16, 1024, ptx::kSwizzle128);
+    const u64 b = ptx::wgmma_descriptor(k, 16, 1024, ptx::kSwizzle128);
+#pragma unroll
+    for (u32 i = 0; i < kDim / 16; ++i) {
+        if (FIRST && i % 4 == 0) {
+            ptx::barrier_wait(bars.start(i / 4), 0);
+            ptx::wgmma_fence();
+        }
+        ptx::wgmma_ss(s, a + ((i / 4 * kQBlock + i % 4 * 32) >> 4),
+                      b + ((i / 4 * kTileBlock + i % 4 * 32) >> 4), i > 0);
+    }
+    ptx::wgmma_commit();
+}
+
+__device__ __forceinline__ void values(float (&o)[128], const u32 (&p)[20], u32 v) {
+    ptx::wgmma_touch(o);
+    ptx::wgmma_fence();
+    const u64 b = ptx::wgmma_descriptor(v, kTileBlock, 1024, ptx::kSwizzle128);
+#pragma unroll
+    for (u32 i = 0; i < kKeys / 16; ++i)
+        ptx::wgmma_rs(o, p + 4 * i, b + (i * 2048 >> 4), 1);
+    ptx::wgmma_commit();
+}
+
+/// Scores to weights exp2((s − max)·log2e) in place; keys at or past `valid` weigh nothing.
+/// Returns through `scale` what the sums so far must be multiplied by.
+__device__ __forceinline__ void soften(float (&s)[40], Rows& rows, float (&scale)[2], u32 valid) {
+    if (valid < kKeys) {
+        const u32 first = (threadIdx.x & 3) * 2;
+#pragma unroll
+        for (u32 i = 0; i < 40; ++i)
+            if (i / 4 * 8 + first + (i & 1) >= valid) s[i] = -ptx::infinity();
+    }
+#pragma unroll
+    for (u32 r = 0; r < 2; ++r) {
+        float m = s[2 * r];
+#pragma unroll
+        for (u32 j = 0; j < 10; ++j) m = fmaxf(m, fmaxf(s[4 * j + 2 * r], s[4 * j + 2 * r + 1]));
+        m = fmaxf(rows.max[r], ptx::quad_max(m));
+        scale[r] = ptx::exp2_fast((rows.max[r] - m) * ptx::kLog2e);
+        rows.max[r] = m;
+        const float shift = m * ptx::kLog2e;
+        float sum = 0.f;
+#pragma unroll
+        for (u32 j = 0; j < 20; ++j) {
+            float& x = s[4 * (j / 2) + 2 * r + (j & 1)];
+            x = ptx::exp2_fast(fmaf(x, ptx::kLog2e, -shift));
+            sum += x;
+        }
+        rows.sum[r] = fmaf(rows.sum[r], scale[r], sum);
+    }
+}
+
+__device__ __forceinline__ void pack(u32 (&p)[20], const float (&s)[40]) {
+#pragma unroll
+    for (u32 j = 0; j < 20; ++j) p[j] = ptx::pack_bf16(s[2 * j], s[2 * j + 1]);
+}
+
+/// Zeroes V rows past the prefix in the last tile: 0 · NaN is NaN.
+__device__ __forceinline__ void zero_rows(u32 v, u32 valid, u32 group) {
+    const u32 chunks = (kKeys - valid) * 8;  // of 16 bytes, in each block of 64 columns
+    for (u32 i = threadIdx.x & 127; i < 4 * chunks; i += 128) {
+        const u32 at = v + i / chunks * kTileBlock + valid * 128 + i % chunks * 16;
+        asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" :: "r"(at), "r"(0) : "memory");
+    }
+    ptx::fence_async_proxy();
+    ptx::named_barrier(1 + group, 128);
+}
+
+/// All keys of this CTA for 64 rows: o and rows hold the partial result.
+template <int SPLIT>
+__device__ __forceinline__ void consume(float (&o)[128], Rows& rows, u32 smem, Barriers bars,
+                                        u32 group, u32 blocks, u32 last_valid) {
+    const u32 q = smem + group * 64 * 128;
+    float s[40], scale[2];
+    u32 p[20];
+    if (blocks == 0) {
+        if (SPLIT > 1) ptx::cluster_arrive();
+        return;
+    }
+    if (group == 1) turn_end(1);
+    turn_begin(group);
+    scores<true>(s, q, smem + kK, bars);
+    turn_end(group);
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_touch(s);
+    release(bars.k_empty(0));
+    soften(s, rows, scale, blocks == 1 ? last_valid : kKeys);
+    pack(p, s);
+    for (u32 i = 1; i < blocks; ++i) {
+        const u32 slot = i & 1, before = slot ^ 1;
+        turn_begin(group);
+        // the first use of slot 0 went through the start barriers
+        ptx::barrier_wait(bars.k_full(slot), (i >> 1 & 1) ^ before);
+        scores<false>(s, q, smem + kK + slot * kTileBytes, bars);
+        ptx::barrier_wait(bars.v_full(before), (i - 1) >> 1 & 1);
+        values(o, p, smem + kV + before * kTileBytes);
+        turn_end(group);
+        ptx::wgmma_wait<1>();
+        ptx::wgmma_touch(s);
+        release(bars.k_empty(slot));
+        soften(s, rows, scale, i + 1 == blocks ? last_valid : kKeys);
+        ptx::wgmma_wait<0>();
+        ptx::wgmma_touch(o);
+        release(bars.v_empty(before));
+        if (__any_sync(~0u, scale[0] != 1.f || scale[1] != 1.f)) {
+#pragma unroll
+            for (u32 j = 0; j < 128; ++j) o[j] *= scale[(j >> 1) & 1];
+        }
+        pack(p, s);
+    }
+    if (SPLIT > 1) ptx::cluster_arrive();  // Q and K are read: the peer may put its sums there
+    const u32 slot = (blocks - 1) & 1, v = smem + kV + slot * kTileBytes;
+    turn_begin(group);
+    ptx::barrier_wait(bars.v_full(slot), (blocks - 1) >> 1 & 1);
+    if (last_valid < kKeys) zero_rows(v, last_valid, group);
+    values(o, p, v);
+    if (group == 0) turn_end(group);
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_touch(o);
+#pragma unroll
+    for (u32 r = 0; r < 2; ++r) rows.sum[r] = ptx::quad_sum(rows.sum[r]);
+}
+
+/// Gathers the SPLIT partial results; `mine` = the normalised columns this CTA owns.
+template <int SPLIT>
+__device__ __forceinline__ void combine(float (&mine)[128 / SPLIT], const float (&o)[128],
+                                        const Rows& rows, const u8* smem, u32 part) {
+    constexpr u32 kCount = 128 / SPLIT, kSlot = kCount * 4 * kConsumers;
+    const u32 tid = threadIdx.x, base = ptx::smem_address(smem);
+    ptx::cluster_wait();
+#pragma unroll
+    for (u32 t = 0; t < SPLIT; ++t) {
+        if (t == part) {
+#pragma unroll
+            for (u32 j = 0; j < kCount; ++j) mine[j] = o[t * kCount + j];
+        } else {
+            const u32 slot = part < t ? part : part - 1;
+            const u32 to = ptx::remote_address(base, t), bar = to + kBarriers + kGather;
+            const u32 at = to + slot * kSlot + tid * 16;
+#pragma unroll
+            for (u32 j = 0; j < kCount; j += 4)
+                ptx::remote_store(at + j * 4 * kConsumers, bar, o[t * kCount + j],
+                                  o[t * kCount + j + 1], o[t * kCount + j + 2],
+                                  o[t * kCount + j + 3]);
+            ptx::remote_store(to + kExchangeStats + slot * 4096 + tid * 16, bar, rows.max[0],
+                              rows.max[1], rows.sum[0], rows.sum[1]);
+        }
+    }
+    ptx::barrier_wait_cluster(base + kBarriers + kGather, 0);
+    float4 stats[SPLIT];
+    float top[2] = {-ptx::infinity(), -ptx::infinity()}, total[2] = {0.f, 0.f};
+#pragma unroll
+    for (u32 t = 0; t < SPLIT; ++t) {
+        const u32 slot = t < part ? t : t - 1;
+        stats[t] = t == part ? make_float4(rows.max[0], rows.max[1], rows.sum[0], rows.sum[1])
+                             : *reinterpret_cast<const float4*>(smem + kExchangeStats +
+                                                                slot * 4096 + tid * 16);
+        top[0] = fmaxf(top[0], stats[t].x);
+        top[1] = fmaxf(top[1], stats[t].y);
+    }
+#pragma unroll
+    for (u32 t = 0; t < SPLIT; ++t) {
+        stats[t].x = ptx::exp2_fast((stats[t].x - top[0]) * ptx::kLog2e);
+        stats[t].y = ptx::exp2_fast((stats[t].y - top[1]) * ptx::kLog2e);
+        total[0] = fmaf(stats[t].x, stats[t].z, total[0]);
+        total[1] = fmaf(stats[t].y, stats[t].w, total[1]);
+    }
+    const float inverse[2] = {1.f / total[0], 1.f / total[1]};
+#pragma unroll
+    for (u32 j = 0; j < kCount; j += 4) {
+        float acc[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+        for (u32 t = 0; t < SPLIT; ++t) {
+            const u32 slot = t < part ? t : t - 1;
+            const float4 x = t == part
+                ? make_float4(mine[j], mine[j + 1], mine[j + 2], mine[j + 3])
+                : *reinterpret_cast<const float4*>(smem + slot * kSlot + j * 4 * kConsumers +
+                                                   tid * 16);
+            acc[0] = fmaf(stats[t].x, x.x, acc[0]);
+            acc[1] = fmaf(stats[t].x, x.y, acc[1]);
+            acc[2] = fmaf(stats[t].y, x.z, acc[2]);
+            acc[3] = fmaf(stats[t].y, x.w, acc[3]);
+        }
+#pragma unroll
+        for (u32 k = 0; k < 4; ++k) mine[j + k] = acc[k] * inverse[k >> 1];
+    }
+}
+
+/// Writes columns [first, first + COUNT · 2) of the thread's two rows; rows past `real` as zeros.
+template <int COUNT>
+__device__ __forceinline__ void store(const float (&x)[COUNT], u16* out, u32 row, u32 rows,
+                                      u32 real, u32 first) {
+    const u32 q = threadIdx.x & 3;
+#pragma unroll
+    for (u32 j = 0; j < COUNT; j += 16) {
+#pragma unroll
+        for (u32 r = 0; r < 2; ++r) {
+            u32 v[4];
+#pragma unroll
+            for (u32 k = 0; k < 4; ++k)
+                v[k] = ptx::pack_bf16(x[j + 4 * k + 2 * r], x[j + 4 * k + 2 * r + 1]);
+            ptx::quad_transpose(v);
+            const u32 at = row + 8 * r;
+            const bool live = at < real;
+            const uint4 word = live ? make_uint4(v[0], v[1], v[2], v[3]) : make_uint4(0, 0, 0, 0);
+            if (at < rows)
+                *reinterpret_cast<uint4*>(out + static_cast<u64>(at) * kDim + first + j * 2 +
+                                          q * 8) = word;
+        }
+    }
+}
+
+/// What a CTA computes.
+struct Share {
+    u16* out;                 // the sample's first row
+    u32 rows, real;           // M rows of a sample, those before the prefix length
+    u32 tile, begin, blocks;  // row tile, first key tile, key tiles
+    u32 last_valid;           // keys of the last key tile
+    bool idle;                // nothing but zeros to write
+};
+
+/// A consumer warpgroup from the barriers to the stores.
+template <int SPLIT>
+__device__ __forceinline__ void work(const u8* smem, Barriers bars, const Share& share, u32 part) {
+    float mine[128 / SPLIT];
+    if (share.idle) {
+#pragma unroll
+        for (u32 j = 0; j < 128 / SPLIT; ++j) mine[j] = 0.f;
+    } else {
+        float o[128];
+#pragma unroll
+        for (u32 j = 0; j < 128; ++j) o[j] = 0.f;
+        Rows rows = {{-ptx::infinity(), -ptx::infinity()}, {0.f, 0.f}};
+        consume<SPLIT>(o, rows, ptx::smem_address(smem), bars, threadIdx.x / 128, share.blocks,
+                       share.last_valid);
+        if constexpr (SPLIT > 1) {
+            combine<SPLIT>(mine, o, rows, smem, part);
+        } else {
+#pragma unroll
+            for (u32 j = 0; j < 128; ++j) mine[j] = o[j] / rows.sum[(j >> 1) & 1];
+        }
+    }
+    const u32 row = share.tile * kRows + threadIdx.x / 32 * 16 + (threadIdx.x & 31) / 4;
+    store(mine, share.out, row, share.rows, share.real, part * (kDim / SPLIT));
+}
+
+template <int SPLIT>
+__device__ __forceinline__ void run(const AttentionPrefillParams& params,
+                                    const AttentionTensorMap* q_map,
+                                    const AttentionTensorMap* k_map,
+                                    const AttentionTensorMap* v_map) {
+    extern __shared__ __align__(1024) u8 smem[];
+    const u32 base = ptx::smem_address(smem);
+    const u32 part = SPLIT > 1 ? ptx::cluster_rank() : 0;
+    const u32 tile = blockIdx.x / SPLIT, sample = blockIdx.y;
+    const Barriers bars{base + kBarriers};
+    ptx::griddep_launch();
+    if (threadIdx.x == 0) {
+        for (u32 c = 0; c < 4; ++c) ptx::barrier_init(bars.start(c), 1);
+        for (u32 s = 0; s < 2; ++s) {
+            ptx::barrier_init(bars.k_full(s), 1);
+            ptx::barrier_init(bars.v_full(s), 1);
+            ptx::barrier_init(bars.k_empty(s), 8);
+            ptx::barrier_init(bars.v_empty(s), 8);
+        }
+        ptx::barrier_init(bars.base + kGather, 1);
+        ptx::barrier_init_done();
+        ptx::barrier_expect(bars.base + kGather, (SPLIT - 1) * kConsumers * (512 / SPLIT + 16));
+    } else if (threadIdx.x == kConsumers) {
+        ptx::tma_prefetch(q_map);
+        ptx::tma_prefetch(k_map);
+        ptx::tma_prefetch(v_map);
+    }
+    const u32 want = params.lengths[2 * sample] * params.image_tokens +
+                     params.lengths[2 * sample + 1];
+    const u32 len = min(want, min(params.rows, params.cache_rows));
+    const u32 rows = params.rows * kHeads, real = len * kHeads;
+    u16* out = params.out + static_cast<u64>(sample) * rows * kDim;
+    const bool idle = tile * kRows >= real;  // nothing but rows past the prefix
+    const u32 all = (len + kKeys - 1) / kKeys;
+    const u32 begin = all * part / SPLIT, end = all * (part + 1) / SPLIT;
+    const u32 blocks = idle ? 0 : end - begin;
+    __syncthreads();
+    ptx::griddep_wait();
+    if (threadIdx.x >= kConsumers) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x == kConsumers)
+            produce(base, bars, q_map, k_map, v_map, sample * rows + tile * kRows,
+                    sample * params.cache_rows + begin * kKeys, blocks);
+        __syncwarp();
+        if (SPLIT > 1 && !idle) {
+            ptx::cluster_arrive();
+            ptx::cluster_wait();
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+        work<SPLIT>(smem, bars, {out, rows, real, tile, begin, blocks,
+                                 end == all ? len - (all - 1) * kKeys : kKeys, idle}, part);
+    }
+}
+
+}  // namespace prefill
+
+#define PIR_PREFILL(name, split)                                                               \
+    extern "C" __global__ void __launch_bounds__(prefill::kThreads, 1)                         \
+        name(const __grid_constant__ AttentionPrefillParams params,                            \
+             const __grid_constant__ AttentionTensorMap q,                                     \
+             const __grid_constant__ AttentionTensorMap k,                                     \
+             const __grid_constant__ AttentionTensorMap v) {                                   \
+        prefill::run<split>(params, &q, &k, &v);                                               \
+    }
+
+PIR_PREFILL(attention_prefill_sm90_split1, 1)
+PIR_PREFILL(attention_prefill_sm90_split2, 2)

@@ -1,0 +1,118 @@
+// The edge between two Euler steps, one CTA per row (1024 threads):
+//   x_t += dt * (norm(stream) * W_out^T + b_out)          action_out + Euler, unless stream is null
+//   out  = [silu](x_t * W_in^T + b_in)                    action_in of the next step, unless null
+// CTAs past `rows` write a sample's state token: state_out = state * W_state^T + b_state.
+//   shapes   stream bf16 [rows, 1024], actions f32 [rows, 32], out bf16 [rows, 1024]
+//   weights  f32, out_weight [32][1024], in_weight and state_weight [32][1024] (input-major)
+//   launch   grid rows + (state ? samples : 0), 1024 threads, no dynamic shared memory
+//   limit    none worth naming: 10 launches of about 3 us in a loop of 2-3 ms
+#include "denoise_params.cuh"
+
+namespace denoise {
+namespace {
+
+__device__ __forceinline__ u32 edge_index(const DenoiseRows& rows, u32 i) {
+  const u32 sample = i / rows.count;
+  return sample * rows.stride + rows.first + i - sample * rows.count;
+}
+
+__device__ __forceinline__ u64 edge_row(const DenoiseRows& rows, u32 i) {
+  return static_cast<u64>(edge_index(rows, i)) * rows.width;
+}
+
+// Writes feature n of a row, and every 16 features the sum of their squares.
+__device__ __forceinline__ void put(u16* out, float* sums, const DenoiseRows& rows, u32 row, u32 n,
+                                    float v) {
+  const u16 rounded = static_cast<u16>(bf16_pair(v, 0.0f));
+  out[edge_row(rows, row) + n] = rounded;
+  if (!sums) return;
+  float s = bf16_value(rounded) * bf16_value(rounded);
+#pragma unroll
+  for (int d = 8; d > 0; d /= 2) s += __shfl_xor_sync(~0u, s, d);
+  if (n % 16 == 0) sums[edge_index(rows, row) * 64 + n / 16] = s;
+}
+
+// Warp j: column j of action_out for this row; lane 0 advances x_t. w is the column with the
+// norm's scale in it, shifted the lane's share of shift * column.
+__device__ __forceinline__ void advance(const DenoiseEdgeParams& p, u32 row, u32 warp, u32 lane,
+                                        const float (&w)[32], float shifted) {
+  const u16* x = p.stream + edge_row(p.stream_rows, row);
+  float squares = 0.0f, dot = 0.0f;
+  uint4 packed[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) packed[i] = load_l2(x + i * 256 + lane * 8);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const u32 pairs[4] = {packed[i].x, packed[i].y, packed[i].z, packed[i].w};
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const float v = e % 2 ? bf16_high(pairs[e / 2]) : bf16_low(pairs[e / 2]);
+      squares = fmaf(v, v, squares);
+      dot = fmaf(v, w[i * 8 + e], dot);
+    }
+  }
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) {
+    squares += __shfl_xor_sync(~0u, squares, d);
+    dot += __shfl_xor_sync(~0u, dot, d);
+    shifted += __shfl_xor_sync(~0u, shifted, d);
+  }
+  if (lane == 0) {
+    const float v = dot * rsqrtf(squares * (1.0f / 1024.0f) + 1e-6f) + shifted;
+    p.actions[row * 32 + warp] += v + __ldg(p.out_bias + warp);
+  }
+}
+
+__device__ __forceinline__ float project(const float* in, const float* weight, const float* bias,
+                                         u32 n) {
+  float sum = __ldg(bias + n);
+#pragma unroll 16
+  for (int j = 0; j < 32; ++j) sum = fmaf(in[j], __ldg(weight + j * 1024 + n), sum);
+  return sum;
+}
+
+}  // namespace
+}  // namespace denoise
+
+extern "C" __global__ void __launch_bounds__(1024, 1)
+    denoise_edge(const __grid_constant__ DenoiseEdgeParams p) {
+  using namespace denoise;
+  __shared__ float in[32];
+  const u32 tid = threadIdx.x, warp = tid / 32, lane = tid % 32, row = blockIdx.x;
+  launch_dependents();
+  const bool is_state = row >= p.rows;
+  float w[32], shifted = 0.0f;
+  if (p.stream && !is_state) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const u32 k = i / 2 * 256 + lane * 8 + i % 2 * 4;
+      float4 v = __ldg(reinterpret_cast<const float4*>(p.out_weight + warp * 1024 + k));
+      if (p.norm_shift) {
+        const float4 s = __ldg(reinterpret_cast<const float4*>(p.norm_shift + k));
+        shifted += s.x * v.x + s.y * v.y + s.z * v.z + s.w * v.w;
+      }
+      if (p.norm_scale) {
+        const float4 s = __ldg(reinterpret_cast<const float4*>(p.norm_scale + k));
+        v = make_float4(v.x * s.x, v.y * s.y, v.z * s.z, v.w * s.w);
+      }
+      w[i * 4] = v.x, w[i * 4 + 1] = v.y, w[i * 4 + 2] = v.z, w[i * 4 + 3] = v.w;
+    }
+  }
+  dependency_wait();
+  if (is_state) {
+    const u32 sample = row - p.rows;
+    if (tid < 32) in[tid] = p.state[sample * 32 + tid];
+    __syncthreads();
+    const float v = project(in, p.state_weight, p.state_bias, tid);
+    put(p.state_out, p.sums, p.state_rows, sample, tid, v);
+    return;
+  }
+  if (p.stream) advance(p, row, warp, lane, w, shifted);
+  if (!p.in_weight) return;
+  __syncthreads();
+  if (tid < 32) in[tid] = p.actions[row * 32 + tid];
+  __syncthreads();
+  float v = project(in, p.in_weight, p.in_bias, tid);
+  if (p.silu) v = __fdividef(v, 1.0f + __expf(-v));
+  put(p.out, p.silu ? nullptr : p.sums, p.out_rows, row, tid, v);
+}

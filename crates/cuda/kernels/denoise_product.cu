@@ -1,0 +1,92 @@
+// The products of the denoise loop for few rows: out = epilogue(norm(x) * W^T), BF16 weights and
+// rows, FP32 sums.
+//
+// | kernel denoise_…       | N x K       | out                      | grid _16, _many | grid _56 |
+// |------------------------|-------------|--------------------------|-----------------|----------|
+// | qkv_{rms,adaptive}     | 2560 x 1024 | rotary; q, k, v rows     | 160             | 80       |
+// | o                      | 1024 x 2048 | old + gate * y, sums     | 128, cluster 2  | same     |
+// | gate_up_{rms,adaptive} | 8192 x 1024 | gelu(gate) * up          | 256             | 128, 256 |
+// | down                   | 1024 x 4096 | old + gate * y, sums     | 256, cluster 4  | same     |
+// | mlp_out                | 1024 x 1024 | y + bias, sums           | 64              | same     |
+//
+// _16: rows <= 16; _56: rows <= 56; _many: any number, 32 at a time. 288 threads: 8 warps that
+// compute, one that loads weights. A CTA has N / 16 / (grid / cluster) tiles of 16 outputs.
+// Dynamic shared memory: 32 KB a tile, for _many 48 KB a tile. The cluster size and programmatic
+// dependent launch are launch attributes. `depth` 4 is best.
+//
+// Weights: packed as denoise_load.cu says; a tile of 16 outputs is contiguous, K-slices in order.
+// A cluster splits K. A warp owns an eighth of the CTA's inputs and all of its outputs; x goes
+// from L2 straight to registers as the B fragment of mma.m16n8k16 (tokens are the n side),
+// weights through shared memory.
+// Norm: adaptive: rows are multiplied by a scale (held as two bf16, so that the product rounds
+// once), adaptive (1 + scale; W * shift comes as `bias` from denoise_fold_shift) or learned (no
+// bias); rms: y = rms(x) * (W * x) without one, launched by the lab alone, since a learned scale
+// in W rounds weights twice. Sums of squares come from the stream's writers, one per 16 features:
+// `input_sums` belongs to `input` as `out_sums` does to `out`; a kernel that reads one stream and
+// writes the next must not share one buffer of sums between them.
+// Every sum has a fixed order: over warps as a tree, over the cluster by rank.
+//
+// Notes (H200, CUDA 13.0, 2026-11-22; π0, h = 10, whole loop of 10 x 18 with 788 prefix keys)
+// Limit: 6.23 GB of weights, 1.35 ms. Predicted 2.6 ms for five dependent launches a layer-step.
+// | version                                                                | ms          |
+// |------------------------------------------------------------------------|-------------|
+// | norm in each CTA from x itself, addresses after the wait                | 4.39        |
+// | cluster mail by st.async instead of stores and a barrier (no MEMBAR)    | 4.21        |
+// | sums of squares handed on by the writers (predicted 3.9)                | 4.1 - 4.3   |
+// | arrival polled in the data (poison) instead of the launch dependency    | 4.1 - 4.4   |
+// | at most 3 copies of 8 KB under way, else the same (predicted 3.5)       | 4.05        |
+// | no run-time modes, every address before the wait: 1650 -> 780 instrs    | 3.55 - 3.74 |
+// | down in 256 CTAs of 32 KB instead of 128 of 64 KB                       | 3.45        |
+// | attention_suffix_r16_c8 instead of a stand-in of our own                | 3.18        |
+// | depth 4                                                                 | 3.13        |
+// By difference (alone), us: qkv 1.6 (2.8), attention 3.0 (3.5), o 1.9 (2.7), gate‖up 4.7 (5.0),
+// down 2.7 (3.3). π0.5 h = 10: 3.51 ms. h = 50: π0 6.97, π0.5 7.56 ms.
+// Predictions were too low because after the wait x takes 1000 - 1700 clocks from L2, not 500:
+// 128 - 256 CTAs read the same 20 KB while the weights stream. At h = 50 that (13 - 26 MB a
+// product) and one CTA a multiprocessor are the whole story: gate‖up 10.4, down 9.9 us.
+// Tried, no better: o with all of K (64 CTAs), o and down in 8-CTA clusters, gate‖up in 4 tiles
+// (128 CTAs) or 1 tile (512) at h = 10.
+// Not tried: x by multicast into a cluster's shared memory; one persistent kernel.
+#include "denoise_product.cuh"
+
+#define DENOISE_PRODUCT(name, CTAS, ...)                                \
+  extern "C" __global__ void __launch_bounds__(denoise::kBlock, CTAS)   \
+      name(const __grid_constant__ DenoiseProductParams p) {            \
+    using namespace denoise;                                            \
+    run_product<__VA_ARGS__>(p);                                        \
+  }
+
+#define DENOISE_QKV(name, CTAS, NORM, TILES, NT, many) \
+  DENOISE_PRODUCT(name, CTAS, Epilogue::Qkv, Norm::NORM, TILES, 1024, 1, NT, many)
+#define DENOISE_O(name, CTAS, TILES, NT, many) \
+  DENOISE_PRODUCT(name, CTAS, Epilogue::Add, Norm::None, TILES, 1024, 2, NT, many)
+#define DENOISE_GATE_UP(name, CTAS, NORM, TILES, NT, many) \
+  DENOISE_PRODUCT(name, CTAS, Epilogue::GeGlu, Norm::NORM, TILES, 1024, 1, NT, many)
+#define DENOISE_DOWN(name, CTAS, NT, many) \
+  DENOISE_PRODUCT(name, CTAS, Epilogue::Add, Norm::None, 1, 1024, 4, NT, many)
+#define DENOISE_MLP_OUT(name, CTAS, NT, many) \
+  DENOISE_PRODUCT(name, CTAS, Epilogue::Store, Norm::None, 1, 1024, 1, NT, many)
+
+DENOISE_QKV(denoise_qkv_rms_16, 3, Rms, 1, 2, false)
+DENOISE_QKV(denoise_qkv_adaptive_16, 2, Adaptive, 1, 2, false)
+DENOISE_O(denoise_o_16, 3, 1, 2, false)
+DENOISE_GATE_UP(denoise_gate_up_rms_16, 3, Rms, 2, 2, false)
+DENOISE_GATE_UP(denoise_gate_up_adaptive_16, 2, Adaptive, 2, 2, false)
+DENOISE_DOWN(denoise_down_16, 3, 2, false)
+DENOISE_MLP_OUT(denoise_mlp_out_16, 3, 2, false)
+
+DENOISE_QKV(denoise_qkv_rms_56, 1, Rms, 2, 7, false)
+DENOISE_QKV(denoise_qkv_adaptive_56, 1, Adaptive, 2, 7, false)
+DENOISE_O(denoise_o_56, 1, 1, 7, false)
+DENOISE_GATE_UP(denoise_gate_up_rms_56, 1, Rms, 4, 7, false)
+DENOISE_GATE_UP(denoise_gate_up_adaptive_56, 1, Adaptive, 2, 7, false)
+DENOISE_DOWN(denoise_down_56, 1, 7, false)
+DENOISE_MLP_OUT(denoise_mlp_out_56, 1, 7, false)
+
+DENOISE_QKV(denoise_qkv_rms_many, 1, Rms, 1, 4, true)
+DENOISE_QKV(denoise_qkv_adaptive_many, 1, Adaptive, 1, 4, true)
+DENOISE_O(denoise_o_many, 1, 1, 4, true)
+DENOISE_GATE_UP(denoise_gate_up_rms_many, 1, Rms, 2, 4, true)
+DENOISE_GATE_UP(denoise_gate_up_adaptive_many, 1, Adaptive, 2, 4, true)
+DENOISE_DOWN(denoise_down_many, 1, 4, true)
+DENOISE_MLP_OUT(denoise_mlp_out_many, 1, 4, true)

@@ -1,0 +1,125 @@
+// y[token, feature] = epilogue(norm(x)[token, :] · W[feature, :]ᵀ + bias): every product of the
+// vision tower and of the prefill, in bf16 with f32 sums. Called step by step by the host twin
+// src/gemm.rs; checked and timed by lab/gemm.cu.
+//
+// How: the operands are swapped, weight rows are wgmma's M and tokens its N, so that a tile is as
+// wide as the tokens need (any multiple of 8). One warp fills a ring of stages (64 columns of a
+// weight tile and of a token tile, 128-byte swizzle) by TMA, weights before the kernels in front
+// have finished; 2 to 4 warpgroups multiply; three spare warps turn row statistics into rstd and
+// mean. Accumulators pass through shared memory and leave as 16-byte stores, row-major.
+//
+// Norm: norm(x)·Wᵀ = rstd·((scale·x)·Wᵀ − mean·colsum). Whoever writes a residual stream leaves
+// scale·x beside it for the norm that comes next: folded into W, a learned scale would round every
+// weight twice. Statistics of a stream [rows, C] lie beside it, too, as float2 [rows][C / 64]:
+// {Σ, Σ²} of the stored bf16 values of each 64 columns. Whoever writes the stream (ADD,
+// STORE_POSITION, STORE with stats_out, the embedding) writes all C / 64 of its rows; readers add
+// them in order.
+// No atomics anywhere: equal inputs give equal bits.
+//
+// Packed order of W's rows, in every 16: GEGLU 8 gate rows, then the 8 up rows of the same hidden
+// units. ROPE, within each head of q and k: rows j … j+7, then j+128 … j+135 (j a multiple of 8);
+// so q and the cached k are permuted alike and their dot products stay. v in natural order.
+//
+// Launch: grid as `grid` below, block = threads, cluster = CM·CN·CK (compiled in), dynamic shared
+// memory = smem (raise the limit once), attribute PROGRAMMATIC_STREAM_SERIALIZATION. Each kernel
+// lets its successor start at once, so the successor must wait (griddepcontrol.wait) before its
+// first read of, or write to, anything but weights.
+//   tiles = ⌈n / (BM·CM)⌉ · ⌈rows / (BN·CN)⌉ clusters
+//   grid  = cluster · (CK > 1 ? tiles : min(tiles, cuOccupancyMaxActiveClusters))
+// Tensor maps: bf16, 2-D, inner box 64 columns, SWIZZLE_128B, L2_PROMOTION_256B, no interleave, OOB
+// zeros, element strides 1: w [n, k] box BM rows; x [rows, k] box BN rows; old, for ADD alone (else
+// any valid map): out [rows, n] box ⌈BN / 8 / CK⌉ · 8 rows. K needs row strides of 16 bytes (patch:
+// 588 columns padded to 640 with zeros).
+//
+// Choice: among the instances of an epilogue, the host takes the least of
+//   3000 + waves · main + (turns ? 1 : waves) · 30 · BN · BM / 128 + (CK > 1 ? 1000 · CK : 0),
+//   in clocks: main = ⌈K / 64⌉ / CK · max(BM · BN / 32, 2.25 · (BM + BN)): the tensor cores' time
+//   or that of 57 bytes a clock into an SM,
+//   waves = ⌈CTAs with a tile / 132 (120 for clusters of 4)⌉.
+// Over 27 pairs of shape and rows (512 to 968) it took the fastest measured 22 times, one within
+// 1.1 % 2 times, and lost 3.4, 5.5 and 9.7 % in the others. Shapes known beforehand use this table.
+//
+// Fastest, µs per launch on an H200 in a chain of dependent launches, weights cold in L2, epilogue
+// included (nvcc 13.0, lab `time`); in brackets torch's cuBLAS without any epilogue, run beside an
+// earlier state. The power limit holds the clock at 1.5 to 1.8 GHz: the same binary's prefill.up
+// took 142 to 148.
+//                 768 / 788 rows              512 / 532          968
+//   vision.patch  128x64         5.7 ( 5.2)   128x40       5.3
+//   vision.qkv    192x112       11.2 (12.0)   128x128      9.1
+//   vision.out    128x64         6.6 ( 6.7)   128x64       6.1
+//   vision.fc1    192x160       15.2 (13.2)   192x104     11.4
+//   vision.fc2    128x128_w2_k2 16.6 (14.7)   128x80_k2   15.3
+//   projector     128x96         8.6 ( 7.9)   128x64       7.2
+//   prefill.qkv   128x136_w2    14.9 (14.8)   128x96      12.4     128x168       17.3
+//   prefill.kv    128x32         7.8 ( 6.9)   128x32       7.5     128x32         8.0
+//   prefill.out   128x104       12.9 (11.4)   128x136_k2  11.1     128x128       15.1
+//   prefill.up    128x200_t_w2   146 ( 141)   128x200_t_x2 115     128x200_t_x2   180
+//   prefill.down  128x200_k2    74.8 (79.8)   128x136_k2  55.7     128x248_k2    91.3
+//                 B = 2                B = 4                B = 8 (rows 6144 / 6304)
+//   vision.patch  128x64         9.9   128x64        19.1   128x64          34 (  17)
+//   vision.qkv    192x112       20.5   128x128       42.5   128x192_t_w2    78 (  71)
+//   vision.out    128x128        9.6   128x128       17.3   128x216         27 (  26)
+//   vision.fc1    192x160       29.1   128x192_t_x2  57.6   128x192_t_x2    99 (  85)
+//   vision.fc2    128x128       31.9   128x128       63.4   128x216         98 (  83)
+//   projector     128x96        15.4   128x128       28.4   128x192_t_w2    54 (  43)
+//   prefill.qkv   128x136_w2    28.1   128x168       54.8   128x192_t_x2   101 (  88)
+//   prefill.kv    128x96        10.9   128x96        12.2   128x96          24 (  20)
+//   prefill.out   128x200_w2    20.6   128x200_w2    39.9   128x192_t_x2    81 (  72)
+//   prefill.up    128x200_t_w2   285   128x200_t_w2   640   128x200_t_x2  1258 (1188)
+//   prefill.down  128x200_w2     156   128x200_w2     322   128x192_t_x2   633 ( 589)
+// B = 64: vision (49152 rows) qkv 128x192_t_w2 564, out 128x192_t_w2 212, fc1 128x192_t_x2 710,
+// fc2 128x192_t_x2 764, projector 128x192_t_w2 395; prefill (50432 rows) qkv 128x192_t_x2 712, out
+// 128x192_t_x2 574, up 128x200_t_w2 10324, down 128x192_t_x2 5068, kv 128x192_t_x2 160.
+#include "gemm_sm90.cuh"
+
+// X(name, consumers, MI, BN, stages, CM, CN, CK, turns, epilogue)
+// BM = 64 · MI · (turns ? 1 : consumers); name = gemm_<epilogue>_<BM>x<BN>, t: turns, w2: CN = 2,
+// k2: CK = 2.
+#ifdef GEMM_CANDIDATES  // the lab tries others
+#include GEMM_CANDIDATES
+#else
+#define GEMM_INSTANCES(X)                                                             \
+    X(gemm_geglu_128x200_t_w2, 2, 2, 200, 4, 1, 2, 1, 1, GEGLU)                       \
+    X(gemm_geglu_128x200_t_x2, 2, 2, 200, 4, 2, 1, 1, 1, GEGLU)                       \
+    X(gemm_add_128x64, 2, 1, 64, 8, 1, 1, 1, 0, ADD)                                  \
+    X(gemm_add_128x72, 2, 1, 72, 8, 1, 1, 1, 0, ADD)                                  \
+    X(gemm_add_128x104, 2, 1, 104, 6, 1, 1, 1, 0, ADD)                                \
+    X(gemm_add_128x128, 2, 1, 128, 6, 1, 1, 1, 0, ADD)                                \
+    X(gemm_add_128x216, 2, 1, 216, 4, 1, 1, 1, 0, ADD)                                \
+    X(gemm_add_128x80_k2, 2, 1, 80, 8, 1, 1, 2, 0, ADD)                               \
+    X(gemm_add_128x128_w2_k2, 2, 1, 128, 6, 1, 2, 2, 0, ADD)                          \
+    X(gemm_add_128x136_k2, 2, 1, 136, 6, 1, 1, 2, 0, ADD)                             \
+    X(gemm_add_128x200_k2, 2, 1, 200, 4, 1, 1, 2, 0, ADD)                             \
+    X(gemm_add_128x248_k2, 2, 1, 248, 4, 1, 1, 2, 0, ADD)                             \
+    X(gemm_add_128x200_w2, 2, 1, 200, 4, 1, 2, 1, 0, ADD)                             \
+    X(gemm_add_128x192_t_w2, 2, 2, 192, 4, 1, 2, 1, 1, ADD)                           \
+    X(gemm_add_128x192_t_x2, 2, 2, 192, 4, 2, 1, 1, 1, ADD)                           \
+    X(gemm_rope_128x32, 2, 1, 32, 8, 1, 1, 1, 0, ROPE)                                \
+    X(gemm_rope_128x96, 2, 1, 96, 7, 1, 1, 1, 0, ROPE)                                \
+    X(gemm_rope_128x136_w2, 2, 1, 136, 5, 1, 2, 1, 0, ROPE)                           \
+    X(gemm_rope_128x168, 2, 1, 168, 4, 1, 1, 1, 0, ROPE)                              \
+    X(gemm_rope_128x192_t_x2, 2, 2, 192, 4, 2, 1, 1, 1, ROPE)                         \
+    X(gemm_store_128x64, 2, 1, 64, 8, 1, 1, 1, 0, STORE)                              \
+    X(gemm_store_128x96, 2, 1, 96, 7, 1, 1, 1, 0, STORE)                              \
+    X(gemm_store_128x128, 2, 1, 128, 6, 1, 1, 1, 0, STORE)                            \
+    X(gemm_store_192x112, 3, 1, 112, 4, 1, 1, 1, 0, STORE)                            \
+    X(gemm_store_128x192_t_w2, 2, 2, 192, 4, 1, 2, 1, 1, STORE)                       \
+    X(gemm_gelu_192x104, 3, 1, 104, 5, 1, 1, 1, 0, GELU)                              \
+    X(gemm_gelu_192x160, 3, 1, 160, 3, 1, 1, 1, 0, GELU)                              \
+    X(gemm_gelu_128x192_t_x2, 2, 2, 192, 4, 2, 1, 1, 1, GELU)                         \
+    X(gemm_store_position_128x40, 2, 1, 40, 8, 1, 1, 1, 0, STORE_POSITION)            \
+    X(gemm_store_position_128x64, 2, 1, 64, 8, 1, 1, 1, 0, STORE_POSITION)            \
+    X(gemm_store_position_128x192_t_w2, 2, 2, 192, 4, 1, 2, 1, 1, STORE_POSITION)
+#endif
+
+#define GEMM_KERNEL(NAME, C, MI, BN, STAGES, CM, CN, CK, TURNS, EPI)                               \
+    extern "C" __global__ void __cluster_dims__((CM) * (CN) * (CK), 1, 1)                          \
+        __launch_bounds__(                                                                         \
+            gemm::Tile<C, MI, BN, STAGES, CM, CN, CK, TURNS, gemm::EPI>::THREADS, 1)               \
+            NAME(const __grid_constant__ ptx::TensorMap w,                                         \
+                 const __grid_constant__ ptx::TensorMap x,                                         \
+                 const __grid_constant__ ptx::TensorMap old,                                       \
+                 const __grid_constant__ gemm::GemmParams p) {                                     \
+        gemm::run<gemm::Tile<C, MI, BN, STAGES, CM, CN, CK, TURNS, gemm::EPI>>(w, x, old, p);      \
+    }
+GEMM_INSTANCES(GEMM_KERNEL)

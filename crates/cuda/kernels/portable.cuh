@@ -1,0 +1,154 @@
+// What the portable kernels share: bf16 without headers (so that NVRTC needs none), row views,
+// the epilogues of a product, dependent launch where the GPU has it. sm_80 and newer.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+namespace portable {
+
+static __device__ __forceinline__ float from_bf16(u16 x) { return __uint_as_float((u32)x << 16); }
+
+// Two f32 rounded to nearest even, the first in the low half.
+static __device__ __forceinline__ u32 to_bf16x2(float lo, float hi) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
+    return r;
+}
+static __device__ __forceinline__ u16 to_bf16(float x) { return (u16)to_bf16x2(x, 0.f); }
+
+// Everything the program wrote before this kernel is visible, nobody reads what it will overwrite.
+static __device__ __forceinline__ void wait_for_predecessors() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel may start its prologue.
+static __device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Columns of some rows of every group; twin of the Rust struct. Row i of the work is matrix row
+// (i / count) * stride + first + i % count.
+struct View {
+    u64 base;    // address of column 0 of matrix row 0
+    u32 ld;      // elements from one matrix row to the next
+    u32 stride;  // matrix rows from one group to the next
+    u32 first;   // first row of a group
+    u32 count;   // rows of a group, at least 1
+    u32 f32;     // 1: elements are f32, 0: bf16
+    u32 pad;
+
+    __device__ __forceinline__ u64 offset(u32 i) const {
+        return ((u64)(i / count) * stride + first + i % count) * ld;
+    }
+    __device__ __forceinline__ float load(u64 at) const {
+        return f32 ? ((const float*)base)[at] : from_bf16(((const u16*)base)[at]);
+    }
+    __device__ __forceinline__ void store(u64 at, float y) const {
+        if (f32) ((float*)base)[at] = y;
+        else ((u16*)base)[at] = to_bf16(y);
+    }
+};
+static_assert(sizeof(View) == 32, "shared with the host");
+
+enum Epilogue : u32 { STORE, STORE_POSITION, GELU, SILU, GEGLU, ADD, ROPE };
+enum Norm : u32 { NONE, RMS, LAYER, ADAPTIVE };
+
+// Where a product goes; twin of the Rust struct.
+struct Output {
+    View out;             // Rope: q
+    View k, v;            // Rope only
+    u64 bias;             // f32 [n] in the weight's original row order, or 0
+    u64 aux;              // StorePosition: f32 [period][n]; Add: f32 gate [n] or 0; Rope: float2
+                          // (cos, sin) [positions][head_dim / 2]
+    u64 lengths;          // u32 [samples][2]: cameras, prompt tokens (suffix positions)
+    u32 epilogue;
+    u32 n;                // columns of y before GeGLU halves them
+    u32 period;           // rows of a group
+    u32 q_heads;          // Rope: query heads, 0 for k‖v alone
+    u32 head_dim;         // Rope
+    u32 image_tokens;     // Rope, suffix: tokens of one camera
+    u32 first_position;   // Rope, suffix: position of row 0 less the prefix length
+    u32 suffix;           // Rope: 1 counts positions from the sample's prefix length
+    float scale;          // multiplies y before the bias
+    u32 pad;
+};
+static_assert(sizeof(Output) == 3 * 32 + 3 * 8 + 10 * 4, "shared with the host");
+
+// gelu with the tanh approximation, y·sigmoid(2u).
+static __device__ __forceinline__ float gelu(float y) {
+    const float u = 0.7978845608028654f * (y + 0.044715f * y * y * y);
+    return y / (1.f + __expf(-2.f * u));
+}
+
+// One value of an epilogue without pairs; `column` < n.
+static __device__ __forceinline__ void finish(const Output& o, u32 row, u32 column, float y) {
+    y *= o.scale;
+    if (o.bias) y += ((const float*)o.bias)[column];
+    const u64 at = o.out.offset(row) + column;
+    const float* aux = (const float*)o.aux;
+    switch (o.epilogue) {
+    case STORE_POSITION: y += aux[(u64)(row % o.period) * o.n + column]; break;
+    case GELU: y = gelu(y); break;
+    case SILU: y = y / (1.f + __expf(-y)); break;
+    case ADD: y = o.out.load(at) + (aux ? aux[column] : 1.f) * y; break;
+    }
+    o.out.store(at, y);
+}
+
+static __device__ __forceinline__ u32 position_of(const Output& o, u32 row) {
+    const u32 i = row % o.period;
+    if (!o.suffix) return i;
+    const u32* l = (const u32*)o.lengths + 2 * (row / o.period);
+    return l[0] * o.image_tokens + l[1] + o.first_position + i;
+}
+
+// A pair that the packing put 8 rows apart: `first` is the packed column of a, b is 8 behind it.
+// GeGLU: gate and up of one hidden unit. Rope: the two halves of a rotated pair of q or k, or two
+// plain values of v.
+static __device__ __forceinline__ void finish_pair(const Output& o, u32 row, u32 first, float a,
+                                                   float b) {
+    const float* bias = (const float*)o.bias;
+    a *= o.scale, b *= o.scale;
+    if (o.epilogue == GEGLU) {
+        const u32 unit = first / 16 * 8 + first % 8, units = o.n / 2;
+        if (unit >= units) return;
+        if (bias) a += bias[unit], b += bias[units + unit];
+        o.out.store(o.out.offset(row) + unit, gelu(a) * b);
+        return;
+    }
+    const u32 half = o.head_dim / 2, packed_head = (half + 7) / 8 * 16;
+    const u32 head = first / packed_head, within = first % packed_head;
+    if (head > o.q_heads) {
+        const u32 base = (o.q_heads + 1) * o.head_dim;
+        const u32 column = first - (o.q_heads + 1) * packed_head;
+        const u64 at = o.v.offset(row);
+        if (column < o.head_dim) o.v.store(at + column, a + (bias ? bias[base + column] : 0.f));
+        if (column + 8 < o.head_dim)
+            o.v.store(at + column + 8, b + (bias ? bias[base + column + 8] : 0.f));
+        return;
+    }
+    const u32 j = within / 16 * 8 + within % 8;
+    if (j >= half) return;
+    if (bias) a += bias[head * o.head_dim + j], b += bias[head * o.head_dim + half + j];
+    const float2 turn = ((const float2*)o.aux)[(u64)position_of(o, row) * half + j];
+    const View& out = head < o.q_heads ? o.out : o.k;
+    const u64 at = out.offset(row) + (head < o.q_heads ? head * o.head_dim : 0);
+    // q and k keep the packed order inside a head where it fills the head exactly: q·k does not
+    // care, and the Hopper tier writes 16 neighbours at once.
+    const bool packed = o.head_dim % 16 == 0;
+    out.store(at + (packed ? within : j), a * turn.x - b * turn.y);
+    out.store(at + (packed ? within + 8 : half + j), b * turn.x + a * turn.y);
+}
+
+static __device__ __forceinline__ float warp_sum(float x) {
+    for (int d = 16; d; d >>= 1) x += __shfl_xor_sync(~0u, x, d);
+    return x;
+}
+
+}  // namespace portable

@@ -1,0 +1,133 @@
+// Row-wise work: normalisation before a product, epilogue after one, image patches, token rows.
+#include "portable.cuh"
+
+using namespace portable;
+
+struct NormParams {
+    View input;
+    u64 modulation;  // f32 [k], the learned scale, or 0. Adaptive: [3·k], 1 + scale ‖ shift ‖ gate
+    u64 out;         // bf16 [rows][ld], zero beyond k
+    u32 rows;
+    u32 k;
+    u32 ld;
+    u32 norm;
+};
+static_assert(sizeof(NormParams) == 32 + 16 + 16, "shared with the host");
+
+// out[row, :] = norm(x[row, :]), one warp per row: mean, then squares about it.
+extern "C" __global__ void __launch_bounds__(128)
+portable_norm(const __grid_constant__ NormParams p) {
+    const u32 lane = threadIdx.x % 32, row = blockIdx.x * 4 + threadIdx.x / 32;
+    launch_dependents();
+    wait_for_predecessors();
+    if (row >= p.rows) return;
+    const u64 at = p.input.offset(row);
+    float sum = 0.f, squares = 0.f;
+    if (p.norm == LAYER)
+        for (u32 i = lane; i < p.k; i += 32) sum += p.input.load(at + i);
+    const float mean = p.norm == LAYER ? warp_sum(sum) / p.k : 0.f;
+    for (u32 i = lane; i < p.k; i += 32) {
+        const float d = p.input.load(at + i) - mean;
+        squares += d * d;
+    }
+    const float scale = rsqrtf(warp_sum(squares) / p.k + 1e-6f);
+    const float* m = (const float*)p.modulation;
+    u16* out = (u16*)p.out + (u64)row * p.ld;
+    for (u32 i = lane; i < p.ld; i += 32) {
+        float v = 0.f;
+        if (i < p.k) {
+            v = (p.input.load(at + i) - mean) * scale;
+            if (m) v *= m[i];
+            if (p.norm == ADAPTIVE) v += m[p.k + i];
+        }
+        out[i] = to_bf16(v);
+    }
+}
+
+struct FinishParams {
+    u64 y;         // bf16 [rows][ld], packed columns
+    u32 rows;
+    u32 packed_n;
+    u32 ld;
+    u32 pad;
+    Output output;
+};
+static_assert(sizeof(FinishParams) == 8 + 16 + sizeof(Output), "shared with the host");
+
+// The epilogue of a product that another kernel computed. One block per row.
+extern "C" __global__ void __launch_bounds__(256)
+portable_finish(const __grid_constant__ FinishParams p) {
+    const u16* y = (const u16*)p.y + (u64)blockIdx.x * p.ld;
+    launch_dependents();
+    wait_for_predecessors();
+    if (p.output.epilogue == GEGLU || p.output.epilogue == ROPE) {
+        for (u32 i = threadIdx.x; i < p.packed_n / 2; i += blockDim.x) {
+            const u32 c = i / 8 * 16 + i % 8;
+            finish_pair(p.output, blockIdx.x, c, from_bf16(y[c]), from_bf16(y[c + 8]));
+        }
+    } else {
+        for (u32 c = threadIdx.x; c < p.output.n; c += blockDim.x)
+            finish(p.output, blockIdx.x, c, from_bf16(y[c]));
+    }
+}
+
+struct PatchifyParams {
+    u64 images;   // u8 [images][side][side][3]
+    u64 patches;  // bf16 [images · tokens][ld]
+    u32 side;
+    u32 patch;
+    u32 ld;
+    u32 pad;
+};
+static_assert(sizeof(PatchifyParams) == 32, "shared with the host");
+
+// patches[p, (row, column, channel)] = pixel − 128, exact in bf16. One block per patch.
+extern "C" __global__ void __launch_bounds__(128)
+portable_patchify(const __grid_constant__ PatchifyParams p) {
+    const u32 grid = p.side / p.patch, tokens = grid * grid, line = p.patch * 3;
+    const u32 image = blockIdx.x / tokens, token = blockIdx.x % tokens;
+    launch_dependents();
+    wait_for_predecessors();
+    const u8* from = (const u8*)p.images + (u64)image * p.side * p.side * 3;
+    u16* out = (u16*)p.patches + (u64)blockIdx.x * p.ld;
+    for (u32 i = threadIdx.x; i < p.ld; i += blockDim.x) {
+        float v = 0.f;
+        if (i < p.patch * line) {
+            const u32 y = token / grid * p.patch + i / line;
+            v = (float)from[(y * p.side + token % grid * p.patch) * 3 + i % line] - 128.f;
+        }
+        out[i] = to_bf16(v);
+    }
+}
+
+struct EmbedParams {
+    View out;      // all prefix rows of every sample
+    u64 tokens;    // u32 [samples][slots]
+    u64 table;     // bf16 [vocab][width]
+    u64 lengths;   // u32 [samples][2]: cameras, prompt tokens
+    u32 slots;
+    u32 width;
+    u32 image_tokens;
+    float scale;
+};
+static_assert(sizeof(EmbedParams) == 32 + 24 + 16, "shared with the host");
+
+// Stream row cameras · image_tokens + j = scale · table[tokens[j]]; rows behind the prompt become
+// zero (attention multiplies their values by zero: they must be finite). One block per row.
+extern "C" __global__ void __launch_bounds__(128)
+portable_embed(const __grid_constant__ EmbedParams p) {
+    const u32 row = p.image_tokens + blockIdx.x, sample = blockIdx.y;
+    launch_dependents();
+    wait_for_predecessors();
+    const u32* l = (const u32*)p.lengths + 2 * sample;
+    const u32 begin = l[0] * p.image_tokens;
+    if (row < begin) return;
+    const u64 at = p.out.offset(sample * p.out.count + row);
+    const u16* from = 0;
+    if (row < begin + l[1]) {
+        const u32 token = ((const u32*)p.tokens)[(u64)sample * p.slots + row - begin];
+        from = (const u16*)p.table + (u64)token * p.width;
+    }
+    for (u32 i = threadIdx.x; i < p.width; i += blockDim.x)
+        p.out.store(at + i, from ? p.scale * from_bf16(from[i]) : 0.f);
+}

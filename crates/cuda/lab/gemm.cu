@@ -1,0 +1,542 @@
+// Checks and times every instance of gemm_sm90.cu at π0's vision and prefill shapes, standalone:
+// nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o gemm gemm.cu
+// ./gemm table | check [1 part-of-case-or-instance] | time [batch] [case] [prefix] [instance]: the
+// instances; relative L2 against a plain f32 product, poisoned outputs,
+// odd row counts, bit-equal repeats; microseconds per launch inside a graph with dependent launch
+// and weights that are cold in L2.
+#include <cudaTypedefs.h>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <algorithm>
+#include <string>
+#include <unistd.h>
+#include <vector>
+#include <cuda_runtime.h>
+#ifdef GEMM_TRACE
+__device__ long long marks[256 * 132][12];
+__device__ int trace_launch;
+static __device__ __forceinline__ void mark(int i) {
+    if (threadIdx.x == 128) {
+        long long c;
+        asm volatile("mov.u64 %0, %%clock64;" : "=l"(c));
+        marks[blockIdx.x][i] = c;
+        if (i == 0 || i == 7) {
+            asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(c));
+            marks[blockIdx.x][i == 0 ? 8 : 9] = c;
+        }
+        if (i == 2) {
+            asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(c));
+            marks[blockIdx.x][10] = c;
+        }
+    }
+}
+#define GEMM_MARK(i) mark(i)
+#endif
+#include "../kernels/gemm_sm90.cu"
+
+using bf16 = __nv_bfloat16;
+using gemm::GemmParams;
+
+#define CHECK(e)                                                                       \
+    do {                                                                               \
+        cudaError_t err = (e);                                                         \
+        if (err != cudaSuccess) {                                                      \
+            printf("line %d: %s: %s\n", __LINE__, #e, cudaGetErrorString(err));        \
+            exit(1);                                                                   \
+        }                                                                              \
+    } while (0)
+
+struct Instance {
+    const char* name;
+    const void* kernel;
+    int bm, bn, cluster, cn, ck, smem, shares, threads;
+    gemm::Epilogue epilogue;
+};
+template <class T> static Instance instance(const char* name, const void* kernel) {
+    return {name,    kernel,  T::BM, T::BN,      T::CLUSTER, T::CN,
+            T::CK,   T::SMEM, T::CM, T::THREADS, T::EPI};
+}
+#define GEMM_ROW(NAME, C, MI, BN, STAGES, CM, CN, CK, TURNS, EPI)                         \
+    instance<gemm::Tile<C, MI, BN, STAGES, CM, CN, CK, TURNS, gemm::EPI>>(#NAME, (const void*)NAME),
+static const Instance INSTANCES[] = {GEMM_INSTANCES(GEMM_ROW)};
+
+enum Norm { NONE, RMS, LAYER };
+struct Case {
+    const char* name;
+    int n, k;
+    gemm::Epilogue epilogue;
+    Norm norm;
+    bool bias, stats;
+    int rows_per_sample;  // at batch 1; 0: a prefix
+    int out_stride;       // rows per sample of the output; 0: contiguous
+    int q_cols;
+};
+static const Case CASES[] = {
+    {"vision.patch", 1152, 640, gemm::STORE_POSITION, NONE, true, true, 768, 0, 0},
+    {"vision.qkv", 3456, 1152, gemm::STORE, LAYER, true, false, 768, 0, 0},
+    {"vision.out", 1152, 1152, gemm::ADD, NONE, true, true, 768, 0, 0},
+    {"vision.fc1", 4304, 1152, gemm::GELU, LAYER, true, false, 768, 0, 0},
+    {"vision.fc2", 1152, 4304, gemm::ADD, NONE, true, true, 768, 0, 0},
+    {"vision.projector", 2048, 1152, gemm::STORE, LAYER, true, true, 768, 788, 0},
+    {"prefill.qkv", 2560, 2048, gemm::ROPE, RMS, false, false, 0, 0, 2048},
+    {"prefill.kv", 512, 2048, gemm::ROPE, RMS, false, false, 0, 0, 0},
+    {"prefill.out", 2048, 2048, gemm::ADD, NONE, false, true, 0, 0, 0},
+    {"prefill.up", 32768, 2048, gemm::GEGLU, RMS, false, false, 0, 0, 0},
+    {"prefill.down", 2048, 16384, gemm::ADD, NONE, false, true, 0, 0, 0},
+};
+
+// ---- device helpers --------------------------------------------------------------------------
+
+__device__ float random_normal(uint64_t i, uint32_t seed) {
+    uint64_t z = i * 0x9E3779B97F4A7C15ull + seed * 0xD1B54A32D192ED03ull + 0x632BE59BD9B4E019ull;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+    z ^= z >> 31;
+    const float sum = (z & 0xFFFF) + ((z >> 16) & 0xFFFF) + ((z >> 32) & 0xFFFF) + (z >> 48);
+    return (sum / 65536.f - 2.f) * 1.7320508f;
+}
+__global__ void fill(bf16* p, size_t n, float scale, float shift, uint32_t seed) {
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * blockDim.x)
+        p[i] = __float2bfloat16(random_normal(i, seed) * scale + shift);
+}
+__global__ void fill_f32(float* p, size_t n, float scale, uint32_t seed) {
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * blockDim.x)
+        p[i] = random_normal(i, seed) * scale;
+}
+__global__ void sum_columns(const bf16* w, float* sums, int k) {
+    float s = 0;
+    for (int i = threadIdx.x; i < k; i += 32) s += __bfloat162float(w[(size_t)blockIdx.x * k + i]);
+    for (int d = 16; d; d /= 2) s += __shfl_xor_sync(~0u, s, d);
+    if (threadIdx.x == 0) sums[blockIdx.x] = s;
+}
+// Partial statistics of 64-column slabs.
+__global__ void slab_stats(const bf16* x, float2* stats, int cols, int ld) {
+    const int slabs = cols / 64;
+    for (int s = threadIdx.x; s < slabs; s += blockDim.x) {
+        float a = 0, b = 0;
+        for (int i = 0; i < 64; i++) {
+            const float v = __bfloat162float(x[(size_t)blockIdx.x * ld + s * 64 + i]);
+            a += v, b += v * v;
+        }
+        stats[(size_t)blockIdx.x * slabs + s] = make_float2(a, b);
+    }
+}
+__global__ void reference_norm(const bf16* x, float* out, int k, int norm) {
+    __shared__ float total[2];
+    const bf16* row = x + (size_t)blockIdx.x * k;
+    if (threadIdx.x < 2) total[threadIdx.x] = 0;
+    __syncthreads();
+    float s = 0;
+    for (int i = threadIdx.x; i < k; i += blockDim.x) s += __bfloat162float(row[i]);
+    atomicAdd(&total[0], s);
+    __syncthreads();
+    const float mean = norm == LAYER ? total[0] / k : 0;
+    float v = 0;
+    for (int i = threadIdx.x; i < k; i += blockDim.x) {
+        const float d = __bfloat162float(row[i]) - mean;
+        v += d * d;
+    }
+    atomicAdd(&total[1], v);
+    __syncthreads();
+    const float scale = norm == NONE ? 1.f : 1.f / sqrtf(total[1] / k + 1e-6f);
+    for (int i = threadIdx.x; i < k; i += blockDim.x)
+        out[(size_t)blockIdx.x * k + i] = (__bfloat162float(row[i]) - mean) * scale;
+}
+__global__ void reference_product(const float* x, const bf16* w, const float* bias, float* y,
+                                  int rows, int n, int k) {
+    __shared__ float xs[32][33], ws[32][33];
+    const int row = blockIdx.y * 32, col = blockIdx.x * 32, tx = threadIdx.x, ty = threadIdx.y;
+    float acc[4] = {0, 0, 0, 0};
+    for (int k0 = 0; k0 < k; k0 += 32) {
+        for (int i = 0; i < 4; i++) {
+            const int r = ty + 8 * i;
+            const bool in_k = k0 + tx < k;
+            xs[r][tx] = in_k && row + r < rows ? x[(size_t)(row + r) * k + k0 + tx] : 0;
+            const size_t at = (size_t)(col + r) * k + k0 + tx;
+            ws[r][tx] = in_k && col + r < n ? __bfloat162float(w[at]) : 0;
+        }
+        __syncthreads();
+        for (int q = 0; q < 32; q++)
+            for (int i = 0; i < 4; i++) acc[i] += xs[ty + 8 * i][q] * ws[tx][q];
+        __syncthreads();
+    }
+    for (int i = 0; i < 4; i++)
+        if (row + ty + 8 * i < rows && col + tx < n)
+            y[(size_t)(row + ty + 8 * i) * n + col + tx] = acc[i] + (bias ? bias[col + tx] : 0);
+}
+__device__ double gelu_exact(double g) {
+    return 0.5 * g * (1 + tanh(0.7978845608028654 * (g + 0.044715 * g * g * g)));
+}
+// The epilogue, element by element, in the packed order of the weight's rows; `sums` receives
+// {Σ(out − ref)², Σref²}. Values that are not numbers count as infinitely wrong.
+__global__ void reference_compare(const float* y, const bf16* before, GemmParams p, int epilogue,
+                                  double* sums) {
+    const size_t width = epilogue == gemm::GEGLU ? p.n / 2 : p.n, total = p.rows * width;
+    double err = 0, norm = 0;
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < total;
+         i += (size_t)gridDim.x * blockDim.x) {
+        const uint32_t row = i / width, f = i % width, sample = row / p.period, at = row % p.period;
+        const float* v = y + (size_t)row * p.n;
+        double want = v[f];
+        const bf16* got = p.out + ((size_t)sample * p.out_stride + at) * p.out_ld + f;
+        if (epilogue == gemm::STORE_POSITION) {
+            want += ((const float*)p.aux)[(size_t)at * p.n + f];
+        } else if (epilogue == gemm::GELU) {
+            want = gelu_exact(want);
+        } else if (epilogue == gemm::GEGLU) {
+            const int g = f / 8 * 16 + f % 8;
+            want = gelu_exact(v[g]) * v[g + 8];
+        } else if (epilogue == gemm::ADD) {
+            want += __bfloat162float(before[(size_t)row * p.out_ld + f]);
+        } else if (epilogue == gemm::ROPE) {
+            if (f < p.q_cols + 256) {
+                const int j = f % 256 / 16 * 8 + f % 8;
+                const double angle = at * pow(10000.0, -j / 128.0);
+                const bool second = f % 16 >= 8;
+                const double a = v[second ? f - 8 : f], b = v[second ? f : f + 8];
+                want = second ? b * cos(angle) + a * sin(angle) : a * cos(angle) - b * sin(angle);
+            }
+            if (f >= p.q_cols) {
+                const uint32_t c = f - p.q_cols;
+                got = (c < 256 ? p.out_k + c : p.out_v + (c - 256)) +
+                      ((size_t)sample * p.kv_stride + at) * p.kv_ld;
+            } else {
+                got = p.out + (size_t)row * p.out_ld + f;
+            }
+        }
+        const double d = __bfloat162float(*got) - want;
+        err += d == d ? d * d : 1e30;
+        norm += want * want;
+    }
+    atomicAdd(&sums[0], err);
+    atomicAdd(&sums[1], norm);
+}
+__global__ void count_different(const uint32_t* a, const uint32_t* b, size_t words, int* count) {
+    int c = 0;
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < words;
+         i += (size_t)gridDim.x * blockDim.x)
+        c += a[i] != b[i];
+    if (c) atomicAdd(count, c);
+}
+
+// ---- host ------------------------------------------------------------------------------------
+
+static PFN_cuTensorMapEncodeTiled_v12000 encode_tiled;
+
+// Box of 64 columns × `box` rows of a row-major bf16 matrix.
+static ptx::TensorMap tensor_map(const bf16* base, int rows, int cols, int ld, int box) {
+    ptx::TensorMap map;
+    cuuint64_t dims[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, strides[1] = {(cuuint64_t)ld * 2};
+    cuuint32_t boxes[2] = {64, (cuuint32_t)box}, steps[2] = {1, 1};
+    const CUresult r = encode_tiled((CUtensorMap*)&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
+                                    (void*)base, dims, strides, boxes, steps,
+                                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    if (r != CUDA_SUCCESS) printf("cuTensorMapEncodeTiled: %d\n", r), exit(1);
+    return map;
+}
+
+template <class T> static T* device(size_t n) {
+    void* p;
+    CHECK(cudaMalloc(&p, n * sizeof(T) + 4096));
+    return (T*)p;
+}
+
+// Buffers shared by all cases, large enough for the largest.
+struct Arena {
+    size_t pool = 320u << 20;  // bytes of weights
+    size_t max_rows;
+    bf16 *w, *x, *out, *k, *v, *before;
+    float *bias, *colsum, *table, *xn, *y;
+    float2 *stats_in, *stats_out, *stats_ref, *turns;
+    double* sums;
+    int* count;
+    explicit Arena(size_t rows, bool checks) : max_rows(rows + 256) {
+        w = device<bf16>(pool / 2);
+        x = device<bf16>(max_rows * 16384);
+        out = device<bf16>(max_rows * 16384);
+        before = device<bf16>(checks ? max_rows * 16384 : 1);
+        k = device<bf16>(max_rows * 256), v = device<bf16>(max_rows * 256);
+        bias = device<float>(32768), colsum = device<float>(32768);
+        table = device<float>(max_rows * 1152);
+        xn = device<float>(checks ? max_rows * 16384 : 1);
+        y = device<float>(checks ? max_rows * 32768 : 1);
+        stats_in = device<float2>(max_rows * 32), stats_out = device<float2>(max_rows * 32);
+        stats_ref = device<float2>(max_rows * 32);
+        turns = device<float2>(128);
+        sums = device<double>(2), count = device<int>(1);
+        float2 host[128];
+        for (int j = 0; j < 128; j++) {
+            const double t = pow(10000.0, -j / 128.0) / 6.283185307179586476925;
+            host[j].x = (float)t;
+            host[j].y = (float)(t - host[j].x);
+        }
+        CHECK(cudaMemcpy(turns, host, sizeof host, cudaMemcpyHostToDevice));
+        fill_f32<<<64, 256>>>(bias, 32768, 0.5f, 11);
+        fill_f32<<<512, 256>>>(table, max_rows * 1152, 1.f, 12);
+    }
+};
+
+static int active_clusters(const Instance& in) {
+    static std::vector<std::pair<const void*, int>> known;
+    for (auto& k : known)
+        if (k.first == in.kernel) return k.second;
+    CHECK(cudaFuncSetAttribute(in.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, in.smem));
+    cudaLaunchAttribute attr[1];
+    attr[0].id = cudaLaunchAttributeClusterDimension;
+    attr[0].val.clusterDim.x = in.cluster, attr[0].val.clusterDim.y = attr[0].val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = in.cluster * 132;
+    config.blockDim = in.threads;
+    config.dynamicSmemBytes = in.smem;
+    config.attrs = attr, config.numAttrs = 1;
+    int n = 0;
+    CHECK(cudaOccupancyMaxActiveClusters(&n, in.kernel, &config));
+    known.push_back({in.kernel, n});
+    return n;
+}
+
+struct Launch {
+    Instance in;
+    ptx::TensorMap w, x, old;
+    GemmParams p;
+    int tiles, grid;
+};
+
+static Launch prepare(const Instance& in, const Case& c, Arena& a, int rows, int per_sample,
+                      const bf16* w) {
+    Launch l;
+    l.in = in;
+    memset(&l.p, 0, sizeof l.p);
+    GemmParams& p = l.p;
+    p.scale = 1.f;
+    p.bias = c.bias ? a.bias : nullptr;
+    p.colsum = c.norm == LAYER ? a.colsum : nullptr;
+    p.stats_in = c.norm == NONE ? nullptr : a.stats_in;
+    p.stats_out = c.stats ? a.stats_out : nullptr;
+    p.aux = c.epilogue == gemm::ROPE ? (const void*)a.turns : a.table;
+    p.out = a.out, p.out_k = a.k, p.out_v = a.v;
+    p.rows = rows, p.n = c.n, p.k = c.k;
+    p.slots_in = c.k / 64, p.inv_width = 1.f / c.k;
+    p.period = c.epilogue == gemm::STORE_POSITION ? 256 : per_sample;
+    p.out_stride = c.out_stride ? c.out_stride : p.period;
+    p.out_ld = c.epilogue == gemm::ROPE ? c.q_cols : c.epilogue == gemm::GEGLU ? c.n / 2 : c.n;
+    p.q_cols = c.q_cols;
+    p.kv_stride = per_sample + 11, p.kv_ld = 256;
+    p.group = std::max(1, 8 / in.cn);
+    l.w = tensor_map(w, c.n, c.k, c.k, in.bm);
+    l.x = tensor_map(a.x, rows, c.k, c.k, in.bn);
+    l.old = l.x;
+    if (c.epilogue == gemm::ADD)
+        l.old = tensor_map(a.out, rows, c.n, c.n, (in.bn / 8 + in.ck - 1) / in.ck * 8);
+    const int m = in.bm * in.shares, n = in.bn * in.cn;
+    l.tiles = ((c.n + m - 1) / m) * ((rows + n - 1) / n);
+    l.grid = in.cluster * (in.ck > 1 ? l.tiles : std::min(l.tiles, active_clusters(in)));
+    return l;
+}
+
+static void launch(Launch& l, cudaStream_t stream) {
+    cudaLaunchAttribute attr[1];
+    attr[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attr[0].val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = l.grid, config.blockDim = l.in.threads;
+    config.dynamicSmemBytes = l.in.smem, config.stream = stream;
+    config.attrs = attr, config.numAttrs = 1;
+    void* args[] = {&l.w, &l.x, &l.old, &l.p};
+    CHECK(cudaLaunchKernelExC(&config, l.in.kernel, args));
+}
+
+static bool check(const Instance& in, const Case& c, Arena& a, int rows, int per_sample) {
+    const size_t out_bytes = a.max_rows * 16384ull * 2, small = a.max_rows * 512ull;
+    Launch l = prepare(in, c, a, rows, per_sample, a.w);
+    fill<<<512, 256>>>(a.w, (size_t)c.n * c.k, 1.f / sqrtf(c.k), 0.3f / c.k, rows);
+    fill<<<512, 256>>>(a.x, (size_t)rows * c.k, 1.5f, 0.4f, rows + 1);
+    sum_columns<<<c.n, 32>>>(a.w, a.colsum, c.k);
+    slab_stats<<<rows, 32>>>(a.x, a.stats_in, c.k, c.k);
+    const size_t samples = rows / per_sample;
+    const size_t buffer = samples * std::max(per_sample, c.out_stride) + rows + 64;
+    const size_t out_used = std::min(out_bytes, buffer * l.p.out_ld * 2);
+    auto poison = [&] {
+        CHECK(cudaMemset(a.out, 0xFF, out_used));
+        CHECK(cudaMemset(a.k, 0xFF, small));
+        CHECK(cudaMemset(a.v, 0xFF, small));
+        CHECK(cudaMemset(a.stats_out, 0xFF, a.max_rows * 32 * 8));
+        if (c.epilogue == gemm::ADD) fill<<<512, 256>>>(a.out, (size_t)rows * c.n, 1.f, 0.f, 77);
+    };
+    poison();
+    CHECK(cudaMemcpy(a.before, a.out, out_used, cudaMemcpyDeviceToDevice));
+    launch(l, 0);
+    CHECK(cudaDeviceSynchronize());
+    reference_norm<<<rows, 256>>>(a.x, a.xn, c.k, c.norm);
+    reference_product<<<dim3((c.n + 31) / 32, (rows + 31) / 32), dim3(32, 8)>>>(
+        a.xn, a.w, l.p.bias, a.y, rows, c.n, c.k);
+    CHECK(cudaMemset(a.sums, 0, 16));
+    reference_compare<<<512, 256>>>(a.y, a.before, l.p, c.epilogue, a.sums);
+    double sums[2];
+    CHECK(cudaMemcpy(sums, a.sums, 16, cudaMemcpyDeviceToHost));
+    const double error = sqrt(sums[0] / sums[1]);
+    // Words outside the rows written must still be poison: count the words that changed.
+    auto different = [&](const void* p, const void* q, size_t bytes) {
+        int n;
+        CHECK(cudaMemset(a.count, 0, 4));
+        count_different<<<512, 256>>>((const uint32_t*)p, (const uint32_t*)q, bytes / 4, a.count);
+        CHECK(cudaMemcpy(&n, a.count, 4, cudaMemcpyDeviceToHost));
+        return n;
+    };
+    const long width = l.p.out_ld;
+    const bool counted = c.epilogue != gemm::ADD && width != 0;
+    const long changed = counted ? different(a.out, a.before, out_used) : 0;
+    const long strays = std::max(0L, changed - (long)rows * width / 2);
+    double stat_error = 0;
+    if (c.stats) {  // recompute from what was stored
+        const int last = rows - 1;
+        const int buffer_rows = last / l.p.period * l.p.out_stride + last % l.p.period + 1;
+        slab_stats<<<buffer_rows, 32>>>(a.out, a.stats_ref, c.n, c.n);
+        std::vector<float> got(buffer_rows * (c.n / 32)), want(got.size());
+        CHECK(cudaMemcpy(got.data(), a.stats_out, got.size() * 4, cudaMemcpyDeviceToHost));
+        CHECK(cudaMemcpy(want.data(), a.stats_ref, got.size() * 4, cudaMemcpyDeviceToHost));
+        double e = 0, s = 0;
+        for (size_t i = 0; i < got.size(); i++) {
+            if ((i / (c.n / 32)) % l.p.out_stride >= l.p.period) continue;
+            const double d = got[i] - want[i];
+            e += d == d ? d * d : 1e30, s += (double)want[i] * want[i];
+        }
+        stat_error = sqrt(e / s);
+    }
+    // Repeats give the same bits.
+    int moved = 0;
+    CHECK(cudaMemcpy(a.xn, a.out, out_used, cudaMemcpyDeviceToDevice));
+    bf16* k0 = (bf16*)a.y;
+    CHECK(cudaMemcpy(k0, a.k, small, cudaMemcpyDeviceToDevice));
+    for (int i = 0; i < 20; i++) {
+        poison();
+        launch(l, 0);
+        moved += different(a.out, a.xn, out_used) + different(a.k, k0, small);
+    }
+    CHECK(cudaDeviceSynchronize());
+    const bool ok = error <= 4e-3 && strays == 0 && moved == 0 && stat_error < 1e-5;
+    if (!ok)
+        printf("FAIL ");
+    if (!ok || getenv("VERBOSE"))
+        printf("%-18s %-34s rows %5d: error %.2e, strays %ld, moved %d, stats %.1e\n", c.name,
+               in.name, rows, error, strays, moved, stat_error);
+    return ok;
+}
+
+static double time_us(const Instance& in, const Case& c, Arena& a, int rows, int per_sample) {
+    const size_t w_bytes = (size_t)c.n * c.k * 2;
+    const int copies = (int)std::clamp<size_t>(a.pool / w_bytes, 2, 24);
+    // IDLE=microseconds: short bursts with pauses, so that the card's power limit stays out of it.
+    const int idle = getenv("IDLE") ? atoi(getenv("IDLE")) : 0;
+    const int launches = rows > 20000 || idle ? 4 : copies * std::max(1, 24 / copies);
+    std::vector<Launch> ls;
+    for (int i = 0; i < copies; i++)
+        ls.push_back(prepare(in, c, a, rows, per_sample, a.w + i * (w_bytes / 2)));
+    cudaStream_t s;
+    CHECK(cudaStreamCreate(&s));
+    cudaGraph_t g;
+    cudaGraphExec_t e;
+    CHECK(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < launches; i++) launch(ls[i % copies], s);
+    CHECK(cudaStreamEndCapture(s, &g));
+    CHECK(cudaGraphInstantiate(&e, g, 0));
+    cudaEvent_t t0, t1;
+    CHECK(cudaEventCreate(&t0));
+    CHECK(cudaEventCreate(&t1));
+    std::vector<float> ms;
+    for (int i = 0; i < (rows > 5000 ? 4 : 12); i++) {
+        if (idle) usleep(idle);
+        CHECK(cudaEventRecord(t0, s));
+        CHECK(cudaGraphLaunch(e, s));
+        CHECK(cudaEventRecord(t1, s));
+        CHECK(cudaStreamSynchronize(s));
+        float t;
+        CHECK(cudaEventElapsedTime(&t, t0, t1));
+        if (i >= 2) ms.push_back(t);
+    }
+    std::sort(ms.begin(), ms.end());
+#ifdef GEMM_TRACE
+    static long long host[256 * 132][12];
+    CHECK(cudaMemcpyFromSymbol(host, marks, sizeof host));
+    double sum[8] = {}, clk = 0, ns = 0;
+    long long met = 1ll << 62, end = 0, first_end = 1ll << 62;
+    for (int b = 0; b < ls[0].grid; b++) {
+        for (int i = 1; i < 8; i++) sum[i] += (double)(host[b][i] - host[b][i - 1]) / ls[0].grid;
+        clk += host[b][7] - host[b][0], ns += host[b][9] - host[b][8];
+        met = std::min(met, host[b][10]);
+        end = std::max(end, host[b][9]), first_end = std::min(first_end, host[b][9]);
+    }
+    printf("   clk init %.0f depwait %.0f firstload %.0f main %.0f reduce %.0f epilogue %.0f "
+           "end %.0f | "
+           "GHz %.2f | dep met to first end %.2f, to last end %.2f us\n", sum[1], sum[2], sum[3],
+           sum[4], sum[5], sum[6], sum[7], clk / ns, (first_end - met) * 1e-3, (end - met) * 1e-3);
+#endif
+    CHECK(cudaGraphExecDestroy(e));
+    CHECK(cudaGraphDestroy(g));
+    CHECK(cudaStreamDestroy(s));
+    return ms[ms.size() / 2] * 1e3 / launches;
+}
+
+int main(int argc, char** argv) {
+    const std::string mode = argc > 1 ? argv[1] : "check";
+    const int batch = argc > 2 ? atoi(argv[2]) : 1;
+    const char* filter = argc > 3 ? argv[3] : "";
+    const int prefix = argc > 4 ? atoi(argv[4]) : 788;
+    cudaDriverEntryPointQueryResult found;
+    CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void**)&encode_tiled, 12000,
+                                           cudaEnableDefault, &found));
+    const char* only = argc > 5 ? argv[5] : "";  // part of an instance's name
+    int bad = 0, done = 0;
+    setvbuf(stdout, nullptr, _IOLBF, 4096);
+    for (const Instance& in : INSTANCES) active_clusters(in);
+    if (mode == "table") {  // for the host twin
+        for (const Instance& in : INSTANCES)
+            printf("%-34s threads %3d cluster %d smem %6d boxes w %3d x %3d old %3d clusters %3d\n",
+                   in.name, in.threads, in.cluster, in.smem, in.bm, in.bn,
+                   in.epilogue == gemm::ADD ? (in.bn / 8 + in.ck - 1) / in.ck * 8 : 0,
+                   active_clusters(in));
+        return 0;
+    }
+    if (mode == "check") {
+        Arena a(1936, true);
+        const int prefix_rows[] = {1, 17, 788, 968, 1576}, image_rows[] = {1, 17, 768, 512, 1536};
+        for (const Case& c : CASES)
+            for (const Instance& in : INSTANCES) {
+                if (in.epilogue != c.epilogue) continue;
+                if (*filter && !strstr(c.name, filter) && !strstr(in.name, filter)) continue;
+                for (int i = getenv("QUICK") ? 2 : 0; i < (getenv("QUICK") ? 4 : 5); i++) {
+                    const int rows = c.rows_per_sample ? image_rows[i] : prefix_rows[i];
+                    const int usual = c.rows_per_sample ? 768 : 788;
+                    const int per_sample = i == 4 ? rows / 2 : i == 3 ? rows : usual;
+                    bad += !check(in, c, a, rows, per_sample), done++;
+                }
+            }
+        printf("%d checks, %d bad\n", done, bad);
+        return bad != 0;
+    }
+    Arena a((size_t)batch * (prefix > 788 ? prefix : 788), false);
+    fill<<<1024, 256>>>(a.w, a.pool / 2, 0.03f, 0.f, 1);
+    fill<<<1024, 256>>>(a.x, a.max_rows * 16384, 1.f, 0.f, 2);
+    fill<<<1024, 256>>>(a.out, a.max_rows * 16384, 1.f, 0.f, 3);
+    slab_stats<<<a.max_rows, 32>>>(a.x, a.stats_in, 2048, 2048);
+    for (const Case& c : CASES) {
+        if (*filter && !strstr(c.name, filter)) continue;
+        const int images = getenv("IMAGES") ? atoi(getenv("IMAGES")) : 3;
+        const int per_sample = c.rows_per_sample ? 256 * images : prefix, rows = batch * per_sample;
+        for (const Instance& in : INSTANCES) {
+            if (in.epilogue != c.epilogue || !strstr(in.name, only)) continue;
+            const double us = time_us(in, c, a, rows, per_sample);
+            const double flop = 2.0 * rows * c.n * c.k;
+            const Launch l = prepare(in, c, a, rows, per_sample, a.w);
+            printf("%-17s %6d rows %-32s grid %3d/%d tiles %4d: %8.2f us %4.0f TFLOP/s\n", c.name,
+                   rows, in.name, l.grid, l.in.cluster, l.tiles * l.in.cluster, us,
+                   flop / us * 1e-6);
+        }
+    }
+    return 0;
+}

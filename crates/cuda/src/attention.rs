@@ -1,0 +1,280 @@
+//! Host twin of the attention kernels, `embed.cu` and `patchify.cu`.
+
+use std::sync::Arc;
+
+use bytemuck::{Pod, Zeroable};
+use pirouette_model::BackendError;
+
+use crate::cubins;
+use crate::driver::{Arg, Context, Function, Launch, Swizzle, TensorMap, TensorMapSpec};
+
+/// `AttentionVisionParams`
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct VisionParams {
+    /// bf16 [images · 256, 1152].
+    pub out: u64,
+    /// Of q·kᵀ.
+    pub scale: f32,
+    /// 0
+    pub reserved: u32,
+}
+
+/// `AttentionPrefillParams`
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct PrefillParams {
+    /// bf16 [batch · rows, 2048].
+    pub out: u64,
+    /// u32 [batch][2].
+    pub lengths: u64,
+    /// Prefix rows of a sample.
+    pub rows: u32,
+    /// Cache rows of a sample.
+    pub cache_rows: u32,
+    /// Rows of a camera.
+    pub image_tokens: u32,
+    /// 0
+    pub reserved: u32,
+}
+
+/// `AttentionSuffixParams`
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct SuffixParams {
+    /// bf16 [batch · q_stride, 2048].
+    pub q: u64,
+    /// bf16 [batch · cache_rows, 256].
+    pub k: u64,
+    /// bf16 [batch · cache_rows, 256].
+    pub v: u64,
+    /// bf16 [batch · out_stride, 2048].
+    pub out: u64,
+    /// u32 [batch][2].
+    pub lengths: u64,
+    /// Query rows of a sample.
+    pub queries: u32,
+    /// Rows from one sample's queries to the next's.
+    pub q_stride: u32,
+    /// Rows from one sample's outputs to the next's.
+    pub out_stride: u32,
+    /// Cache rows of a sample.
+    pub cache_rows: u32,
+    /// Prefix slots.
+    pub prefix_rows: u32,
+    /// Suffix keys.
+    pub suffix_keys: u32,
+    /// Rows of a camera.
+    pub image_tokens: u32,
+    /// Keys a CTA has room for.
+    pub key_slots: u32,
+    /// 1: query row 0 is the state token.
+    pub state_row: u32,
+    /// 1: the prefix rows of the cache are complete.
+    pub prefix_ready: u32,
+}
+
+/// `EmbedParams`
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct EmbedParams {
+    /// u32 [batch][prompt_tokens].
+    pub tokens: u64,
+    /// u32 [batch][2].
+    pub lengths: u64,
+    /// bf16 [vocab][width].
+    pub table: u64,
+    /// bf16 [batch · rows][width].
+    pub stream: u64,
+    /// `stream` times `norm_scale`, or 0.
+    pub scaled: u64,
+    /// f32 [width], with `scaled` alone.
+    pub norm_scale: u64,
+    /// float2 [batch · rows][parts] or 0.
+    pub stats: u64,
+    /// Rows of the table.
+    pub vocab: u32,
+    /// Columns.
+    pub width: u32,
+    /// Prompt slots.
+    pub prompt_tokens: u32,
+    /// Prefix rows of a sample.
+    pub rows: u32,
+    /// Rows of a camera.
+    pub image_tokens: u32,
+    /// Statistics of a row.
+    pub parts: u32,
+    /// √width
+    pub scale: f32,
+    /// 0
+    pub reserved: u32,
+}
+
+/// `PatchifyParams`
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct PatchifyParams {
+    /// u8 [images][side][side][3].
+    pub images: u64,
+    /// bf16 [patches][stride].
+    pub patches: u64,
+    /// Pixels.
+    pub side: u32,
+    /// Pixels.
+    pub patch: u32,
+    /// Elements from one patch to the next.
+    pub stride: u32,
+    /// 0
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<VisionParams>() == 16);
+const _: () = assert!(size_of::<PrefillParams>() == 32);
+const _: () = assert!(size_of::<SuffixParams>() == 80);
+const _: () = assert!(size_of::<EmbedParams>() == 88);
+const _: () = assert!(size_of::<PatchifyParams>() == 32);
+
+const VISION_SHARED: u32 = 102_432;
+const PREFILL_SHARED: u32 = 230_400;
+const PREFILL_ROWS: u32 = 128;
+const PREFILL_KEYS: u32 = 80;
+/// Keys one CTA of the suffix kernel holds.
+const MAX_KEY_SLOTS: u32 = 128;
+const MAX_SHARED: u32 = 232_448;
+
+/// An instance of the suffix kernel: 16-row tiles per CTA, CTAs of a cluster.
+struct Suffix {
+    tiles: u32,
+    cluster: u32,
+    function: Function,
+}
+
+/// The loaded kernels.
+pub struct Attention {
+    context: Arc<Context>,
+    vision: Function,
+    prefill_split1: Function,
+    prefill_split2: Function,
+    suffix: Vec<Suffix>,
+    embed: Function,
+    patchify: Function,
+}
+
+impl Attention {
+    /// Loads them; Hopper only.
+    pub fn load(context: &Arc<Context>) -> Result<Self, BackendError> {
+        let vision = cubins::load(context, "attention_vision_sm90")?;
+        let prefill = cubins::load(context, "attention_prefill_sm90")?;
+        let suffix = cubins::load(context, "attention_suffix")?;
+        let prefill = |name: &str| prefill.function(name, PREFILL_SHARED as usize);
+        let suffix = [(1, 8), (2, 8), (5, 8)]
+            .into_iter()
+            .map(|(tiles, cluster)| {
+                let name = format!("attention_suffix_r{}_c{cluster}", 16 * tiles);
+                let function = suffix.function(&name, MAX_SHARED as usize)?;
+                Ok(Suffix { tiles, cluster, function })
+            })
+            .collect::<Result<_, BackendError>>()?;
+        Ok(Attention {
+            context: context.clone(),
+            vision: vision.function("attention_vision_sm90", VISION_SHARED as usize)?,
+            prefill_split1: prefill("attention_prefill_sm90_split1")?,
+            prefill_split2: prefill("attention_prefill_sm90_split2")?,
+            suffix,
+            embed: cubins::load(context, "embed")?.function("embed", 0)?,
+            patchify: cubins::load(context, "patchify")?.function("patchify", 0)?,
+        })
+    }
+
+    /// SigLIP attention over `images` images of 256 tokens, 16 heads of 72: `qkv` bf16
+    /// [images · 256, 3456].
+    pub fn vision(&self, p: VisionParams, qkv: u64, images: u32) -> Result<Launch, BackendError> {
+        // 72 columns are not a power of two: 64, and the rest padded with zeros to 16.
+        let map = |cols, swizzle| {
+            let spec = TensorMapSpec {
+                address: qkv,
+                extents: &[72, 48, images as u64 * 256],
+                strides_bytes: &[144, 6912],
+                boxes: &[cols, 1, 128],
+                swizzle,
+            };
+            TensorMap::bf16(&self.context, &spec)
+        };
+        let args =
+            vec![Arg::of(&p), Arg::of(&map(64, Swizzle::B128)?), Arg::of(&map(16, Swizzle::B32)?)];
+        let launch = Launch::new(self.vision.clone(), [2, 16, images], 256, args);
+        Ok(Launch { shared_bytes: VISION_SHARED, dependent: true, ..launch })
+    }
+
+    /// Prefix attention, 8 heads of 256 over one K/V head.
+    pub fn prefill(
+        &self,
+        p: PrefillParams,
+        [q, k, v]: [u64; 3],
+        samples: u32,
+    ) -> Result<Launch, BackendError> {
+        let map = |address, rows: u32, box_rows| {
+            let spec = TensorMapSpec {
+                address,
+                extents: &[256, rows as u64],
+                strides_bytes: &[512],
+                boxes: &[64, box_rows],
+                swizzle: Swizzle::B128,
+            };
+            TensorMap::bf16(&self.context, &spec)
+        };
+        let cache = samples * p.cache_rows;
+        let args = vec![
+            Arg::of(&p),
+            Arg::of(&map(q, samples * p.rows * 8, PREFILL_ROWS)?),
+            Arg::of(&map(k, cache, PREFILL_KEYS)?),
+            Arg::of(&map(v, cache, PREFILL_KEYS)?),
+        ];
+        let tiles = (8 * p.rows).div_ceil(PREFILL_ROWS);
+        // Splitting the keys fills the machine when one sample's rows do not.
+        let split = if tiles * samples <= self.context.properties.sms / 2 { 2 } else { 1 };
+        let function = if split == 2 { &self.prefill_split2 } else { &self.prefill_split1 };
+        let launch = Launch::new(function.clone(), [tiles * split, samples, 1], 384, args);
+        let cluster = [split, 1, 1];
+        Ok(Launch { shared_bytes: PREFILL_SHARED, cluster, dependent: true, ..launch })
+    }
+
+    /// Denoise attention; `p.key_slots` is set here. `None` when a sample has more keys than a
+    /// cluster takes.
+    pub fn suffix(&self, mut p: SuffixParams, samples: u32) -> Option<Launch> {
+        let rows = 8 * p.queries;
+        // Measured at P = 788: narrow tiles while all clusters fit the machine, wide ones once
+        // the keys are fetched many times over.
+        let wanted = match rows.div_ceil(16) * samples {
+            0..=16 => 1,
+            17..=96 => 2,
+            _ => 5,
+        };
+        let Suffix { tiles, cluster, function } = self.suffix.iter().find(|s| s.tiles == wanted)?;
+        let keys = p.prefix_rows.div_ceil(*cluster) + p.suffix_keys.div_ceil(*cluster);
+        p.key_slots = keys.next_multiple_of(16);
+        if p.key_slots > MAX_KEY_SLOTS {
+            return None;
+        }
+        let m = 16 * tiles;
+        let shared_bytes = m * (656 + 2 * p.key_slots + 8 * cluster) + p.key_slots * 528 + 16;
+        let grid = [*cluster, rows.div_ceil(m), samples];
+        let launch = Launch::new(function.clone(), grid, 256, vec![Arg::of(&p)]);
+        Some(Launch { shared_bytes, cluster: [*cluster, 1, 1], dependent: true, ..launch })
+    }
+
+    /// Prompt tokens to stream rows with their statistics.
+    pub fn embed(&self, p: EmbedParams, samples: u32) -> Launch {
+        let grid = [p.rows, samples, 1];
+        let launch = Launch::new(self.embed.clone(), grid, 256, vec![Arg::of(&p)]);
+        Launch { dependent: true, ..launch }
+    }
+
+    /// Images to patches.
+    pub fn patchify(&self, p: PatchifyParams, images: u32) -> Launch {
+        let grid = [p.side / p.patch, images, 1];
+        let shared_bytes = (p.patch * p.side * 3).next_multiple_of(16);
+        let launch = Launch::new(self.patchify.clone(), grid, 256, vec![Arg::of(&p)]);
+        Launch { shared_bytes, dependent: true, ..launch }
+    }
+}

@@ -1,0 +1,261 @@
+//! Host twin of `kernels/denoise_{product,edge}.cu`: the Euler loop over few rows, on Hopper.
+
+use std::sync::Arc;
+
+use bytemuck::{Pod, Zeroable};
+use pirouette_model::BackendError;
+
+use crate::cubins;
+use crate::driver::{Arg, Context, Function, Launch};
+use crate::portable;
+
+/// `DenoiseRows`
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct Rows {
+    /// Matrix rows from one sample to the next.
+    pub stride: u32,
+    /// First row of a sample.
+    pub first: u32,
+    /// Rows of a sample.
+    pub count: u32,
+    /// Elements from one matrix row to the next.
+    pub width: u32,
+}
+
+impl Rows {
+    /// Rows of a view whose columns begin at its address.
+    pub fn of(view: &portable::View) -> Self {
+        Rows { stride: view.stride, first: view.first, count: view.count, width: view.ld }
+    }
+}
+
+/// `DenoiseProductParams`
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct ProductParams {
+    /// Packed bf16.
+    pub weight: u64,
+    /// bf16 rows.
+    pub input: u64,
+    /// bf16 rows.
+    pub out: u64,
+    /// Residual stream to add to.
+    pub old: u64,
+    /// Keys of the cache.
+    pub k: u64,
+    /// Values of the cache.
+    pub v: u64,
+    /// f32 [N] or 0.
+    pub bias: u64,
+    /// f32 [K] or 0.
+    pub scale: u64,
+    /// f32 [N] or 0.
+    pub gate: u64,
+    /// f32 [stream rows][64] sums of squares of `input`.
+    pub input_sums: u64,
+    /// The same of `out`.
+    pub out_sums: u64,
+    /// (cos, sin) [positions][128].
+    pub rope: u64,
+    /// u32 [samples][2].
+    pub lengths: u64,
+    /// Rows of `input`.
+    pub input_rows: Rows,
+    /// Rows of `out`.
+    pub out_rows: Rows,
+    /// Rows of `k` and `v`.
+    pub cache_rows: Rows,
+    /// Rows of work.
+    pub rows: u32,
+    /// Tokens of a camera.
+    pub image_tokens: u32,
+    /// Position of a sample's row 0 less its prefix length.
+    pub first_position: u32,
+    /// Set here: copies of weights under way at a time.
+    pub depth: u32,
+}
+
+/// `DenoiseEdgeParams`
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct EdgeParams {
+    /// bf16 stream after the last layer, or 0: no action_out.
+    pub stream: u64,
+    /// f32 [1024]: 1 + scale of the final adaptive norm, or 0.
+    pub norm_scale: u64,
+    /// f32 [1024]: its shift, or 0.
+    pub norm_shift: u64,
+    /// f32 [32][1024].
+    pub out_weight: u64,
+    /// f32 [32].
+    pub out_bias: u64,
+    /// f32 [rows][32].
+    pub actions: u64,
+    /// f32 [32][1024], input-major, or 0: no action_in.
+    pub in_weight: u64,
+    /// f32 [1024].
+    pub in_bias: u64,
+    /// bf16 rows that action_in writes.
+    pub out: u64,
+    /// f32 [samples][32], or 0: no state token.
+    pub state: u64,
+    /// f32 [32][1024], input-major.
+    pub state_weight: u64,
+    /// f32 [1024].
+    pub state_bias: u64,
+    /// bf16 stream for the state token.
+    pub state_out: u64,
+    /// f32 [stream rows][64].
+    pub sums: u64,
+    /// Rows of `stream`.
+    pub stream_rows: Rows,
+    /// Rows of `out`.
+    pub out_rows: Rows,
+    /// Rows of `state_out`.
+    pub state_rows: Rows,
+    /// samples · horizon
+    pub rows: u32,
+    /// Samples.
+    pub samples: u32,
+    /// 1: action_in ends in SiLU.
+    pub silu: u32,
+    /// 0
+    pub unused: u32,
+}
+
+const _: () = assert!(size_of::<ProductParams>() == 13 * 8 + 48 + 16);
+const _: () = assert!(size_of::<EdgeParams>() == 14 * 8 + 48 + 16);
+
+/// What a product ends in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// RMS or adaptive norm → q, k, v.
+    Qkv,
+    /// attention → stream.
+    Out,
+    /// RMS or adaptive norm → hidden units.
+    Up,
+    /// hidden units → stream.
+    Down,
+    /// action_in's output → stream (π0).
+    Mlp,
+}
+
+impl Role {
+    /// Whether a norm, which has a scale, comes first.
+    fn is_normed(self) -> bool {
+        matches!(self, Role::Qkv | Role::Up)
+    }
+}
+
+/// One instance: 16-row tiles per CTA, inputs of a CTA, CTAs that share K, 8-token groups.
+struct Instance {
+    name: &'static str,
+    role: Role,
+    scaled: bool,
+    tiles: u32,
+    k_slice: u32,
+    cluster: u32,
+    groups: u32,
+    /// Whether it walks any number of rows in several passes.
+    multi: bool,
+}
+
+const fn instance(
+    name: &'static str,
+    role: Role,
+    scaled: bool,
+    [tiles, k_slice, cluster, groups]: [u32; 4],
+    multi: bool,
+) -> Instance {
+    Instance { name, role, scaled, tiles, k_slice, cluster, groups, multi }
+}
+
+/// Fastest first among those that take the rows.
+const INSTANCES: &[Instance] = &[
+    instance("denoise_qkv_adaptive_16", Role::Qkv, true, [1, 1024, 1, 2], false),
+    instance("denoise_o_16", Role::Out, false, [1, 1024, 2, 2], false),
+    instance("denoise_gate_up_adaptive_16", Role::Up, true, [2, 1024, 1, 2], false),
+    instance("denoise_down_16", Role::Down, false, [1, 1024, 4, 2], false),
+    instance("denoise_mlp_out_16", Role::Mlp, false, [1, 1024, 1, 2], false),
+    instance("denoise_qkv_adaptive_56", Role::Qkv, true, [2, 1024, 1, 7], false),
+    instance("denoise_o_56", Role::Out, false, [1, 1024, 2, 7], false),
+    instance("denoise_gate_up_adaptive_56", Role::Up, true, [2, 1024, 1, 7], false),
+    instance("denoise_down_56", Role::Down, false, [1, 1024, 4, 7], false),
+    instance("denoise_mlp_out_56", Role::Mlp, false, [1, 1024, 1, 7], false),
+    instance("denoise_qkv_adaptive_many", Role::Qkv, true, [1, 1024, 1, 4], true),
+    instance("denoise_o_many", Role::Out, false, [1, 1024, 2, 4], true),
+    instance("denoise_gate_up_adaptive_many", Role::Up, true, [2, 1024, 1, 4], true),
+    instance("denoise_down_many", Role::Down, false, [1, 1024, 4, 4], true),
+    instance("denoise_mlp_out_many", Role::Mlp, false, [1, 1024, 1, 4], true),
+];
+
+/// Threads of a product: eight warps compute, one loads weights.
+const THREADS: u32 = 288;
+/// Copies of 8 KB of weights a block keeps under way: more crowd out the kernel in front.
+const DEPTH: u32 = 4;
+/// Beyond so many rows the passes over tiles of rows cost more than tower products.
+const MAX_ROWS: u32 = 128;
+const MAX_SHARED: usize = 200 << 10;
+
+impl Instance {
+    fn takes(&self, role: Role, scaled: bool, rows: u32) -> bool {
+        self.role == role && self.scaled == scaled && (self.multi || rows <= self.groups * 8)
+    }
+}
+
+/// The loaded kernels.
+pub struct Denoise {
+    products: Vec<Function>,
+    edge: Function,
+}
+
+impl Denoise {
+    /// Loads them; Hopper only.
+    pub fn load(context: &Arc<Context>) -> Result<Self, BackendError> {
+        let products = cubins::load(context, "denoise_product")?;
+        Ok(Denoise {
+            products: INSTANCES
+                .iter()
+                .map(|i| products.function(i.name, MAX_SHARED))
+                .collect::<Result<_, _>>()?,
+            edge: cubins::load(context, "denoise_edge")?.function("denoise_edge", 0)?,
+        })
+    }
+
+    /// Whether a loop of so many rows per step runs on these kernels: all of it or nothing, since
+    /// they hand each other sums of squares.
+    pub fn takes(rows: u32) -> bool {
+        let roles = [Role::Qkv, Role::Out, Role::Up, Role::Down, Role::Mlp];
+        let served = |role| INSTANCES.iter().any(|i| i.takes(role, role.is_normed(), rows));
+        roles.into_iter().all(served) && rows <= MAX_ROWS
+    }
+
+    /// A product of `outputs` rows of weight; `None` when no instance takes it.
+    pub fn product(
+        &self,
+        role: Role,
+        scaled: bool,
+        outputs: u32,
+        mut p: ProductParams,
+    ) -> Option<Launch> {
+        let at = INSTANCES.iter().position(|i| i.takes(role, scaled, p.rows))?;
+        let i = &INSTANCES[at];
+        p.depth = DEPTH;
+        let scratch = if i.multi { 8 * i.tiles * i.groups * 512 } else { 0 };
+        let shared_bytes = i.tiles * i.k_slice * 32 + scratch;
+        let grid = [outputs / 16 / i.tiles * i.cluster, 1, 1];
+        let args = vec![Arg::of(&p)];
+        let launch = Launch::new(self.products[at].clone(), grid, THREADS, args);
+        Some(Launch { shared_bytes, cluster: [i.cluster, 1, 1], dependent: true, ..launch })
+    }
+
+    /// The edge between two Euler steps.
+    pub fn edge(&self, p: EdgeParams) -> Launch {
+        let states = if p.state == 0 { 0 } else { p.samples };
+        let grid = [p.rows + states, 1, 1];
+        let launch = Launch::new(self.edge.clone(), grid, 1024, vec![Arg::of(&p)]);
+        Launch { dependent: true, ..launch }
+    }
+}

@@ -1,0 +1,272 @@
+//! A program compiled to one graph: inputs in page-locked memory → kernels → actions.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use pirouette_model::program::{Program, Stage};
+use pirouette_model::{BackendError, Executable, Inputs, StageTimes};
+
+use crate::bind::Binding;
+use crate::device::{Shared, Tier};
+use crate::driver::{Event, Graph, Launch, Pinned};
+use crate::tier_portable;
+
+/// A compiled program. Fields drop in order: graphs before the memory they name.
+pub struct CudaExecutable {
+    whole: Graph,
+    replay: Option<Graph>,
+    stages: Option<Vec<Graph>>,
+    pub(crate) launches: Vec<Launch>,
+    /// Launches before each step, and their total.
+    pub(crate) first_launch: Vec<usize>,
+    host: Pinned,
+    pub(crate) bound: Binding,
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl CudaExecutable {
+    pub(crate) fn compile(
+        shared: Arc<Shared>,
+        program: Arc<Program>,
+        tier: Tier,
+    ) -> Result<Self, BackendError> {
+        check_weights(&shared, &program)?;
+        shared.context.make_current()?;
+        let bound = Binding::new(&shared.context, &shared.stream, program.clone())?;
+        let mut host = Pinned::new(&shared.context, bound.io_bytes)?;
+        full_lengths(&bound, &mut host);
+        let (launches, first_launch) = plan(&shared, &bound, tier)?;
+        // Once outside a capture: whatever the driver sets up lazily happens here.
+        bound.io.copy_in(&shared.stream, 0, &host, 0, bound.io_bytes)?;
+        issue(&shared, &launches)?;
+        shared.stream.synchronize()?;
+        let whole = Graph::capture(&shared.stream, || {
+            bound.io.copy_in(&shared.stream, 0, &host, 0, bound.io_bytes)?;
+            issue(&shared, &launches)?;
+            bound.io.copy_out(&shared.stream, 0, &host, 0, actions_bytes(&program))
+        })?;
+        shared.stream.synchronize()?;
+        let (replay, stages) = (None, None);
+        Ok(CudaExecutable { whole, replay, stages, launches, first_launch, host, bound, shared })
+    }
+
+    /// Kernels per run.
+    pub fn kernel_count(&self) -> usize {
+        self.launches.len()
+    }
+
+    /// Bytes of device memory beside the weights.
+    pub fn activation_bytes(&self) -> u64 {
+        self.bound.bytes()
+    }
+
+    /// Milliseconds of `n` replays without copies. Each starts from the actions the one before
+    /// left, so they are for timing only.
+    pub fn replay_ms(&mut self, n: usize) -> Result<Vec<f64>, BackendError> {
+        let shared = self.shared.clone();
+        shared.context.make_current()?;
+        if self.replay.is_none() {
+            let launches = &self.launches;
+            self.replay = Some(Graph::capture(&shared.stream, || issue(&shared, launches))?);
+        }
+        let Some(graph) = &self.replay else { return Ok(Vec::new()) };
+        let (begin, end) = (Event::new(&shared.context)?, Event::new(&shared.context)?);
+        let mut ms = Vec::with_capacity(n);
+        for _ in 0..n {
+            begin.record(&shared.stream)?;
+            graph.launch(&shared.stream)?;
+            end.record(&shared.stream)?;
+            end.synchronize()?;
+            ms.push(end.ms_since(&begin)?);
+        }
+        Ok(ms)
+    }
+
+    /// Milliseconds of vision, prefill and denoise, each a graph of its own, for `n` runs.
+    pub fn stage_ms(&mut self, n: usize) -> Result<Vec<[f64; 3]>, BackendError> {
+        let shared = self.shared.clone();
+        shared.context.make_current()?;
+        if self.stages.is_none() {
+            let mut graphs = Vec::with_capacity(3);
+            for stage in [Stage::Vision, Stage::Prefill, Stage::Denoise] {
+                let part = self.stage_launches(stage);
+                graphs.push(Graph::capture(&shared.stream, || issue(&shared, part))?);
+            }
+            self.stages = Some(graphs);
+        }
+        let Some(graphs) = &self.stages else { return Ok(Vec::new()) };
+        let marks = (0..4).map(|_| Event::new(&shared.context)).collect::<Result<Vec<_>, _>>()?;
+        let mut times = Vec::with_capacity(n);
+        for _ in 0..n {
+            marks[0].record(&shared.stream)?;
+            for (graph, mark) in graphs.iter().zip(&marks[1..]) {
+                graph.launch(&shared.stream)?;
+                mark.record(&shared.stream)?;
+            }
+            marks[3].synchronize()?;
+            let mut ms = [0.0; 3];
+            for (i, ms) in ms.iter_mut().enumerate() {
+                *ms = marks[i + 1].ms_since(&marks[i])?;
+            }
+            times.push(ms);
+        }
+        Ok(times)
+    }
+
+    /// Launches of one stage: stages are consecutive stretches of the program.
+    fn stage_launches(&self, stage: Stage) -> &[Launch] {
+        let steps = &self.bound.program.steps;
+        let first = steps.iter().position(|s| s.stage() == stage).unwrap_or(steps.len());
+        let last = steps.iter().rposition(|s| s.stage() == stage).map_or(first, |at| at + 1);
+        &self.launches[self.first_launch[first]..self.first_launch[last]]
+    }
+
+    /// Milliseconds of every step, timed one by one outside the graph (launch overhead included,
+    /// nothing overlaps): the median of `n` passes. They say where time goes, not how much.
+    pub fn step_ms(&mut self, n: usize) -> Result<Vec<f64>, BackendError> {
+        let shared = &self.shared;
+        shared.context.make_current()?;
+        let steps = self.bound.program.steps.len();
+        let marks =
+            (0..=steps).map(|_| Event::new(&shared.context)).collect::<Result<Vec<_>, _>>()?;
+        let mut samples = vec![Vec::with_capacity(n); steps];
+        for _ in 0..n {
+            marks[0].record(&shared.stream)?;
+            for step in 0..steps {
+                for at in self.first_launch[step]..self.first_launch[step + 1] {
+                    shared.stream.launch(&self.launches[at], false)?;
+                }
+                marks[step + 1].record(&shared.stream)?;
+            }
+            marks[steps].synchronize()?;
+            for (step, samples) in samples.iter_mut().enumerate() {
+                samples.push(marks[step + 1].ms_since(&marks[step])?);
+            }
+        }
+        Ok(samples
+            .into_iter()
+            .map(|mut s| {
+                s.sort_by(f64::total_cmp);
+                s.get(s.len() / 2).copied().unwrap_or(0.0)
+            })
+            .collect())
+    }
+
+    fn write_inputs(&mut self, inputs: &Inputs<'_>) {
+        let program = &self.bound.program;
+        let slots = self.host.as_mut_slice();
+        let mut put = |name: &str, bytes: &[u8]| {
+            if let Some(at) = program.buffer(name).and_then(|id| self.bound.io_offsets[id.0]) {
+                slots[at..at + bytes.len()].copy_from_slice(bytes);
+            }
+        };
+        put("images", inputs.images);
+        put("tokens", bytemuck::cast_slice(inputs.tokens));
+        put("state", bytemuck::cast_slice(inputs.state));
+        put("actions", bytemuck::cast_slice(inputs.noise));
+        let lengths: Vec<u32> = inputs
+            .cameras
+            .iter()
+            .zip(inputs.prompt_len)
+            .flat_map(|(&cameras, &prompt)| [cameras, prompt])
+            .collect();
+        put("lengths", bytemuck::cast_slice(&lengths));
+    }
+}
+
+impl Executable for CudaExecutable {
+    fn program(&self) -> &Arc<Program> {
+        &self.bound.program
+    }
+
+    fn run(
+        &mut self,
+        inputs: &Inputs<'_>,
+        actions: &mut [f32],
+    ) -> Result<StageTimes, BackendError> {
+        let program = self.bound.program.clone();
+        inputs.check(&program)?;
+        let want = actions_bytes(&program) / 4;
+        if actions.len() != want {
+            return Err(BackendError::InputSize { name: "actions", got: actions.len(), want });
+        }
+        self.shared.context.make_current()?;
+        let begin = Instant::now();
+        self.write_inputs(inputs);
+        self.whole.launch(&self.shared.stream)?;
+        self.shared.stream.synchronize()?;
+        let bytes = &self.host.as_slice()[..want * 4];
+        actions.copy_from_slice(bytemuck::cast_slice(bytes));
+        let total_ms = begin.elapsed().as_secs_f64() * 1e3;
+        Ok(StageTimes { total_ms, ..StageTimes::default() })
+    }
+}
+
+/// Launches of all steps, and how many come before each step.
+fn plan(
+    shared: &Shared,
+    bound: &Binding,
+    tier: Tier,
+) -> Result<(Vec<Launch>, Vec<usize>), BackendError> {
+    let program = &bound.program;
+    let hopper = shared.hopper.as_ref().filter(|_| tier == Tier::Auto);
+    if let Some(hopper) = hopper {
+        hopper.prepare(&shared.stream, &shared.weights, program)?;
+    }
+    let mut launches = Vec::new();
+    let mut first_launch = Vec::with_capacity(program.steps.len() + 1);
+    for (at, step) in program.steps.iter().enumerate() {
+        first_launch.push(launches.len());
+        let (portable, weights) = (&shared.portable, &shared.weights);
+        let fast = match hopper {
+            Some(hopper) => hopper.plan(portable, weights, bound, at)?,
+            None => None,
+        };
+        match fast {
+            Some(fast) => launches.extend(fast),
+            None => tier_portable::plan(portable, weights, bound, step, &mut launches)?,
+        }
+    }
+    first_launch.push(launches.len());
+    Ok((launches, first_launch))
+}
+
+/// Lengths of a request that fills every slot, so that runs before the first request are sound.
+fn full_lengths(bound: &Binding, host: &mut Pinned) {
+    let shape = &bound.program.shape;
+    let lengths = bound.program.buffer("lengths").and_then(|id| bound.io_offsets[id.0]);
+    if let Some(at) = lengths {
+        let full = [shape.cameras as u32, shape.prompt_tokens as u32].repeat(shape.batch);
+        host.as_mut_slice()[at..at + full.len() * 4].copy_from_slice(bytemuck::cast_slice(&full));
+    }
+}
+
+/// Bytes of the actions, which lie at the head of the input and output block.
+fn actions_bytes(program: &Program) -> usize {
+    program.shape.batch * program.shape.horizon * program.config.action_dim * 4
+}
+
+/// Queues all launches, each allowed to start before its predecessor ends but the first.
+fn issue(shared: &Shared, launches: &[Launch]) -> Result<(), BackendError> {
+    for (i, launch) in launches.iter().enumerate() {
+        shared.stream.launch(launch, i > 0)?;
+    }
+    Ok(())
+}
+
+/// A program names weights by index: it must come from the table that was loaded.
+fn check_weights(shared: &Shared, program: &Program) -> Result<(), BackendError> {
+    let loaded = &shared.weights.table;
+    let same = Arc::ptr_eq(loaded, &program.weights)
+        || (loaded.config == program.config
+            && loaded.steps == program.weights.steps
+            && loaded.time_embedding == program.weights.time_embedding);
+    if same {
+        return Ok(());
+    }
+    Err(BackendError::Unavailable(format!(
+        "the program was recorded for other weights than those on cuda:{}: record it with the \
+         loaded table",
+        shared.context.properties.ordinal
+    )))
+}

@@ -1,0 +1,83 @@
+//! Power, clocks and temperature of a GPU through NVML, for reports and metrics.
+
+use nvml_wrapper::Nvml;
+use nvml_wrapper::enum_wrappers::device::{Clock, TemperatureSensor};
+use pirouette_model::BackendError;
+
+use crate::driver::Properties;
+
+/// Reads one GPU's sensors. NVML is opened at run time, like the driver.
+pub struct Gauge {
+    nvml: Nvml,
+    uuid: String,
+}
+
+/// One reading; a sensor that the GPU does not have reads as `None`.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Reading {
+    /// Power drawn, watts (the driver's average over its own interval).
+    pub power_watts: Option<f64>,
+    /// Clock of the multiprocessors, MHz.
+    pub sm_mhz: Option<u32>,
+    /// Clock of the memory, MHz.
+    pub memory_mhz: Option<u32>,
+    /// Temperature of the chip, °C.
+    pub temperature_celsius: Option<u32>,
+    /// Memory used by all processes, bytes.
+    pub memory_used_bytes: Option<u64>,
+    /// Energy since the driver was loaded, joules.
+    pub energy_joules: Option<f64>,
+}
+
+impl Gauge {
+    /// Opens NVML for the device with these properties.
+    pub fn open(properties: &Properties) -> Result<Self, BackendError> {
+        let missing = |error: nvml_wrapper::error::NvmlError| {
+            BackendError::Unavailable(format!(
+                "power and clocks can't be read through NVML: {error}"
+            ))
+        };
+        let gauge =
+            Gauge { nvml: Nvml::init().map_err(missing)?, uuid: uuid_text(properties.uuid) };
+        gauge.nvml.device_by_uuid(gauge.uuid.as_str()).map_err(missing)?;
+        Ok(gauge)
+    }
+
+    /// Reads all sensors.
+    pub fn read(&self) -> Reading {
+        let Ok(device) = self.nvml.device_by_uuid(self.uuid.as_str()) else {
+            return Reading::default();
+        };
+        Reading {
+            power_watts: device.power_usage().ok().map(|mw| mw as f64 / 1e3),
+            sm_mhz: device.clock_info(Clock::SM).ok(),
+            memory_mhz: device.clock_info(Clock::Memory).ok(),
+            temperature_celsius: device.temperature(TemperatureSensor::Gpu).ok(),
+            memory_used_bytes: device.memory_info().ok().map(|m| m.used),
+            energy_joules: device.total_energy_consumption().ok().map(|mj| mj as f64 / 1e3),
+        }
+    }
+}
+
+/// `GPU-8e2f…`, as NVML and `nvidia-smi -L` spell it.
+fn uuid_text(bytes: [u8; 16]) -> String {
+    let mut text = String::from("GPU-");
+    for (i, byte) in bytes.iter().enumerate() {
+        if matches!(i, 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{byte:02x}"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uuids_are_spelled_as_nvml_does() {
+        let bytes = std::array::from_fn(|i| i as u8 * 17);
+        assert_eq!(uuid_text(bytes), "GPU-00112233-4455-6677-8899-aabbccddeeff");
+    }
+}

@@ -1,0 +1,323 @@
+//! Host twin of `kernels/gemm_sm90.cu`: products of the vision and prefix towers on Hopper.
+
+use std::sync::Arc;
+
+use bytemuck::{Pod, Zeroable};
+use pirouette_model::BackendError;
+
+use crate::cubins;
+use crate::driver::{Arg, Context, Function, Launch, Swizzle, TensorMap, TensorMapSpec};
+
+/// `gemm::GemmParams`; see there for shapes. Addresses of 0 switch a feature off.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct GemmParams {
+    /// f32 [n], packed order.
+    pub bias: u64,
+    /// f32 [n], the norm's scale in it: LayerNorm only.
+    pub colsum: u64,
+    /// float2 [rows][slots_in].
+    pub stats_in: u64,
+    /// float2 [rows of out][n / 64].
+    pub stats_out: u64,
+    /// Position table or turns.
+    pub aux: u64,
+    /// Destination.
+    pub out: u64,
+    /// Rope: keys.
+    pub out_k: u64,
+    /// Rope: values.
+    pub out_v: u64,
+    /// `out` times `next_scale`, laid out as `out`.
+    pub scaled: u64,
+    /// f32 [n]: learned scale of the norm that reads `out` next.
+    pub next_scale: u64,
+    /// Rows of x.
+    pub rows: u32,
+    /// Rows of W.
+    pub n: u32,
+    /// Columns of both.
+    pub k: u32,
+    /// K / 64.
+    pub slots_in: u32,
+    /// 1 / K.
+    pub inv_width: f32,
+    /// Rows of a sample or image.
+    pub period: u32,
+    /// Rows from one sample to the next in `out`.
+    pub out_stride: u32,
+    /// Elements from one row of `out` to the next.
+    pub out_ld: u32,
+    /// Rope: columns of q.
+    pub q_cols: u32,
+    /// Rope: cache rows from one sample to the next.
+    pub kv_stride: u32,
+    /// Rope: elements from one cache row to the next.
+    pub kv_ld: u32,
+    /// Token tiles walked before the next weight tile.
+    pub group: u32,
+    /// StorePosition: multiplies the product.
+    pub scale: f32,
+    /// 0
+    pub reserved: u32,
+}
+
+const _: () = assert!(size_of::<GemmParams>() == 136);
+
+/// `gemm::Epilogue`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GemmEpilogue {
+    /// y
+    Store,
+    /// y + position table
+    StorePosition,
+    /// gelu(y)
+    Gelu,
+    /// gelu(gate) · up
+    GeGlu,
+    /// out + y
+    Add,
+    /// q, k rotated; v
+    Rope,
+}
+
+/// One instance of the kernel, as `GEMM_INSTANCES` lists it.
+struct Tile {
+    name: &'static str,
+    /// Warpgroups on the products.
+    consumers: u32,
+    /// 64-row blocks of weight per consumer.
+    mi: u32,
+    /// Tokens of a tile.
+    bn: u32,
+    stages: u32,
+    /// CTAs that share a token tile, a weight tile, the sum over K.
+    cluster: [u32; 3],
+    /// Whether consumers take whole tiles in turn.
+    turns: bool,
+    epilogue: GemmEpilogue,
+}
+
+const fn tile(
+    name: &'static str,
+    [consumers, mi, bn, stages]: [u32; 4],
+    cluster: [u32; 3],
+    turns: bool,
+    epilogue: GemmEpilogue,
+) -> Tile {
+    Tile { name, consumers, mi, bn, stages, cluster, turns, epilogue }
+}
+
+const TILES: &[Tile] = {
+    use GemmEpilogue::{Add, GeGlu, Gelu, Rope, Store, StorePosition};
+    &[
+        tile("gemm_geglu_128x200_t_w2", [2, 2, 200, 4], [1, 2, 1], true, GeGlu),
+        tile("gemm_geglu_128x200_t_x2", [2, 2, 200, 4], [2, 1, 1], true, GeGlu),
+        tile("gemm_add_128x64", [2, 1, 64, 8], [1, 1, 1], false, Add),
+        tile("gemm_add_128x72", [2, 1, 72, 8], [1, 1, 1], false, Add),
+        tile("gemm_add_128x104", [2, 1, 104, 6], [1, 1, 1], false, Add),
+        tile("gemm_add_128x128", [2, 1, 128, 6], [1, 1, 1], false, Add),
+        tile("gemm_add_128x216", [2, 1, 216, 4], [1, 1, 1], false, Add),
+        tile("gemm_add_128x80_k2", [2, 1, 80, 8], [1, 1, 2], false, Add),
+        tile("gemm_add_128x128_w2_k2", [2, 1, 128, 6], [1, 2, 2], false, Add),
+        tile("gemm_add_128x136_k2", [2, 1, 136, 6], [1, 1, 2], false, Add),
+        tile("gemm_add_128x200_k2", [2, 1, 200, 4], [1, 1, 2], false, Add),
+        tile("gemm_add_128x248_k2", [2, 1, 248, 4], [1, 1, 2], false, Add),
+        tile("gemm_add_128x200_w2", [2, 1, 200, 4], [1, 2, 1], false, Add),
+        tile("gemm_add_128x192_t_w2", [2, 2, 192, 4], [1, 2, 1], true, Add),
+        tile("gemm_add_128x192_t_x2", [2, 2, 192, 4], [2, 1, 1], true, Add),
+        tile("gemm_rope_128x32", [2, 1, 32, 8], [1, 1, 1], false, Rope),
+        tile("gemm_rope_128x96", [2, 1, 96, 7], [1, 1, 1], false, Rope),
+        tile("gemm_rope_128x136_w2", [2, 1, 136, 5], [1, 2, 1], false, Rope),
+        tile("gemm_rope_128x168", [2, 1, 168, 4], [1, 1, 1], false, Rope),
+        tile("gemm_rope_128x192_t_x2", [2, 2, 192, 4], [2, 1, 1], true, Rope),
+        tile("gemm_store_128x64", [2, 1, 64, 8], [1, 1, 1], false, Store),
+        tile("gemm_store_128x96", [2, 1, 96, 7], [1, 1, 1], false, Store),
+        tile("gemm_store_128x128", [2, 1, 128, 6], [1, 1, 1], false, Store),
+        tile("gemm_store_192x112", [3, 1, 112, 4], [1, 1, 1], false, Store),
+        tile("gemm_store_128x192_t_w2", [2, 2, 192, 4], [1, 2, 1], true, Store),
+        tile("gemm_gelu_192x104", [3, 1, 104, 5], [1, 1, 1], false, Gelu),
+        tile("gemm_gelu_192x160", [3, 1, 160, 3], [1, 1, 1], false, Gelu),
+        tile("gemm_gelu_128x192_t_x2", [2, 2, 192, 4], [2, 1, 1], true, Gelu),
+        tile("gemm_store_position_128x40", [2, 1, 40, 8], [1, 1, 1], false, StorePosition),
+        tile("gemm_store_position_128x64", [2, 1, 64, 8], [1, 1, 1], false, StorePosition),
+        tile("gemm_store_position_128x192_t_w2", [2, 2, 192, 4], [1, 2, 1], true, StorePosition),
+    ]
+};
+
+/// Columns of one stage: a 128-byte swizzled row.
+const K_STEP: u32 = 64;
+
+impl Tile {
+    fn bm(&self) -> u32 {
+        64 * self.mi * if self.turns { 1 } else { self.consumers }
+    }
+
+    fn cluster_size(&self) -> u32 {
+        self.cluster.iter().product()
+    }
+
+    /// 8-token groups that one CTA finishes.
+    fn own(&self) -> u32 {
+        (self.bn / 8).div_ceil(self.cluster[2])
+    }
+
+    /// `Tile::SMEM` of the kernel.
+    fn shared_bytes(&self) -> u32 {
+        use GemmEpilogue::{Add, Rope, StorePosition};
+        let ring = self.stages * (self.bm() + self.bn) * 128;
+        let staging = self.consumers * self.own() * 8 * 128;
+        let records = if matches!(self.epilogue, Add | StorePosition) { 0 } else { self.bn * 8 };
+        let positions = if self.epilogue == Rope { self.bn * 4 } else { 0 };
+        let barriers = 8 * (2 * self.stages + 7 + 2 * self.consumers);
+        ring + staging + 2 * (records + positions) + barriers
+    }
+
+    /// Clusters of work for a product.
+    fn tiles(&self, rows: u32, n: u32) -> u32 {
+        n.div_ceil(self.bm() * self.cluster[0]) * rows.div_ceil(self.bn * self.cluster[1])
+    }
+
+    /// Clusters that run at a time: processor groups of a Hopper hold 16 or 18 processors, so that
+    /// clusters of four leave some idle.
+    fn at_once(&self, sms: u32) -> u32 {
+        let usable = if self.cluster_size() > 2 { sms / 11 * 10 } else { sms };
+        (usable / self.cluster_size()).max(1)
+    }
+
+    /// Estimated clocks on `sms` processors; the formula of `gemm_sm90.cu`, which says how well it
+    /// fits the measurements.
+    fn cost(&self, rows: u32, n: u32, k: u32, sms: u32) -> u64 {
+        let (bm, bn, parts) = (self.bm() as u64, self.bn as u64, self.cluster[2] as u64);
+        let waves = self.tiles(rows, n).div_ceil(self.at_once(sms)) as u64;
+        let stage = (bm * bn / 32).max((bm + bn) * 9 / 4);
+        let main = k.div_ceil(K_STEP) as u64 * stage / parts;
+        let epilogues = if self.turns { 1 } else { waves };
+        let exchange = if parts > 1 { 1000 * parts } else { 0 };
+        3000 + waves * main + epilogues * 30 * bn * bm / 128 + exchange
+    }
+}
+
+/// The instance for a product of `rows` × `n` × `k`.
+fn choose(
+    epilogue: GemmEpilogue,
+    [rows, n, k]: [u32; 3],
+    sms: u32,
+) -> Option<(usize, &'static Tile)> {
+    let fitting = TILES.iter().enumerate().filter(|(_, t)| t.epilogue == epilogue);
+    fitting.min_by_key(|(_, t)| t.cost(rows, n, k, sms))
+}
+
+/// A matrix the copy engine reads.
+#[derive(Clone, Copy, Debug)]
+pub struct Operand {
+    /// Device address.
+    pub address: u64,
+    /// Rows.
+    pub rows: u32,
+    /// Columns.
+    pub cols: u32,
+    /// Elements from one row to the next; a multiple of 8.
+    pub ld: u32,
+}
+
+/// The loaded instances.
+pub struct Gemm {
+    context: Arc<Context>,
+    functions: Vec<Function>,
+}
+
+impl Gemm {
+    /// Loads them; Hopper only.
+    pub fn load(context: &Arc<Context>) -> Result<Self, BackendError> {
+        let module = cubins::load(context, "gemm_sm90")?;
+        let functions = TILES
+            .iter()
+            .map(|t| module.function(t.name, t.shared_bytes() as usize))
+            .collect::<Result<_, _>>()?;
+        Ok(Gemm { context: context.clone(), functions })
+    }
+
+    /// One product y = norm(x) · Wᵀ; `p.out` and friends are set by the caller.
+    pub fn product(
+        &self,
+        epilogue: GemmEpilogue,
+        w: Operand,
+        x: Operand,
+        mut p: GemmParams,
+    ) -> Result<Launch, BackendError> {
+        let sms = self.context.properties.sms;
+        (p.rows, p.n, p.k) = (x.rows, w.rows, x.cols);
+        let chosen = choose(epilogue, [p.rows, p.n, p.k], sms);
+        let Some((at, tile)) = chosen else {
+            return Err(BackendError::Unavailable(format!(
+                "no Hopper product ends in {epilogue:?}"
+            )));
+        };
+        p.group = (8 / tile.cluster[1]).max(1);
+        let w_map = self.map(w, tile.bm())?;
+        let x_map = self.map(x, tile.bn)?;
+        let old = Operand { address: p.out, rows: x.rows, cols: w.rows, ld: p.out_ld };
+        let old_map = match epilogue {
+            GemmEpilogue::Add => self.map(old, tile.own() * 8)?,
+            _ => x_map,
+        };
+        let size = tile.cluster_size();
+        let tiles = tile.tiles(p.rows, p.n);
+        let clusters = if tile.cluster[2] > 1 { tiles } else { tiles.min(tile.at_once(sms)) };
+        let args = vec![Arg::of(&w_map), Arg::of(&x_map), Arg::of(&old_map), Arg::of(&p)];
+        let function = self.functions[at].clone();
+        let launch =
+            Launch::new(function, [clusters * size, 1, 1], 128 * (1 + tile.consumers), args);
+        Ok(Launch { shared_bytes: tile.shared_bytes(), dependent: true, ..launch })
+    }
+
+    /// Boxes of 64 columns × `rows` rows.
+    fn map(&self, m: Operand, rows: u32) -> Result<TensorMap, BackendError> {
+        let spec = TensorMapSpec {
+            address: m.address,
+            extents: &[m.cols as u64, m.rows as u64],
+            strides_bytes: &[m.ld as u64 * 2],
+            boxes: &[K_STEP, rows],
+            swizzle: Swizzle::B128,
+        };
+        TensorMap::bf16(&self.context, &spec)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The winners of the isolated measurements at batch 1.
+    #[test]
+    fn measured_winners_are_chosen() {
+        use GemmEpilogue::{Add, GeGlu, Gelu, Rope, Store, StorePosition};
+        for (epilogue, size, want) in [
+            (StorePosition, [768, 1152, 588], "gemm_store_position_128x64"),
+            (Store, [768, 3456, 1152], "gemm_store_192x112"),
+            (Add, [768, 1152, 1152], "gemm_add_128x64"),
+            (Gelu, [768, 4304, 1152], "gemm_gelu_192x160"),
+            (Add, [768, 1152, 4304], "gemm_add_128x128_w2_k2"),
+            (Store, [768, 2048, 1152], "gemm_store_128x96"),
+            (Rope, [788, 2560, 2048], "gemm_rope_128x136_w2"),
+            (Rope, [788, 512, 2048], "gemm_rope_128x32"),
+            (Add, [788, 2048, 2048], "gemm_add_128x104"),
+            (GeGlu, [788, 32768, 2048], "gemm_geglu_128x200_t_w2"),
+            (Add, [788, 2048, 16384], "gemm_add_128x200_k2"),
+            (Add, [968, 2048, 16384], "gemm_add_128x248_k2"),
+            (Add, [532, 2048, 16384], "gemm_add_128x136_k2"),
+        ] {
+            let chosen = choose(epilogue, size, 132).map(|(_, tile)| tile.name);
+            assert_eq!(chosen, Some(want), "{size:?}");
+        }
+    }
+
+    #[test]
+    fn tiles_fit_an_sm() {
+        for tile in TILES {
+            assert!(tile.shared_bytes() <= 232_448, "{}", tile.name);
+            assert!(tile.bn % 8 == 0 && tile.bn <= 256 && tile.bm() <= 256, "{}", tile.name);
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Looking into a compiled program: buffers read and written by name, steps run one at a time.
+//! For conformance tests and for finding the first step that diverges; not on the fast path.
+
+use std::ops::Range;
+
+use pirouette_model::BackendError;
+use pirouette_model::program::{BufferId, Element, Epilogue, Op, Program};
+
+use crate::bind::element_bytes;
+use crate::driver::Pinned;
+use crate::executable::CudaExecutable;
+
+impl CudaExecutable {
+    /// A buffer's values, `rows · cols`, in the recorded order of columns (`lengths`, `tokens`
+    /// and images as numbers). `None` if the program has no such buffer.
+    pub fn read_buffer(&self, name: &str) -> Result<Option<Vec<f32>>, BackendError> {
+        let program = &self.bound.program;
+        let Some(id) = program.buffer(name) else { return Ok(None) };
+        let buffer = &program.buffers[id.0];
+        let (memory, at) = self.bound.locate(id);
+        let (pitch, element) = (self.bound.pitch(id), buffer.element);
+        let row_bytes = pitch * element_bytes(element);
+        let bytes = buffer.rows * row_bytes;
+        let host = Pinned::new(&self.shared.context, bytes)?;
+        memory.copy_out(&self.shared.stream, at, &host, 0, bytes)?;
+        self.shared.stream.synchronize()?;
+        let order = column_order(program, id);
+        let mut values = vec![0.0; buffer.rows * buffer.cols];
+        for (row, out) in values.chunks_exact_mut(buffer.cols.max(1)).enumerate() {
+            let stored = &host.as_slice()[row * row_bytes..][..row_bytes];
+            for (c, out) in out.iter_mut().enumerate() {
+                *out = decode(stored, order.as_ref().map_or(c, |o| o(c)), element);
+            }
+        }
+        Ok(Some(values))
+    }
+
+    /// Fills a buffer of f32 or bf16, `rows · cols` values in the recorded order of columns.
+    ///
+    /// # Panics
+    /// If there is no such buffer or the number of values is wrong: callers name their own.
+    pub fn write_buffer(&mut self, name: &str, values: &[f32]) -> Result<(), BackendError> {
+        let program = &self.bound.program;
+        let id = program.buffer(name).unwrap_or_else(|| panic!("no buffer `{name}`"));
+        let buffer = &program.buffers[id.0];
+        assert_eq!(values.len(), buffer.rows * buffer.cols, "values of `{name}`");
+        let (memory, at) = self.bound.locate(id);
+        let element = buffer.element;
+        let row_bytes = self.bound.pitch(id) * element_bytes(element);
+        let mut host = Pinned::new(&self.shared.context, buffer.rows * row_bytes)?;
+        let order = column_order(program, id);
+        for (row, values) in values.chunks_exact(buffer.cols.max(1)).enumerate() {
+            let stored = &mut host.as_mut_slice()[row * row_bytes..][..row_bytes];
+            for (c, value) in values.iter().enumerate() {
+                encode(stored, order.as_ref().map_or(c, |o| o(c)), element, *value);
+            }
+        }
+        memory.copy_in(&self.shared.stream, at, &host, 0, buffer.rows * row_bytes)?;
+        self.shared.stream.synchronize()
+    }
+
+    /// Runs some steps on what the buffers hold.
+    pub fn run_steps(&mut self, steps: Range<usize>) -> Result<(), BackendError> {
+        self.shared.context.make_current()?;
+        let launches = self.first_launch[steps.start]..self.first_launch[steps.end];
+        for (i, launch) in self.launches[launches].iter().enumerate() {
+            self.shared.stream.launch(launch, i > 0)?;
+        }
+        self.shared.stream.synchronize()
+    }
+}
+
+/// Where a recorded column lies: q and k keep the packed order of their heads.
+fn column_order(program: &Program, id: BufferId) -> Option<impl Fn(usize) -> usize> {
+    let head_dim = program.steps.iter().find_map(|step| match &step.op {
+        Op::Linear(linear) => match &linear.epilogue {
+            Epilogue::Rope { q, k, head_dim, .. } => {
+                let is_q = q.is_some_and(|q| q.buffer == id);
+                (is_q || k.buffer == id).then_some(*head_dim)
+            }
+            _ => None,
+        },
+        _ => None,
+    })?;
+    (head_dim % 16 == 0).then_some(move |c: usize| {
+        let (head, d, half) = (c / head_dim, c % head_dim, head_dim / 2);
+        let j = d % half;
+        head * head_dim + j / 8 * 16 + j % 8 + if d < half { 0 } else { 8 }
+    })
+}
+
+fn decode(row: &[u8], at: usize, element: Element) -> f32 {
+    match element {
+        Element::Activation => half::bf16::from_le_bytes([row[2 * at], row[2 * at + 1]]).to_f32(),
+        Element::F32 | Element::U32 => {
+            let bytes = [row[4 * at], row[4 * at + 1], row[4 * at + 2], row[4 * at + 3]];
+            match element {
+                Element::F32 => f32::from_le_bytes(bytes),
+                _ => u32::from_le_bytes(bytes) as f32,
+            }
+        }
+        Element::U8 => row[at] as f32,
+    }
+}
+
+fn encode(row: &mut [u8], at: usize, element: Element, value: f32) {
+    match element {
+        Element::Activation => {
+            let bytes = half::bf16::from_f32(value).to_le_bytes();
+            row[2 * at..2 * at + 2].copy_from_slice(&bytes);
+        }
+        Element::F32 => row[4 * at..4 * at + 4].copy_from_slice(&value.to_le_bytes()),
+        Element::U32 => row[4 * at..4 * at + 4].copy_from_slice(&(value as u32).to_le_bytes()),
+        Element::U8 => row[at] = value as u8,
+    }
+}

@@ -1,0 +1,316 @@
+//! Program step → launches of the Hopper kernels, for models of the full size.
+
+use std::sync::OnceLock;
+
+use pirouette_model::config::Vision;
+use pirouette_model::program::{
+    Attention as AttentionOp, Bias, BufferId, Epilogue, KeyMask, Linear, Norm, Op, Program, Stage,
+    Step, View, WeightId,
+};
+use pirouette_model::weights::Kind;
+use pirouette_model::{BackendError, Config};
+
+use crate::attention::{
+    Attention, EmbedParams, PatchifyParams, PrefillParams, SuffixParams, VisionParams,
+};
+use crate::bind::Binding;
+use crate::denoise::Denoise;
+use crate::denoise_pack::{Packed, Packing};
+use crate::driver::{Launch, Stream};
+use crate::gemm::{Gemm, GemmEpilogue, GemmParams, Operand};
+use crate::load::Weights;
+use crate::portable::Portable;
+use crate::tier_loop::{self, LoopPlan};
+use crate::tier_portable::table_row;
+
+/// The loaded Hopper kernels, and the expert packed for them.
+pub struct Hopper {
+    gemm: Gemm,
+    attention: Attention,
+    denoise: Denoise,
+    packing: Packing,
+    packed: OnceLock<Packed>,
+}
+
+impl Hopper {
+    /// Loads them; needs compute capability 9.0.
+    pub fn load(context: &std::sync::Arc<crate::driver::Context>) -> Result<Self, BackendError> {
+        Ok(Hopper {
+            gemm: Gemm::load(context)?,
+            attention: Attention::load(context)?,
+            denoise: Denoise::load(context)?,
+            packing: Packing::load(context)?,
+            packed: OnceLock::new(),
+        })
+    }
+
+    /// Whether the kernels were written for these sizes. All steps of vision and prefill go one
+    /// way: the products pass each other row statistics, which the portable ones do not write.
+    pub fn takes(config: &Config) -> bool {
+        let full = Config::pi0();
+        let vision = Vision { depth: full.vision.depth, ..config.vision };
+        vision == full.vision
+            && (config.prefix, config.expert) == (full.prefix, full.expert)
+            && (config.heads, config.head_dim) == (full.heads, full.head_dim)
+            && config.action_dim == full.action_dim
+    }
+
+    /// Bytes of device memory beside the weights proper.
+    pub fn packed_bytes(&self) -> u64 {
+        self.packed.get().map_or(0, Packed::bytes)
+    }
+
+    /// Packs the expert if this program is the first to want it.
+    pub fn prepare(
+        &self,
+        stream: &Stream,
+        weights: &Weights,
+        program: &Program,
+    ) -> Result<(), BackendError> {
+        if self.packed.get().is_none() && tier_loop::is_small(program) {
+            let packed = self.packing.pack(stream, weights, program)?;
+            let _ = self.packed.set(packed);
+        }
+        Ok(())
+    }
+
+    /// The launches of one step: `None` where the portable tier must serve, an empty list where
+    /// another step's launch does the work.
+    pub fn plan(
+        &self,
+        portable: &Portable,
+        weights: &Weights,
+        bound: &Binding,
+        at: usize,
+    ) -> Result<Option<Vec<Launch>>, BackendError> {
+        let step = &bound.program.steps[at];
+        if let (Op::Linear(linear), Stage::Denoise) = (&step.op, step.stage()) {
+            let context = LoopPlan { gemm: &self.gemm, portable, weights, bound };
+            if let Some(packed) = self.packed.get().filter(|_| tier_loop::is_small(&bound.program))
+            {
+                return Ok(Some(context.small(&self.denoise, packed, at, linear)?));
+            }
+            return match weights.table.spec(linear.weight).kind {
+                Kind::Matrix => context.batched(linear).map(Some),
+                _ => Ok(None),
+            };
+        }
+        Ok(self.plan_one(weights, bound, at)?.map(|launch| vec![launch]))
+    }
+
+    fn plan_one(
+        &self,
+        weights: &Weights,
+        bound: &Binding,
+        at: usize,
+    ) -> Result<Option<Launch>, BackendError> {
+        let step = &bound.program.steps[at];
+        match &step.op {
+            Op::Patchify { images, patches, patch, side } => {
+                let params = PatchifyParams {
+                    images: bound.address(*images),
+                    patches: bound.address(*patches),
+                    side: *side as u32,
+                    patch: *patch as u32,
+                    stride: bound.pitch(*patches) as u32,
+                    reserved: 0,
+                };
+                let count = bound.program.buffers[images.0].rows as u32;
+                Ok(Some(self.attention.patchify(params, count)))
+            }
+            Op::EmbedTokens { tokens, table, scale, image_tokens, out } => {
+                let norm_scale = next_scale(weights, &bound.program, at, out.buffer);
+                let params = EmbedParams {
+                    tokens: bound.address(*tokens),
+                    lengths: bound.lengths(),
+                    table: weights.address(*table),
+                    stream: bound.address(out.buffer),
+                    scaled: if norm_scale == 0 { 0 } else { bound.scaled(out.buffer) },
+                    norm_scale,
+                    stats: bound.stats(out.buffer),
+                    vocab: weights.place(*table).rows as u32,
+                    width: out.cols as u32,
+                    prompt_tokens: bound.program.buffers[tokens.0].cols as u32,
+                    rows: out.count as u32,
+                    image_tokens: *image_tokens as u32,
+                    parts: (out.cols / 64) as u32,
+                    scale: *scale,
+                    reserved: 0,
+                };
+                Ok(Some(self.attention.embed(params, bound.program.shape.batch as u32)))
+            }
+            Op::Linear(linear) => self.tower_product(weights, bound, at, linear).map(Some),
+            Op::Attention(op) => self.attention(bound, step, at, op),
+        }
+    }
+
+    fn tower_product(
+        &self,
+        weights: &Weights,
+        bound: &Binding,
+        at: usize,
+        linear: &Linear,
+    ) -> Result<Launch, BackendError> {
+        let input = &linear.input;
+        let place = weights.place(linear.weight);
+        let k = input.cols as u32;
+        let scaled = !matches!(linear.norm, Norm::None | Norm::Rms { scale: None });
+        let x = Operand {
+            address: if scaled { bound.scaled(input.buffer) } else { bound.address(input.buffer) },
+            rows: (linear.groups * input.count) as u32,
+            cols: k,
+            ld: bound.pitch(input.buffer) as u32,
+        };
+        let w = Operand {
+            address: weights.address(linear.weight),
+            rows: place.rows as u32,
+            cols: k,
+            ld: place.ld as u32,
+        };
+        let mut p = GemmParams {
+            bias: linear.bias.map_or(0, |Bias { table, row }| {
+                table_row(weights, table, row, weights.table.spec(linear.weight).rows)
+            }),
+            slots_in: k / 64,
+            inv_width: 1.0 / k as f32,
+            period: input.count as u32,
+            scale: linear.scale,
+            ..Default::default()
+        };
+        if linear.norm != Norm::None {
+            p.stats_in = bound.stats(input.buffer);
+        }
+        if matches!(linear.norm, Norm::Layer { .. }) {
+            p.colsum = weights.column_sums(linear.weight);
+        }
+        let mut to = |out: &View| {
+            p.out = bound.address(out.buffer);
+            p.out_stride = out.stride as u32;
+            p.out_ld = bound.pitch(out.buffer) as u32;
+            p.stats_out = bound.stats(out.buffer);
+            p.next_scale = next_scale(weights, &bound.program, at, out.buffer);
+            p.scaled = if p.next_scale == 0 { 0 } else { bound.scaled(out.buffer) };
+        };
+        let epilogue = match &linear.epilogue {
+            Epilogue::Store { out } => {
+                to(out);
+                GemmEpilogue::Store
+            }
+            Epilogue::StorePosition { out, table } => {
+                to(out);
+                p.aux = weights.address(*table);
+                GemmEpilogue::StorePosition
+            }
+            Epilogue::Gelu { out } => {
+                to(out);
+                GemmEpilogue::Gelu
+            }
+            Epilogue::GeGlu { out } => {
+                to(out);
+                GemmEpilogue::GeGlu
+            }
+            Epilogue::Add { out, .. } => {
+                to(out);
+                GemmEpilogue::Add
+            }
+            Epilogue::Rope { q, k, v, .. } => {
+                if let Some(q) = q {
+                    to(q);
+                    p.q_cols = q.cols as u32;
+                }
+                p.stats_out = 0;
+                p.aux = bound.turns();
+                p.out_k = bound.address(k.buffer);
+                p.out_v = bound.address(v.buffer);
+                p.kv_stride = k.stride as u32;
+                p.kv_ld = bound.pitch(k.buffer) as u32;
+                GemmEpilogue::Rope
+            }
+            Epilogue::Silu { .. } => {
+                return Err(BackendError::Unavailable("no tower ends in SiLU".into()));
+            }
+        };
+        self.gemm.product(epilogue, w, x, p)
+    }
+
+    fn attention(
+        &self,
+        bound: &Binding,
+        step: &Step,
+        at: usize,
+        op: &AttentionOp,
+    ) -> Result<Option<Launch>, BackendError> {
+        let address = |view: &View| bound.view(view).base;
+        let groups = op.groups as u32;
+        let image_tokens = bound.program.config.vision.tokens() as u32;
+        match op.mask {
+            KeyMask::All => {
+                let params = VisionParams { out: address(&op.out), scale: op.scale, reserved: 0 };
+                self.attention.vision(params, address(&op.q), groups).map(Some)
+            }
+            KeyMask::Prefix => {
+                let params = PrefillParams {
+                    out: address(&op.out),
+                    lengths: bound.lengths(),
+                    rows: op.q.count as u32,
+                    cache_rows: op.k.stride as u32,
+                    image_tokens,
+                    reserved: 0,
+                };
+                let operands = [address(&op.q), address(&op.k), address(&op.v)];
+                self.attention.prefill(params, operands, groups).map(Some)
+            }
+            KeyMask::Suffix { prefix_rows, state_row } => {
+                let params = SuffixParams {
+                    q: address(&op.q),
+                    k: address(&op.k),
+                    v: address(&op.v),
+                    out: address(&op.out),
+                    lengths: bound.lengths(),
+                    queries: op.q.count as u32,
+                    q_stride: op.q.stride as u32,
+                    out_stride: op.out.stride as u32,
+                    cache_rows: op.k.stride as u32,
+                    prefix_rows: prefix_rows as u32,
+                    suffix_keys: (op.k.count - prefix_rows) as u32,
+                    image_tokens,
+                    key_slots: 0,
+                    state_row: state_row as u32,
+                    prefix_ready: prefix_is_ready(&bound.program, step, at, op) as u32,
+                };
+                Ok(self.attention.suffix(params, groups))
+            }
+        }
+    }
+}
+
+/// A norm's learned scale.
+pub fn scale_of(norm: &Norm) -> Option<WeightId> {
+    match norm {
+        Norm::Rms { scale } => *scale,
+        Norm::Layer { scale } => Some(*scale),
+        Norm::None | Norm::Adaptive { .. } => None,
+    }
+}
+
+/// Address of the learned scale of the norm that reads a stream next after step `at`, or 0.
+fn next_scale(weights: &Weights, program: &Program, at: usize, stream: BufferId) -> u64 {
+    let reader = program.steps[at + 1..].iter().find_map(|step| match &step.op {
+        Op::Linear(Linear { input, norm, .. }) if input.buffer == stream => scale_of(norm),
+        _ => None,
+    });
+    reader.map_or(0, |scale| weights.address(scale))
+}
+
+/// Whether the prefix half of the cache was surely written before this step may start early: with
+/// dependent launches a kernel's prologue overlaps a few predecessors, never this many.
+fn prefix_is_ready(program: &Program, step: &Step, at: usize, op: &AttentionOp) -> bool {
+    const FAR: usize = 16;
+    let writes_prefix = |s: &Step| match &s.op {
+        Op::Linear(Linear { epilogue: Epilogue::Rope { k, .. }, .. }) => {
+            s.stage() != step.stage() && k.buffer == op.k.buffer
+        }
+        _ => false,
+    };
+    program.steps[..at].iter().rposition(writes_prefix).is_some_and(|writer| at - writer > FAR)
+}

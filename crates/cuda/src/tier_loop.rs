@@ -1,0 +1,222 @@
+//! Euler-loop step → launches on Hopper: the denoise kernels while a step has few rows, tower
+//! products beyond.
+
+use pirouette_model::BackendError;
+use pirouette_model::program::{Epilogue, Linear, Norm, Op, Positions, Program};
+
+use crate::bind::Binding;
+use crate::denoise::{Denoise, EdgeParams, ProductParams, Role, Rows};
+use crate::denoise_pack::Packed;
+use crate::driver::Launch;
+use crate::gemm::{Gemm, GemmEpilogue, GemmParams, Operand};
+use crate::load::Weights;
+use crate::portable::{FinishParams, Portable};
+use crate::tier_portable::{normalise, normed_view, output, table_row};
+
+/// Whether the loop runs on the denoise kernels.
+pub fn is_small(program: &Program) -> bool {
+    let rows = program.shape.batch * program.shape.suffix_rows(&program.config);
+    Denoise::takes(rows as u32)
+}
+
+/// What planning a step of the loop needs.
+pub struct LoopPlan<'a> {
+    /// Tower products.
+    pub gemm: &'a Gemm,
+    /// Norms and epilogues beside them.
+    pub portable: &'a Portable,
+    /// The weights.
+    pub weights: &'a Weights,
+    /// The buffers.
+    pub bound: &'a Binding,
+}
+
+impl LoopPlan<'_> {
+    /// A step of a loop of few rows. One edge kernel does action.out, the Euler step, and the
+    /// next step's action.in; in front of the first step it does the state token and action.in.
+    pub fn small(
+        &self,
+        denoise: &Denoise,
+        packed: &Packed,
+        at: usize,
+        linear: &Linear,
+    ) -> Result<Vec<Launch>, BackendError> {
+        let name = self.bound.program.steps[at].name.as_str();
+        let (step, op) = name.trim_start_matches("denoise.").split_once('.').unwrap_or_default();
+        let step: usize = step.trim_start_matches("step").parse().unwrap_or(0);
+        let launch = match op {
+            "state" => return Ok(Vec::new()),
+            "action.in" if step > 0 => return Ok(Vec::new()),
+            "action.in" => Some(denoise.edge(self.edge(packed, None, Some(linear)))),
+            "action.out" => {
+                let next = self.linear_named(&format!("denoise.step{}.action.in", step + 1));
+                Some(denoise.edge(self.edge(packed, Some(linear), next)))
+            }
+            _ => self.product(denoise, packed, linear),
+        };
+        let missing =
+            || BackendError::Unavailable(format!("no denoise kernel takes step `{name}`"));
+        launch.map(|launch| vec![launch]).ok_or_else(missing)
+    }
+
+    fn linear_named(&self, name: &str) -> Option<&Linear> {
+        self.bound.program.steps.iter().find_map(|step| match &step.op {
+            Op::Linear(linear) if step.name == name => Some(linear),
+            _ => None,
+        })
+    }
+
+    fn edge(&self, packed: &Packed, out: Option<&Linear>, next: Option<&Linear>) -> EdgeParams {
+        let (bound, weights) = (self.bound, self.weights);
+        let bias = |linear: &Linear| {
+            let cols = weights.table.spec(linear.weight).rows;
+            linear.bias.map_or(0, |bias| table_row(weights, bias.table, bias.row, cols))
+        };
+        let shape = &bound.program.shape;
+        let mut p = EdgeParams {
+            sums: bound.sums(),
+            rows: (shape.batch * shape.horizon) as u32,
+            samples: shape.batch as u32,
+            ..Default::default()
+        };
+        p.actions = bound.program.buffer("actions").map_or(0, |id| bound.address(id));
+        if let Some(linear) = out {
+            let stream = bound.view(&linear.input);
+            (p.stream, p.stream_rows) = (stream.base, Rows::of(&stream));
+            p.out_weight = weights.address(linear.weight);
+            p.out_bias = bias(linear);
+            if let Norm::Adaptive { table, row } = linear.norm {
+                p.norm_scale = table_row(weights, table, row, 3 * linear.input.cols);
+                p.norm_shift = p.norm_scale + linear.input.cols as u64 * 4;
+            }
+        }
+        if let Some(linear) = next {
+            p.in_weight = packed.matrix(linear.weight).unwrap_or(0);
+            p.in_bias = bias(linear);
+            if let Epilogue::Store { out } | Epilogue::Silu { out } = &linear.epilogue {
+                let out = bound.view(out);
+                (p.out, p.out_rows) = (out.base, Rows::of(&out));
+            }
+            p.silu = matches!(linear.epilogue, Epilogue::Silu { .. }) as u32;
+        }
+        let state = self.linear_named("denoise.step0.state").filter(|_| out.is_none());
+        if let Some(linear) = state {
+            p.state = bound.view(&linear.input).base;
+            p.state_weight = packed.matrix(linear.weight).unwrap_or(0);
+            p.state_bias = bias(linear);
+            if let Epilogue::Store { out } = &linear.epilogue {
+                let out = bound.view(out);
+                (p.state_out, p.state_rows) = (out.base, Rows::of(&out));
+            }
+        }
+        p
+    }
+
+    fn product(&self, denoise: &Denoise, packed: &Packed, linear: &Linear) -> Option<Launch> {
+        let (bound, weights) = (self.bound, self.weights);
+        let place = weights.place(linear.weight);
+        let input = bound.view(&linear.input);
+        let mut p = ProductParams {
+            weight: packed.matrix(linear.weight)?,
+            input: input.base,
+            input_rows: Rows::of(&input),
+            input_sums: bound.sums(),
+            out_sums: bound.sums(),
+            rows: (linear.groups * linear.input.count) as u32,
+            lengths: bound.lengths(),
+            rope: bound.rope(),
+            image_tokens: bound.program.config.vision.tokens() as u32,
+            ..Default::default()
+        };
+        if let Some(bias) = linear.bias {
+            p.bias =
+                table_row(weights, bias.table, bias.row, weights.table.spec(linear.weight).rows);
+        }
+        let mut scaled = false;
+        match linear.norm {
+            Norm::Rms { scale: Some(scale) } => {
+                scaled = true;
+                p.scale = weights.address(scale);
+            }
+            Norm::Adaptive { table, row } => {
+                scaled = true;
+                p.scale = table_row(weights, table, row, 3 * linear.input.cols);
+                p.bias = packed.bias(linear.weight, table, row)?;
+            }
+            Norm::None | Norm::Rms { scale: None } => {}
+            Norm::Layer { .. } => return None,
+        }
+        let role = match &linear.epilogue {
+            Epilogue::Rope { q: Some(q), k, v, positions: Positions::Suffix { first }, .. } => {
+                let (q, k, v) = (bound.view(q), bound.view(k), bound.view(v));
+                (p.out, p.k, p.v) = (q.base, k.base, v.base);
+                (p.out_rows, p.cache_rows) = (Rows::of(&q), Rows::of(&k));
+                p.first_position = *first as u32;
+                Role::Qkv
+            }
+            Epilogue::GeGlu { out } => {
+                let out = bound.view(out);
+                (p.out, p.out_rows) = (out.base, Rows::of(&out));
+                Role::Up
+            }
+            Epilogue::Store { out } => {
+                let out = bound.view(out);
+                (p.out, p.out_rows) = (out.base, Rows::of(&out));
+                Role::Mlp
+            }
+            Epilogue::Add { out, gate } => {
+                let cols = out.cols;
+                p.gate = gate.map_or(0, |gate| {
+                    table_row(weights, gate.table, gate.row, 3 * cols) + (2 * cols * 4) as u64
+                });
+                let out = bound.view(out);
+                (p.out, p.old, p.out_rows) = (out.base, out.base, Rows::of(&out));
+                let from_heads = linear.input.cols == bound.program.config.q_dim();
+                if from_heads { Role::Out } else { Role::Down }
+            }
+            _ => return None,
+        };
+        denoise.product(role, scaled, place.rows as u32, p)
+    }
+
+    /// A product of the loop over many rows: norm, tower product, and an epilogue of its own where
+    /// the tower product lacks it.
+    pub fn batched(&self, linear: &Linear) -> Result<Vec<Launch>, BackendError> {
+        let Self { portable, weights, bound, .. } = *self;
+        let mut launches = Vec::with_capacity(3);
+        let mut x = bound.view(&linear.input);
+        if linear.norm != Norm::None {
+            launches.push(normalise(portable, weights, bound, linear));
+            x = normed_view(bound, linear);
+        }
+        let place = weights.place(linear.weight);
+        let (rows, cols) = ((linear.groups * linear.input.count) as u32, linear.input.cols as u32);
+        let x = Operand { address: x.base, rows, cols, ld: x.ld };
+        let address = weights.address(linear.weight);
+        let w = Operand { address, rows: place.rows as u32, cols, ld: place.ld as u32 };
+        let to = |out: u64, ld: u32| GemmParams {
+            out,
+            out_ld: ld,
+            period: rows,
+            out_stride: rows,
+            slots_in: cols / 64,
+            inv_width: 1.0 / cols as f32,
+            ..Default::default()
+        };
+        let direct = match &linear.epilogue {
+            Epilogue::GeGlu { out } => Some((GemmEpilogue::GeGlu, out)),
+            Epilogue::Add { out, gate: None } => Some((GemmEpilogue::Add, out)),
+            _ => None,
+        };
+        if let Some((epilogue, out)) = direct {
+            let out = bound.view(out);
+            launches.push(self.gemm.product(epilogue, w, x, to(out.base, out.ld))?);
+            return Ok(launches);
+        }
+        let (y, ld) = (bound.product(), place.rows as u32);
+        launches.push(self.gemm.product(GemmEpilogue::Store, w, x, to(y, ld))?);
+        let output = output(weights, bound, linear);
+        launches.push(portable.finish(FinishParams { y, rows, packed_n: ld, ld, pad: 0, output }));
+        Ok(launches)
+    }
+}

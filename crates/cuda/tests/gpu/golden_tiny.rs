@@ -1,0 +1,57 @@
+//! openpi's outputs on tiny models, both families, every arrangement of cameras and batch.
+
+use std::sync::Arc;
+
+use pirouette_cuda::{CudaDevice, Tier};
+use pirouette_model::{Config, Executable, WeightTable, record_with};
+
+use crate::fixture::{CASES, Case, FileSource};
+use crate::{has_gpu, relative_error};
+
+#[test]
+fn tiny_models_agree_with_openpi() {
+    if !has_gpu() {
+        return;
+    }
+    for family in ["pi0", "pi05"] {
+        let source = FileSource::open(&format!("{family}/model.safetensors"));
+        let config = Config::infer(&source, None).unwrap();
+        for name in CASES {
+            let case = Case::open(family, name);
+            let table = Arc::new(WeightTable::new(config, case.steps));
+            let mut device = CudaDevice::open(0, table.clone(), &source).unwrap();
+            for tier in [Tier::Portable, Tier::Auto] {
+                device.set_tier(tier);
+                for (samples, slots) in arrangements(&case) {
+                    let shape = case.program_shape(samples.len(), slots);
+                    let program = Arc::new(record_with(table.clone(), shape).unwrap());
+                    let mut executable = device.compile_cuda(program).unwrap();
+                    let inputs = case.inputs(&samples, slots);
+                    let want: Vec<f32> =
+                        samples.iter().flat_map(|b| case.sample("out.actions", *b)).collect();
+                    let mut got = vec![f32::NAN; want.len()];
+                    executable.run(&inputs.borrow(), &mut got).unwrap();
+                    let error = relative_error(&got, &want);
+                    println!("{family} {name} {samples:?} {tier:?}: {error:.2e}");
+                    // openpi's own bf16 run is off by 0.6 to 1.6 %.
+                    assert!(error < 0.02, "{family} {name} {samples:?} {tier:?}: {error}");
+                    let first = got.clone();
+                    for _ in 0..20 {
+                        executable.run(&inputs.borrow(), &mut got).unwrap();
+                        assert_eq!(got, first, "replays differ");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// (samples, camera slots) a case can be run as.
+fn arrangements(case: &Case) -> Vec<(Vec<usize>, usize)> {
+    let mut all: Vec<(Vec<usize>, usize)> =
+        (0..case.batch).map(|b| (vec![b], case.cameras[b].len())).collect();
+    if case.is_leading() {
+        all.push(((0..case.batch).collect(), 3));
+    }
+    all
+}

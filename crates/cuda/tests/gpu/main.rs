@@ -1,0 +1,74 @@
+//! What needs a GPU, in one binary that can be carried to one (fixtures: `PIROUETTE_TESTDATA`).
+//! Each test prints why it skips where there is none.
+
+#[path = "../../../cpu/tests/fixture/mod.rs"]
+mod fixture;
+#[path = "../../../cpu/tests/reference/mod.rs"]
+mod reference;
+
+mod conformance;
+#[cfg(feature = "fault-injection")]
+mod fault;
+mod golden_full;
+mod golden_tiny;
+mod limits;
+mod tiers;
+
+use pirouette_cuda::driver::Driver;
+
+/// Whether there is a GPU; says why not.
+///
+/// # Panics
+/// If there is one that can't be used: a test must not pass by skipping on a broken device.
+fn has_gpu() -> bool {
+    match Driver::open() {
+        Ok(driver) if driver.device_count() > 0 => {
+            if let Err(error) = driver.context(0) {
+                panic!("there is a GPU, but it can't be used: {error}");
+            }
+            true
+        }
+        Ok(_) => {
+            println!("skipped: the driver sees no device");
+            false
+        }
+        Err(error) => {
+            println!("skipped: {error}");
+            false
+        }
+    }
+}
+
+/// ‖got − want‖ / ‖want‖; infinite for anything that is no number.
+fn relative_error(got: &[f32], want: &[f32]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    let (mut off, mut norm) = (0.0f64, 0.0f64);
+    for (g, w) in got.iter().zip(want) {
+        off += (*g as f64 - *w as f64).powi(2);
+        norm += (*w as f64).powi(2);
+    }
+    let error = (off / norm).sqrt();
+    if error.is_finite() { error } else { f64::INFINITY }
+}
+
+/// A small generator: the same numbers everywhere.
+struct Random(u64);
+
+impl Random {
+    /// Uniform in 0..1.
+    fn unit(&mut self) -> f32 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (self.0 >> 40) as f32 / (1 << 24) as f32
+    }
+
+    /// Uniform in 0..n.
+    fn below(&mut self, n: usize) -> usize {
+        ((self.unit() * n as f32) as usize).min(n - 1)
+    }
+
+    /// About normal, rounded to bf16.
+    fn value(&mut self) -> f32 {
+        let sum: f32 = (0..4).map(|_| self.unit() - 0.5).sum();
+        half::bf16::from_f32(sum * 1.7).to_f32()
+    }
+}

@@ -1,0 +1,104 @@
+//! Hopper kernels against the portable ones, step by step, at full widths and small depth.
+
+use std::sync::Arc;
+
+use pirouette_checkpoint::Synthetic;
+use pirouette_cuda::{CudaDevice, Tier};
+use pirouette_model::config::Vision;
+use pirouette_model::{Config, Program, Shape, WeightTable, record_with};
+
+use crate::{Random, has_gpu, relative_error};
+
+/// Relative. Every step starts from the portable tier's values, so errors do not add up.
+const TOLERANCE: f64 = 1e-2;
+
+#[test]
+fn tiers_agree_step_by_step() {
+    if !has_gpu() {
+        return;
+    }
+    for full in [Config::pi0(), Config::pi05()] {
+        let vision = Vision { depth: 2, ..full.vision };
+        let config = Config { vision, depth: 3, vocab: 1000, ..full };
+        let table = Arc::new(WeightTable::new(config, 2));
+        let mut device = CudaDevice::open(0, table.clone(), &Synthetic::new(&config, 3)).unwrap();
+        for (batch, cameras, prompt_tokens, horizon) in
+            [(1, 3, 20, 10), (3, 2, 13, 10), (1, 1, 200, 50), (2, 2, 48, 50), (9, 1, 7, 10)]
+        {
+            let shape = Shape { batch, cameras, prompt_tokens, horizon, steps: 2 };
+            let program = Arc::new(record_with(table.clone(), shape).unwrap());
+            compare(&mut device, program);
+        }
+    }
+}
+
+fn compare(device: &mut CudaDevice, program: Arc<Program>) {
+    let shape = program.shape;
+    device.set_tier(Tier::Portable);
+    let mut portable = device.compile_cuda(program.clone()).unwrap();
+    device.set_tier(Tier::Auto);
+    let mut auto = device.compile_cuda(program.clone()).unwrap();
+    let mut random = Random(shape.batch as u64 * 31 + shape.horizon as u64);
+    for buffer in &program.buffers {
+        let count = buffer.rows * buffer.cols;
+        let values: Vec<f32> = match buffer.name.as_str() {
+            "images" => (0..count).map(|_| random.below(256) as f32).collect(),
+            "tokens" => (0..count).map(|_| random.below(1000) as f32).collect(),
+            "lengths" => (0..shape.batch)
+                .flat_map(|b| {
+                    [(b % shape.cameras + 1) as f32, (shape.prompt_tokens - b % 3) as f32]
+                })
+                .collect(),
+            "state" | "actions" => (0..count).map(|_| random.value()).collect(),
+            _ => continue,
+        };
+        portable.write_buffer(&buffer.name, &values).unwrap();
+        auto.write_buffer(&buffer.name, &values).unwrap();
+    }
+    let mut worst = (0.0, String::new());
+    for (at, step) in program.steps.iter().enumerate() {
+        portable.run_steps(at..at + 1).unwrap();
+        auto.run_steps(at..at + 1).unwrap();
+        // The state token is written together with the first action rows, one step later.
+        if step.name.ends_with(".state") {
+            continue;
+        }
+        for written in step.op.writes() {
+            let name = &program.buffers[written.0].name;
+            let want = portable.read_buffer(name).unwrap().unwrap();
+            let got = auto.read_buffer(name).unwrap().unwrap();
+            auto.write_buffer(name, &want).unwrap();
+            let (got, want) = real_rows(&program, name, got, want);
+            let error = relative_error(&got, &want);
+            assert!(
+                error < TOLERANCE,
+                "{} of {shape:?} leaves {name} off by {error:.2e}",
+                step.name
+            );
+            if error > worst.0 {
+                worst = (error, step.name.clone());
+            }
+        }
+    }
+    println!("{} {shape:?}: worst {:.2e} at {}", program.config.family.name(), worst.0, worst.1);
+}
+
+/// Prefix rows behind the prompt hold what nobody reads: they are left out.
+fn real_rows(program: &Program, name: &str, got: Vec<f32>, want: Vec<f32>) -> (Vec<f32>, Vec<f32>) {
+    let shape = program.shape;
+    let tokens = program.config.vision.tokens();
+    let id = program.buffer(name).unwrap();
+    let buffer = &program.buffers[id.0];
+    let (rows, cols) = (buffer.rows / shape.batch, buffer.cols);
+    let prefix = shape.prefix_rows(&program.config);
+    if !(name.starts_with("prefix.") || name.starts_with("cache.")) {
+        return (got, want);
+    }
+    let keep = |at: usize| {
+        let (sample, row) = (at / cols / rows, at / cols % rows);
+        let real = (sample % shape.cameras + 1) * tokens + shape.prompt_tokens - sample % 3;
+        row < real || row >= prefix
+    };
+    let pick = |v: Vec<f32>| v.into_iter().enumerate().filter(|(i, _)| keep(*i)).map(|p| p.1);
+    (pick(got).collect(), pick(want).collect())
+}

@@ -1,0 +1,371 @@
+//! An open device at work: compiled programs by bucket, warm-up, canary, batches.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+
+use pirouette_model::{BackendError, Device, Executable, StageTimes, record_with};
+
+use crate::bucket::Bucket;
+use crate::canary;
+use crate::queue::{Batch, JobInputs, Reply};
+use crate::request::{Answer, EngineError, Timing, ms};
+use crate::shared::{CanaryWaiter, Phase, Running, Shared, State};
+use crate::staging::Staging;
+
+/// A warm-up run shorter than this is repeated, because the first run of a program often pays
+/// for more than itself.
+const QUICK: Duration = Duration::from_secs(1);
+
+/// Longest sleep of an idle device thread between looks at the queue.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// What a device thread does next.
+enum Work {
+    Stop,
+    Canary(Vec<CanaryWaiter>),
+    Run(Taken),
+}
+
+/// A batch taken from the queue; its replies are with the device's state already.
+struct Taken {
+    inputs: Vec<JobInputs>,
+    bucket: Bucket,
+    slots: usize,
+    looking_since: Instant,
+    at: Instant,
+}
+
+/// An open device. Executables come first: they are dropped before the device they run on.
+pub(crate) struct Session {
+    /// Most recently used last.
+    executables: Vec<((Bucket, usize), Box<dyn Executable>)>,
+    device: Box<dyn Device>,
+    staging: Staging,
+    /// Shrinks when the device runs out of memory.
+    max_batch: usize,
+    shared: Arc<Shared>,
+    index: usize,
+    generation: u64,
+}
+
+impl Session {
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        index: usize,
+        generation: u64,
+        device: Box<dyn Device>,
+    ) -> Self {
+        {
+            let mut state = shared.lock();
+            let status = &mut state.devices[index];
+            if status.generation == generation {
+                status.name = device.name();
+                status.weight_bytes = device.weight_bytes();
+            }
+        }
+        let max_batch = shared.options.rule.max_batch();
+        Session {
+            executables: Vec::new(),
+            device,
+            staging: Staging::default(),
+            max_batch,
+            shared,
+            index,
+            generation,
+        }
+    }
+
+    /// Compiles and runs what the options ask for, then the canary, then says it is ready.
+    pub(crate) fn warm(&mut self) -> Result<(), String> {
+        self.shared.set_phase(self.index, self.generation, Phase::Warming);
+        let options = self.shared.options.clone();
+        for bucket in options.warm {
+            for &slots in &options.rule.batches {
+                // A shutdown does not wait for a warm-up.
+                if self.shared.lock().stop {
+                    return Ok(());
+                }
+                if slots > self.max_batch || !self.warm_one(bucket, slots)? {
+                    break;
+                }
+            }
+        }
+        self.canary()?;
+        self.shared.set_phase(self.index, self.generation, Phase::Ready);
+        Ok(())
+    }
+
+    /// False when the device has no memory for this size.
+    fn warm_one(&mut self, bucket: Bucket, slots: usize) -> Result<bool, String> {
+        for attempt in 0..2 {
+            self.begin();
+            canary::fill(
+                &mut self.staging,
+                &self.shared.options.tables[0].config,
+                bucket.shape(slots),
+            );
+            let started = match self.compile(bucket, slots) {
+                Ok(()) => Instant::now(),
+                Err(error @ BackendError::OutOfMemory { .. }) if slots > 1 => {
+                    self.end();
+                    self.shrink(slots, &error);
+                    return Ok(false);
+                }
+                Err(error) => return Err(error.to_string()),
+            };
+            self.run(bucket, slots).map_err(|e| e.to_string())?;
+            let took = started.elapsed();
+            if self.end().is_none() {
+                return Err("given up".into());
+            }
+            if attempt == 1 || took > QUICK {
+                self.shared.lock().times.record(bucket, slots, took);
+                break;
+            }
+        }
+        Ok(true)
+    }
+
+    fn shrink(&mut self, slots: usize, error: &BackendError) {
+        let batches = &self.shared.options.rule.batches;
+        self.max_batch = batches.iter().copied().filter(|s| *s < slots).max().unwrap_or(1);
+        tracing::warn!(device = self.index, %error, max_batch = self.max_batch, "smaller batches");
+    }
+
+    /// Serves until the engine stops (`Ok`) or the device fails (`Err`).
+    pub(crate) fn serve(&mut self) -> Result<(), String> {
+        loop {
+            match self.next() {
+                Work::Stop => return Ok(()),
+                Work::Canary(waiters) => {
+                    let result = self.canary();
+                    for waiter in waiters {
+                        let _ = waiter.send(result.clone());
+                    }
+                    result?;
+                }
+                Work::Run(taken) => self.run_batch(taken)?,
+            }
+        }
+    }
+
+    /// Waits for something to do.
+    fn next(&self) -> Work {
+        let shared = &self.shared;
+        let rule = &shared.options.rule;
+        let looking_since = Instant::now();
+        let mut state = shared.lock();
+        loop {
+            if state.stop || state.devices[self.index].generation != self.generation {
+                return Work::Stop;
+            }
+            let waiters = std::mem::take(&mut state.devices[self.index].canary_waiters);
+            if !waiters.is_empty() {
+                return Work::Canary(waiters);
+            }
+            let now = Instant::now();
+            self.sweep(&mut state, now);
+            let Some((head, mates)) = state.queue.head(rule) else {
+                if state.draining {
+                    return Work::Stop;
+                }
+                state = shared.wait(state, IDLE);
+                continue;
+            };
+            let mut close_at = head.reply.arrived + shared.options.window;
+            if let Some(deadline) = head.deadline {
+                let run = state.times.predict(head.inputs.bucket, mates).unwrap_or_default();
+                close_at = close_at.min(deadline.checked_sub(run * 2).unwrap_or(now));
+            }
+            if mates < rule.max_batch().min(self.max_batch) && now < close_at && !state.draining {
+                state = shared.wait(state, close_at - now);
+                continue;
+            }
+            let State { queue, times, .. } = &mut *state;
+            if let Some(batch) = queue.take(now, times, rule, self.max_batch) {
+                return Work::Run(self.start(&mut state, batch, looking_since, now));
+            }
+        }
+    }
+
+    /// From here on, without a gap, the batch's requests are answered by this thread, by the
+    /// watchdog, or by whoever notes that the device failed.
+    fn start(&self, state: &mut State, batch: Batch, looking_since: Instant, at: Instant) -> Taken {
+        let Batch { jobs, bucket, slots } = batch;
+        let options = &self.shared.options;
+        let measured = state.times.measured(bucket, slots);
+        let limit = measured.map_or(options.watchdog_first, |t| options.watchdog.max(t * 10));
+        let predicted = state.times.predict(bucket, slots).unwrap_or_default();
+        let (inputs, replies) = jobs.into_iter().map(|job| (job.inputs, job.reply)).unzip();
+        let running = Running { started: at, predicted, limit, replies };
+        state.devices[self.index].running = Some(running);
+        Taken { inputs, bucket, slots, looking_since, at }
+    }
+
+    fn sweep(&self, state: &mut State, now: Instant) {
+        let State { queue, times, .. } = state;
+        let swept = queue.sweep(now, times, &self.shared.options.rule);
+        self.shared.stats.cancelled.fetch_add(swept.cancelled as u64, Relaxed);
+        for (job, error) in swept.late {
+            self.shared.refuse([job.reply], &error);
+        }
+    }
+
+    fn run_batch(&mut self, taken: Taken) -> Result<(), String> {
+        let Taken { ref inputs, bucket, slots, .. } = taken;
+        if let Err(error) = self.compile(bucket, slots) {
+            return self.refuse_running(slots, &error);
+        }
+        let gathering = Instant::now();
+        let config = self.shared.options.tables[0].config;
+        self.staging.gather(&config, bucket.shape(slots), &inputs.iter().collect::<Vec<_>>());
+        let started = Instant::now();
+        let run = match self.run(bucket, slots) {
+            Ok(run) => run,
+            Err(error @ (BackendError::InputSize { .. } | BackendError::InputValue { .. })) => {
+                return self.refuse_running(slots, &error);
+            }
+            Err(error) => return Err(error.to_string()),
+        };
+        let done = Instant::now();
+        let Some(running) = self.end() else { return Ok(()) };
+        self.shared.lock().times.record(bucket, slots, done - gathering);
+        self.shared.stats.batch(running.replies.len());
+        let timing = Timing {
+            gather_ms: ms(started - gathering),
+            run,
+            batch: running.replies.len(),
+            slots,
+            device: self.index,
+            ..Timing::default()
+        };
+        self.answer(&taken, running.replies, timing);
+        Ok(())
+    }
+
+    fn answer(&self, taken: &Taken, replies: Vec<Reply>, timing: Timing) {
+        let horizon = taken.bucket.horizon;
+        let action_dim = self.shared.options.tables[0].config.action_dim;
+        let row = horizon * action_dim;
+        for (reply, actions) in replies.into_iter().zip(self.staging.actions.chunks(row)) {
+            let count = actions.iter().filter(|v| !v.is_finite()).count();
+            if count > 0 {
+                self.shared.refuse([reply], &EngineError::NonFinite { count, total: row });
+                continue;
+            }
+            let seen = reply.arrived.max(taken.looking_since).min(taken.at);
+            let timing = Timing {
+                queue_ms: ms(seen.saturating_duration_since(reply.arrived)),
+                batch_wait_ms: ms(taken.at.saturating_duration_since(seen)),
+                total_ms: ms(reply.arrived.elapsed()),
+                ..timing
+            };
+            let answer =
+                Answer { actions: actions.to_vec(), horizon, action_dim, seed: reply.seed, timing };
+            match reply.sender.send(Ok(answer)) {
+                Ok(()) => self.shared.stats.answer(&timing),
+                Err(_) => _ = self.shared.stats.cancelled.fetch_add(1, Relaxed),
+            }
+        }
+    }
+
+    /// The running requests get an error but the device is still good (or merely out of memory).
+    fn refuse_running(&mut self, slots: usize, error: &BackendError) -> Result<(), String> {
+        let replies = match error {
+            BackendError::OutOfMemory { .. } if slots > 1 => {
+                self.shrink(slots, error);
+                self.end()
+            }
+            BackendError::InputSize { .. } | BackendError::InputValue { .. } => self.end(),
+            _ => return Err(error.to_string()),
+        };
+        let replies = replies.map(|r| r.replies).unwrap_or_default();
+        self.shared.refuse(replies, &EngineError::Unavailable(error.to_string()));
+        Ok(())
+    }
+
+    /// The known forward. The first answer becomes the reference where none was given.
+    fn canary(&mut self) -> Result<(), String> {
+        let options = self.shared.options.clone();
+        let bucket = options.bucket(options.canary.cameras, options.canary.prompt_tokens);
+        let slots = options.rule.batches[0];
+        self.begin();
+        let config = options.tables[0].config;
+        canary::fill(&mut self.staging, &config, bucket.shape(slots));
+        self.compile(bucket, slots).map_err(|e| e.to_string())?;
+        self.run(bucket, slots).map_err(|e| e.to_string())?;
+        if self.end().is_none() {
+            return Err("given up".into());
+        }
+        let got = &self.staging.actions[..bucket.horizon * config.action_dim];
+        if let Some(i) = got.iter().position(|v| !v.is_finite()) {
+            return Err(format!("canary: value {i} is {}", got[i]));
+        }
+        let mut state = self.shared.lock();
+        let device = &mut state.devices[self.index];
+        match &device.reference {
+            Some(want) => options.canary.compare(want, got)?,
+            None => device.reference = Some(got.to_vec()),
+        }
+        device.last_canary = Some(Instant::now());
+        self.shared.stats.canaries.fetch_add(1, Relaxed);
+        Ok(())
+    }
+
+    /// Makes the program of a bucket the most recently used one, compiling it if need be.
+    fn compile(&mut self, bucket: Bucket, slots: usize) -> Result<(), BackendError> {
+        let key = (bucket, slots);
+        if let Some(at) = self.executables.iter().position(|(k, _)| *k == key) {
+            let found = self.executables.remove(at);
+            self.executables.push(found);
+            return Ok(());
+        }
+        if self.executables.len() >= self.shared.options.executables {
+            self.executables.remove(0);
+        }
+        let table = self.shared.options.table(bucket.steps).ok_or_else(|| {
+            BackendError::Unavailable(format!("no weights for {} steps are loaded", bucket.steps))
+        })?;
+        let program = record_with(table.clone(), bucket.shape(slots))
+            .map_err(|e| BackendError::Unavailable(e.to_string()))?;
+        let program = Arc::new(program);
+        let compiled = match self.device.compile(program.clone()) {
+            Err(BackendError::OutOfMemory { .. }) if !self.executables.is_empty() => {
+                self.executables.clear();
+                self.device.compile(program)?
+            }
+            other => other?,
+        };
+        self.executables.push((key, compiled));
+        Ok(())
+    }
+
+    /// Runs the most recently used program (of that bucket) on what is staged.
+    fn run(&mut self, bucket: Bucket, slots: usize) -> Result<StageTimes, BackendError> {
+        let Some((key, executable)) = self.executables.last_mut() else {
+            return Err(BackendError::Device("no program is compiled".into()));
+        };
+        debug_assert_eq!(*key, (bucket, slots));
+        let (inputs, actions) = self.staging.split();
+        executable.run(&inputs, actions)
+    }
+
+    /// Puts a run without requests (warm-up, canary) under the watchdog.
+    fn begin(&self) {
+        let limit = self.shared.options.watchdog_first;
+        let mut state = self.shared.lock();
+        let device = &mut state.devices[self.index];
+        if device.generation == self.generation {
+            let (started, predicted) = (Instant::now(), Duration::ZERO);
+            device.running = Some(Running { started, predicted, limit, replies: Vec::new() });
+        }
+    }
+
+    /// Takes the running requests back; `None` when the watchdog has answered them already.
+    fn end(&self) -> Option<Running> {
+        let mut state = self.shared.lock();
+        let device = &mut state.devices[self.index];
+        if device.generation != self.generation { None } else { device.running.take() }
+    }
+}

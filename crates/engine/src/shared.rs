@@ -1,0 +1,288 @@
+//! What the engine's handle, its device threads and its watchdog share.
+
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Notify, oneshot};
+
+use crate::bucket::Bucket;
+use crate::options::{DeviceFactory, EngineOptions};
+use crate::queue::{Queue, Reply};
+use crate::request::EngineError;
+use crate::stats::Stats;
+use crate::times::ServiceTimes;
+
+/// What a device is doing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Loading weights.
+    Opening,
+    /// Compiling and running the warm-up shapes and the canary.
+    Warming,
+    /// Serving.
+    Ready,
+    /// Failed; it will be reopened.
+    Failed(String),
+    /// Stopped for good.
+    Stopped,
+}
+
+/// One device as seen from outside.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DeviceStatus {
+    /// The device's own name, empty until it was opened.
+    pub name: String,
+    /// What it is doing.
+    pub phase: Phase,
+    /// Times it failed.
+    pub restarts: u64,
+    /// Bytes its weights take.
+    pub weight_bytes: u64,
+    /// Age of the last good canary forward.
+    pub canary_age: Option<Duration>,
+    /// Whether a batch runs right now.
+    pub busy: bool,
+}
+
+pub(crate) type CanaryWaiter = oneshot::Sender<Result<(), String>>;
+
+/// A run in progress. The replies live here so that the watchdog can answer them.
+#[derive(Debug)]
+pub(crate) struct Running {
+    pub(crate) started: Instant,
+    pub(crate) predicted: Duration,
+    pub(crate) limit: Duration,
+    pub(crate) replies: Vec<Reply>,
+}
+
+#[derive(Debug)]
+pub(crate) struct DeviceState {
+    /// Raised when a hung thread is given up: what it says afterwards no longer counts.
+    pub(crate) generation: u64,
+    pub(crate) hung: usize,
+    pub(crate) name: String,
+    pub(crate) weight_bytes: u64,
+    pub(crate) phase: Phase,
+    pub(crate) restarts: u64,
+    pub(crate) running: Option<Running>,
+    pub(crate) last_canary: Option<Instant>,
+    pub(crate) canary_waiters: Vec<CanaryWaiter>,
+    /// The canary's known answer, kept across restarts.
+    pub(crate) reference: Option<Vec<f32>>,
+}
+
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) queue: Queue,
+    pub(crate) times: ServiceTimes,
+    pub(crate) devices: Vec<DeviceState>,
+    /// No new requests; device threads end when the queue is empty.
+    pub(crate) draining: bool,
+    /// Device threads end now.
+    pub(crate) stop: bool,
+    pub(crate) threads: Vec<(usize, u64, JoinHandle<()>)>,
+}
+
+pub(crate) struct Shared {
+    pub(crate) options: EngineOptions,
+    pub(crate) factories: Vec<DeviceFactory>,
+    pub(crate) stats: Stats,
+    state: Mutex<State>,
+    /// Wakes device threads, and whoever drains.
+    pub(crate) wake: Condvar,
+    /// Wakes the watchdog, which has nothing to do with requests coming and going.
+    pub(crate) stopped: Condvar,
+    /// Wakes whoever waits for a phase to change.
+    pub(crate) phases: Notify,
+}
+
+impl Shared {
+    pub(crate) fn new(options: EngineOptions, factories: Vec<DeviceFactory>) -> Arc<Self> {
+        let devices = factories.iter().map(|_| DeviceState::new(&options)).collect();
+        let state = State {
+            queue: Queue::new(options.queue_capacity),
+            times: ServiceTimes::default(),
+            devices,
+            draining: false,
+            stop: false,
+            threads: Vec::new(),
+        };
+        Arc::new(Shared {
+            options,
+            factories,
+            stats: Stats::default(),
+            state: Mutex::new(state),
+            wake: Condvar::new(),
+            stopped: Condvar::new(),
+            phases: Notify::new(),
+        })
+    }
+
+    /// Nothing that holds the lock can panic half-way through a change, so a poisoned lock is
+    /// still consistent.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn wait<'a>(
+        &self,
+        state: MutexGuard<'a, State>,
+        at_most: Duration,
+    ) -> MutexGuard<'a, State> {
+        self.wake.wait_timeout(state, at_most).unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Tells everybody that the engine stops now.
+    pub(crate) fn stop(&self, state: &mut State) {
+        state.draining = true;
+        state.stop = true;
+        self.wake.notify_all();
+        self.stopped.notify_all();
+        self.phases.notify_waiters();
+    }
+
+    /// Answers replies with an error.
+    pub(crate) fn refuse(&self, replies: impl IntoIterator<Item = Reply>, error: &EngineError) {
+        for reply in replies {
+            self.stats.error(error);
+            // The receiver may be gone; then nobody wants to know.
+            let _ = reply.sender.send(Err(error.clone()));
+        }
+    }
+
+    /// Sets a device's phase unless the calling thread was given up. Says whether it was set.
+    pub(crate) fn set_phase(&self, index: usize, generation: u64, phase: Phase) -> bool {
+        let mut state = self.lock();
+        let device = &mut state.devices[index];
+        let mine = device.generation == generation;
+        if mine {
+            device.phase = phase;
+        }
+        drop(state);
+        self.phases.notify_waiters();
+        self.wake.notify_all();
+        mine
+    }
+
+    /// A device failed: its requests and probes get an error, it is no longer ready. With
+    /// `hung`, its thread is given up too. Says whether the generation was still the current one.
+    pub(crate) fn device_failed(
+        &self,
+        index: usize,
+        generation: u64,
+        reason: &str,
+        hung: bool,
+    ) -> bool {
+        let mut state = self.lock();
+        let device = &mut state.devices[index];
+        if device.generation != generation {
+            return false;
+        }
+        if hung {
+            device.generation += 1;
+            device.hung += 1;
+        }
+        device.phase = Phase::Failed(reason.into());
+        device.restarts += 1;
+        device.last_canary = None;
+        let replies = device.running.take().map(|r| r.replies).unwrap_or_default();
+        for waiter in device.canary_waiters.drain(..) {
+            let _ = waiter.send(Err(reason.into()));
+        }
+        // With nobody left to serve them, waiting requests fail now rather than at a deadline
+        // their senders may not have given.
+        let none_left = !state.devices.iter().any(|d| d.phase == Phase::Ready);
+        let waiting = if none_left { state.queue.clear() } else { Vec::new() };
+        drop(state);
+        self.stats.restarts.fetch_add(1, Relaxed);
+        self.refuse(replies, &EngineError::DeviceFailed(reason.into()));
+        let unavailable = EngineError::Unavailable(reason.into());
+        self.refuse(waiting.into_iter().map(|job| job.reply), &unavailable);
+        self.phases.notify_waiters();
+        true
+    }
+}
+
+impl DeviceState {
+    fn new(options: &EngineOptions) -> Self {
+        DeviceState {
+            generation: 0,
+            hung: 0,
+            name: String::new(),
+            weight_bytes: 0,
+            phase: Phase::Opening,
+            restarts: 0,
+            running: None,
+            last_canary: None,
+            canary_waiters: Vec::new(),
+            reference: options.canary.expected.clone(),
+        }
+    }
+
+    pub(crate) fn status(&self) -> DeviceStatus {
+        DeviceStatus {
+            name: self.name.clone(),
+            phase: self.phase.clone(),
+            restarts: self.restarts,
+            weight_bytes: self.weight_bytes,
+            canary_age: self.last_canary.map(|at| at.elapsed()),
+            busy: self.running.is_some(),
+        }
+    }
+}
+
+impl State {
+    /// Why no device is ready, or `None` when one is.
+    pub(crate) fn unready(&self) -> Option<String> {
+        if self.devices.iter().any(|d| d.phase == Phase::Ready) {
+            return None;
+        }
+        let say = |d: &DeviceState| match &d.phase {
+            Phase::Opening => "loading weights".to_string(),
+            Phase::Warming => "warming up".to_string(),
+            Phase::Failed(reason) => reason.clone(),
+            Phase::Ready | Phase::Stopped => "stopped".to_string(),
+        };
+        Some(self.devices.iter().map(say).collect::<Vec<_>>().join("; "))
+    }
+
+    /// Predicted time until a request entering now would have its answer: what runs, what is
+    /// ahead of it in the best batch size, then its own batch. `None` while nothing is known.
+    pub(crate) fn predict(
+        &self,
+        options: &EngineOptions,
+        now: Instant,
+        bucket: Bucket,
+        deadline: Option<Instant>,
+    ) -> Option<Duration> {
+        let rule = &options.rule;
+        let alone = self.times.predict(bucket, rule.batches[0])?;
+        let (mut per_batch, mut took) = (rule.batches[0], alone);
+        for &slots in &rule.batches {
+            if let Some(t) = self.times.measured(bucket, slots)
+                && t.as_secs_f64() * (per_batch as f64) < took.as_secs_f64() * slots as f64
+            {
+                (per_batch, took) = (slots, self.times.predict(bucket, slots).unwrap_or(t));
+            }
+        }
+        let ready = self.devices.iter().filter(|d| d.phase == Phase::Ready);
+        let mut free: Vec<Duration> = ready
+            .map(|d| match &d.running {
+                Some(r) => (r.started + r.predicted).saturating_duration_since(now),
+                None => Duration::ZERO,
+            })
+            .collect();
+        let ahead = self.queue.ahead_of(deadline, now);
+        for _ in 0..ahead / per_batch {
+            *free.iter_mut().min()? += took;
+        }
+        let mine = ahead % per_batch + 1;
+        let slots = rule.batches.iter().copied().find(|s| *s >= mine).unwrap_or(per_batch);
+        // A quarter of a batch in reserve: a request let in with no slack would force small
+        // batches on everybody when its turn comes.
+        let reserve = if ahead > 0 { took / 4 } else { Duration::ZERO };
+        Some(*free.iter().min()? + self.times.predict(bucket, slots).unwrap_or(alone) + reserve)
+    }
+}

@@ -1,0 +1,71 @@
+//! The inputs of a batch, gathered into the flat buffers a backend wants.
+
+use pirouette_model::{Config, Inputs, Shape};
+
+use crate::queue::JobInputs;
+
+/// Flat input buffers, kept from batch to batch so that a warm device thread allocates nothing.
+#[derive(Debug, Default)]
+pub(crate) struct Staging {
+    pub(crate) images: Vec<u8>,
+    pub(crate) cameras: Vec<u32>,
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) prompt_len: Vec<u32>,
+    pub(crate) state: Vec<f32>,
+    pub(crate) noise: Vec<f32>,
+    pub(crate) actions: Vec<f32>,
+}
+
+impl Staging {
+    /// Sizes every buffer for a shape. Contents are whatever they were.
+    pub(crate) fn reset(&mut self, config: &Config, shape: Shape) {
+        let image = config.vision.image * config.vision.image * 3;
+        let actions = shape.batch * shape.horizon * config.action_dim;
+        self.images.resize(shape.batch * shape.cameras * image, 0);
+        self.cameras.resize(shape.batch, 0);
+        self.tokens.resize(shape.batch * shape.prompt_tokens, 0);
+        self.prompt_len.resize(shape.batch, 0);
+        self.state.resize(shape.batch * config.action_dim, 0.0);
+        self.noise.resize(actions, 0.0);
+        self.actions.resize(actions, 0.0);
+        // An answer must be written by the run it belongs to: anything left over is not finite.
+        self.actions.fill(f32::NAN);
+    }
+
+    /// Gathers a batch; slots without a request repeat the first one.
+    ///
+    /// `jobs` is not empty and every job was checked against the bucket of `shape`.
+    pub(crate) fn gather(&mut self, config: &Config, shape: Shape, jobs: &[&JobInputs]) {
+        self.reset(config, shape);
+        let image = config.vision.image * config.vision.image * 3;
+        let action_row = shape.horizon * config.action_dim;
+        for slot in 0..shape.batch {
+            let job = jobs.get(slot).copied().unwrap_or(jobs[0]);
+            for (camera, pixels) in job.images.iter().enumerate() {
+                let at = (slot * shape.cameras + camera) * image;
+                self.images[at..at + image].copy_from_slice(pixels);
+            }
+            self.cameras[slot] = job.images.len() as u32;
+            let row = &mut self.tokens[slot * shape.prompt_tokens..][..shape.prompt_tokens];
+            row[..job.tokens.len()].copy_from_slice(&job.tokens);
+            row[job.tokens.len()..].fill(0);
+            self.prompt_len[slot] = job.tokens.len() as u32;
+            let (from, n) = (slot * config.action_dim, config.action_dim);
+            self.state[from..from + n].copy_from_slice(&job.state);
+            self.noise[slot * action_row..][..action_row].copy_from_slice(&job.noise);
+        }
+    }
+
+    /// The inputs, and where the actions go.
+    pub(crate) fn split(&mut self) -> (Inputs<'_>, &mut [f32]) {
+        let inputs = Inputs {
+            images: &self.images,
+            cameras: &self.cameras,
+            tokens: &self.tokens,
+            prompt_len: &self.prompt_len,
+            state: &self.state,
+            noise: &self.noise,
+        };
+        (inputs, &mut self.actions)
+    }
+}

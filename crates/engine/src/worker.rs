@@ -1,0 +1,131 @@
+//! A device's thread: open → warm → serve, and again after a failure. And the watchdog.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::request::EngineError;
+use crate::session::Session;
+use crate::shared::{Phase, Shared};
+
+/// A device thread that hung this often is not replaced again: each one may still hold the
+/// device's memory.
+const HUNG_LIMIT: usize = 3;
+
+/// A device that served this long starts over with the shortest pause.
+const STEADY: Duration = Duration::from_secs(30);
+
+/// Starts the thread of device `index`.
+pub(crate) fn spawn(shared: &Arc<Shared>, index: usize, generation: u64) -> std::io::Result<()> {
+    let worker = shared.clone();
+    let thread = std::thread::Builder::new()
+        .name(format!("device-{index}"))
+        .spawn(move || run(&worker, index, generation))?;
+    shared.lock().threads.push((index, generation, thread));
+    Ok(())
+}
+
+fn run(shared: &Arc<Shared>, index: usize, generation: u64) {
+    let mut pause = shared.options.restart_pause;
+    loop {
+        let started = Instant::now();
+        match live(shared, index, generation) {
+            Ok(()) => break,
+            Err(reason) => tracing::warn!(device = index, %reason, "device is reopened"),
+        }
+        if started.elapsed() > STEADY {
+            pause = shared.options.restart_pause;
+        }
+        if !rest(shared, index, generation, pause) {
+            break;
+        }
+        pause = (pause * 2).min(shared.options.restart_pause_max);
+    }
+    shared.set_phase(index, generation, Phase::Stopped);
+}
+
+/// One life of a device: `Ok` when the engine stops, `Err` when the device must be reopened.
+fn live(shared: &Arc<Shared>, index: usize, generation: u64) -> Result<(), String> {
+    let failed = |reason: String| {
+        shared.device_failed(index, generation, &reason, false);
+        reason
+    };
+    if !shared.set_phase(index, generation, Phase::Opening) {
+        return Ok(());
+    }
+    let factory = shared.factories[index].clone();
+    let device =
+        guard(|| factory()).and_then(|opened| opened.map_err(|e| e.to_string())).map_err(failed)?;
+    let mut session = Session::new(shared.clone(), index, generation, device);
+    let outcome = guard(|| session.warm().and_then(|()| session.serve())).and_then(|r| r);
+    // Requests learn of the failure before the device is closed: closing may hang.
+    let outcome = outcome.map_err(failed);
+    if let Err(reason) = guard(move || drop(session)) {
+        tracing::warn!(device = index, %reason, "closing the device failed");
+    }
+    outcome
+}
+
+/// Waits before a device is reopened. False when the engine stops meanwhile.
+fn rest(shared: &Shared, index: usize, generation: u64, pause: Duration) -> bool {
+    let until = Instant::now() + pause;
+    let mut state = shared.lock();
+    loop {
+        if state.stop || state.draining || state.devices[index].generation != generation {
+            return false;
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return true;
+        }
+        state = shared.wait(state, left);
+    }
+}
+
+/// Runs `f`; a panic becomes an error that says what it said.
+fn guard<T>(f: impl FnOnce() -> T) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(f)).map_err(|panic| {
+        let text = panic
+            .downcast_ref::<&str>()
+            .map(|s| s.to_string())
+            .or_else(|| panic.downcast_ref::<String>().cloned());
+        format!("panic: {}", text.unwrap_or_else(|| "no message".into()))
+    })
+}
+
+/// Gives up device threads that hang: answers their requests, starts a new thread.
+pub(crate) fn watch(shared: &Arc<Shared>) {
+    let period = (shared.options.watchdog / 8).clamp(Duration::from_millis(5), STEADY / 60);
+    let mut state = shared.lock();
+    while !state.stop {
+        let now = Instant::now();
+        let overdue = |limit: Duration, started: Instant| now.duration_since(started) > limit;
+        let hung = state
+            .devices
+            .iter()
+            .position(|d| matches!(&d.running, Some(r) if overdue(r.limit, r.started)));
+        let Some(index) = hung else {
+            let waited = shared.stopped.wait_timeout(state, period);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            continue;
+        };
+        let device = &state.devices[index];
+        let (generation, hung) = (device.generation, device.hung + 1);
+        let limit = device.running.as_ref().map_or(Duration::ZERO, |r| r.limit);
+        drop(state);
+        let reason = format!("no answer from the device within {:.1} s", limit.as_secs_f64());
+        tracing::error!(device = index, %reason, "device thread is given up");
+        shared.device_failed(index, generation, &reason, true);
+        if hung >= HUNG_LIMIT {
+            let reason = format!("hung {hung} times: restart the process");
+            shared.set_phase(index, generation + 1, Phase::Failed(reason));
+        } else if let Err(error) = spawn(shared, index, generation + 1) {
+            let reason = format!("no thread could be started: {error}");
+            shared.set_phase(index, generation + 1, Phase::Failed(reason));
+        }
+        state = shared.lock();
+    }
+    let waiting = state.queue.clear();
+    drop(state);
+    shared.refuse(waiting.into_iter().map(|job| job.reply), &EngineError::Draining);
+}

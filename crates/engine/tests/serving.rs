@@ -1,0 +1,288 @@
+//! Batches, order, deadlines, noise, drain: an engine on devices that work.
+
+mod rig;
+
+use std::time::{Duration, Instant};
+
+use pirouette_engine::{Engine, EngineError, Noise, NullDevice, NullTimes, Request};
+use rig::{HORIZON, due, eventually, expected, request};
+
+/// Keeps the device busy so that what is submitted next has to queue.
+async fn occupy(engine: &Engine) -> pirouette_engine::Pending {
+    let pending = engine.submit(request(99)).unwrap();
+    eventually("busy", || {
+        let stats = engine.stats();
+        stats.devices[0].busy && stats.queue_depth == 0
+    })
+    .await;
+    pending
+}
+
+#[tokio::test]
+async fn an_answer_depends_on_its_request_and_seed_only() {
+    let engine = rig::engine(&[(1, 2.0)], rig::options(8));
+    engine.wait_ready().await.unwrap();
+    let mut alone = Vec::new();
+    for i in 0..20 {
+        let answer = engine.submit(request(i)).unwrap().await.unwrap();
+        assert_eq!(answer.actions, expected(&request(i), i as u64));
+        assert_eq!((answer.horizon, answer.action_dim, answer.seed), (HORIZON, 4, Some(i as u64)));
+        assert_eq!((answer.timing.batch, answer.timing.slots), (1, 1));
+        assert!(answer.timing.run.total_ms >= 2.0 && answer.timing.total_ms >= 2.0);
+        alone.push(answer.actions);
+    }
+    let mut sizes = std::collections::BTreeSet::new();
+    for round in 0..20 {
+        let order: Vec<usize> = (0..20).map(|k| (k * 7 + round) % 20).collect();
+        let pending: Vec<_> =
+            order.iter().map(|i| (*i, engine.submit(request(*i)).unwrap())).collect();
+        for (i, pending) in pending {
+            let answer = pending.await.unwrap();
+            assert_eq!(answer.actions, alone[i]);
+            sizes.insert(answer.timing.batch);
+        }
+    }
+    assert!(sizes.len() > 1 && sizes.contains(&8), "several batch sizes were met: {sizes:?}");
+}
+
+#[tokio::test]
+async fn noise_is_drawn_given_or_refused() {
+    let engine = rig::engine(&[(1, 0.1)], rig::options(1));
+    engine.wait_ready().await.unwrap();
+    let infer = |noise| engine.submit(Request { noise, ..request(1) });
+    let drawn = infer(Noise::Drawn).unwrap().await.unwrap();
+    assert_eq!(drawn.actions, expected(&request(1), drawn.seed.unwrap()));
+    let again = infer(Noise::Seed(drawn.seed.unwrap())).unwrap().await.unwrap();
+    assert_eq!(again.actions, drawn.actions);
+    assert_ne!(infer(Noise::Drawn).unwrap().await.unwrap().seed, drawn.seed);
+
+    let mut values = vec![0.0; HORIZON * 4];
+    pirouette_engine::standard_normal(1, &mut values);
+    let given = infer(Noise::Given(values.clone())).unwrap().await.unwrap();
+    assert_eq!((given.actions, given.seed), (expected(&request(1), 1), None));
+    values[3] = f32::NAN;
+    assert!(matches!(infer(Noise::Given(values)), Err(EngineError::Invalid(_))));
+    assert!(matches!(infer(Noise::Given(vec![0.0; 3])), Err(EngineError::Invalid(_))));
+}
+
+#[tokio::test]
+async fn a_batch_forms_from_what_waits() {
+    let engine = rig::engine(&[(1, 20.0), (8, 24.0)], rig::options(8));
+    engine.wait_ready().await.unwrap();
+    let first = occupy(&engine).await;
+    let rest: Vec<_> = (0..8).map(|i| engine.submit(request(i)).unwrap()).collect();
+    let started = Instant::now();
+    first.await.unwrap();
+    for pending in rest {
+        let timing = pending.await.unwrap().timing;
+        assert_eq!((timing.batch, timing.slots), (8, 8));
+        assert!(timing.queue_ms > 1.0, "they waited for the device: {timing:?}");
+    }
+    assert!(started.elapsed() < Duration::from_millis(120), "not one by one");
+    let stats = engine.stats();
+    assert_eq!(stats.batches.get(&8), Some(&1));
+    assert_eq!((stats.accepted, stats.completed, stats.queue_depth), (9, 9, 0));
+}
+
+#[tokio::test]
+async fn a_window_waits_for_company_and_says_so() {
+    let mut options = rig::options(2);
+    options.window = Duration::from_millis(40);
+    let engine = rig::engine(&[(1, 1.0)], options);
+    engine.wait_ready().await.unwrap();
+    let lonely = engine.submit(request(0)).unwrap().await.unwrap().timing;
+    assert_eq!(lonely.batch, 1);
+    assert!(lonely.batch_wait_ms > 30.0, "{lonely:?}");
+    let a = engine.submit(request(0)).unwrap();
+    let b = engine.submit(request(1)).unwrap();
+    let together = a.await.unwrap().timing;
+    assert_eq!((together.batch, b.await.unwrap().timing.batch), (2, 2));
+    assert!(together.batch_wait_ms < 30.0, "a full batch does not wait: {together:?}");
+    let hurried = engine.submit(due(2, 20)).unwrap().await.unwrap().timing;
+    assert!(hurried.total_ms < 25.0, "a deadline cuts the window short: {hurried:?}");
+}
+
+#[tokio::test]
+async fn the_earliest_deadline_is_served_first() {
+    let engine = rig::engine(&[(1, 10.0)], rig::options(1));
+    engine.wait_ready().await.unwrap();
+    let first = occupy(&engine).await;
+    let (done, mut order) = tokio::sync::mpsc::unbounded_channel();
+    for (i, ms) in [(0, 900), (1, 300), (2, 600)] {
+        let (pending, done) = (engine.submit(due(i, ms)).unwrap(), done.clone());
+        tokio::spawn(async move {
+            pending.await.unwrap();
+            done.send(i).unwrap();
+        });
+    }
+    first.await.unwrap();
+    let mut got = Vec::new();
+    for _ in 0..3 {
+        got.push(order.recv().await.unwrap());
+    }
+    assert_eq!(got, [1, 2, 0]);
+}
+
+#[tokio::test]
+async fn what_cannot_make_its_deadline_is_refused_at_once() {
+    let engine = rig::engine(&[(1, 30.0)], rig::options(1));
+    engine.wait_ready().await.unwrap();
+    for _ in 0..3 {
+        engine.submit(due(0, 500)).unwrap().await.unwrap();
+    }
+    let _running = occupy(&engine).await;
+    let _waiting: Vec<_> = (0..3).map(|i| engine.submit(due(i, 1000)).unwrap()).collect();
+    let started = Instant::now();
+    let refused = engine.submit(due(9, 1100).with_ms(60)).unwrap_err();
+    assert!(started.elapsed() < Duration::from_millis(5));
+    assert!(
+        matches!(refused, EngineError::Deadline { deadline_ms, predicted_ms }
+            if deadline_ms <= 60.0 && predicted_ms > 30.0),
+        "earlier than all that wait, but behind the one that runs: {refused:?}"
+    );
+    let late = engine.submit(due(9, 1100).with_ms(1)).unwrap_err();
+    assert!(late.to_string().contains("1.0 ms away"), "{late}");
+    assert_eq!(engine.stats().errors_for("deadline"), 2);
+}
+
+trait WithMs {
+    fn with_ms(self, ms: u64) -> Self;
+}
+
+impl WithMs for Request {
+    fn with_ms(mut self, ms: u64) -> Self {
+        self.deadline = Some(Instant::now() + Duration::from_millis(ms));
+        self
+    }
+}
+
+#[tokio::test]
+async fn requests_nobody_waits_for_are_not_run() {
+    let engine = rig::engine(&[(1, 20.0)], rig::options(1));
+    engine.wait_ready().await.unwrap();
+    let first = occupy(&engine).await;
+    let waiting: Vec<_> = (0..10).map(|i| engine.submit(request(i)).unwrap()).collect();
+    drop(waiting);
+    let last = engine.submit(request(7)).unwrap();
+    first.await.unwrap();
+    let timing = last.await.unwrap().timing;
+    assert!(timing.total_ms < 100.0, "ten runs would take 200 ms: {timing:?}");
+    assert_eq!(engine.stats().cancelled, 10);
+}
+
+#[tokio::test]
+async fn a_full_queue_refuses() {
+    let mut options = rig::options(1);
+    options.queue_capacity = 4;
+    let engine = rig::engine(&[(1, 20.0)], options);
+    engine.wait_ready().await.unwrap();
+    let _running = occupy(&engine).await;
+    let _waiting: Vec<_> = (0..4).map(|i| engine.submit(request(i)).unwrap()).collect();
+    assert_eq!(engine.submit(request(4)).unwrap_err(), EngineError::Overloaded { capacity: 4 });
+}
+
+#[tokio::test]
+async fn twice_the_load_keeps_the_capacity() {
+    // Batches of 4 in 20 ms: 200 requests per second; 400 arrive, each with 120 ms to live.
+    let engine = rig::engine(&[(1, 18.0), (4, 20.0)], rig::options(4));
+    engine.wait_ready().await.unwrap();
+    let engine = std::sync::Arc::new(engine);
+    let started = Instant::now();
+    let mut tasks = Vec::new();
+    let mut slowest_refusal = Duration::ZERO;
+    for i in 0..800u32 {
+        tokio::time::sleep_until((started + Duration::from_micros(2500) * i).into()).await;
+        let asked = Instant::now();
+        match engine.submit(due(i as usize, 120)) {
+            Ok(pending) => tasks.push(tokio::spawn(async move {
+                pending.await.is_ok() && asked.elapsed() < Duration::from_millis(120)
+            })),
+            Err(_) => slowest_refusal = slowest_refusal.max(asked.elapsed()),
+        }
+    }
+    let (mut good, mut admitted) = (0, 0);
+    for task in tasks {
+        admitted += 1;
+        good += task.await.unwrap() as usize;
+    }
+    let per_second = good as f64 / started.elapsed().as_secs_f64();
+    println!("{per_second:.0}/s good of 200/s possible; {admitted} of 800 admitted");
+    assert!(per_second > 170.0, "{per_second:.0} good answers per second of 200 possible");
+    assert!(admitted < 560, "the rest was refused on arrival, {admitted} were let in");
+    assert!(slowest_refusal < Duration::from_millis(20), "{slowest_refusal:?}");
+}
+
+#[tokio::test]
+async fn two_devices_share_the_queue() {
+    let devices = [(); 2].map(|()| rig::factory(&NullDevice::new(NullTimes::constant(20.0))));
+    let engine = Engine::start(devices.to_vec(), rig::options(1)).unwrap();
+    eventually("both ready", || {
+        engine.stats().devices.iter().all(|d| d.phase == pirouette_engine::Phase::Ready)
+    })
+    .await;
+    let pending: Vec<_> = (0..8).map(|i| engine.submit(request(i)).unwrap()).collect();
+    let mut served = [0; 2];
+    for pending in pending {
+        served[pending.await.unwrap().timing.device] += 1;
+    }
+    assert!(served.iter().all(|n| (3..=5).contains(n)), "{served:?}");
+}
+
+#[tokio::test]
+async fn wrong_requests_are_named() {
+    let engine = rig::engine(&[(1, 0.0)], rig::options(1));
+    engine.wait_ready().await.unwrap();
+    let good = || request(1);
+    let cases: [(&str, Request); 9] = [
+        ("0 cameras", Request { images: vec![], ..good() }),
+        ("4 cameras", Request { images: vec![good().images[0].clone(); 4], ..good() }),
+        ("an image has 3 bytes", Request { images: vec![vec![0; 3].into()], ..good() }),
+        ("0 tokens", Request { tokens: vec![], ..good() }),
+        ("49 tokens", Request { tokens: vec![1; 49], ..good() }),
+        ("token 100", Request { tokens: vec![100], ..good() }),
+        ("the state has 3", Request { state: vec![0.0; 3], ..good() }),
+        ("value 2 of the state", Request { state: vec![0.0, 0.0, f32::INFINITY, 0.0], ..good() }),
+        ("num_steps 7", Request { steps: Some(7), ..good() }),
+    ];
+    for (text, request) in cases {
+        let error = engine.submit(request).unwrap_err();
+        assert!(matches!(&error, EngineError::Invalid(e) if e.contains(text)), "{text}: {error}");
+    }
+    assert_eq!(engine.stats().errors_for("invalid"), 9);
+    assert!(engine.submit(good()).unwrap().await.is_ok());
+}
+
+#[tokio::test]
+async fn draining_finishes_what_was_accepted_and_refuses_the_rest() {
+    let engine = rig::engine(&[(1, 10.0)], rig::options(1));
+    engine.wait_ready().await.unwrap();
+    let pending: Vec<_> = (0..5).map(|i| engine.submit(request(i)).unwrap()).collect();
+    let engine = std::sync::Arc::new(engine);
+    let draining = engine.clone();
+    let drained = tokio::task::spawn_blocking(move || draining.drain(Duration::from_secs(5)));
+    eventually("draining", || matches!(engine.submit(request(9)), Err(EngineError::Draining)))
+        .await;
+    assert!(engine.readiness().await.is_err());
+    for pending in pending {
+        assert!(pending.await.is_ok());
+    }
+    assert!(drained.await.unwrap());
+}
+
+#[tokio::test]
+async fn an_impatient_drain_answers_what_is_left() {
+    let engine = rig::engine(&[(1, 50.0)], rig::options(1));
+    engine.wait_ready().await.unwrap();
+    let pending: Vec<_> = (0..5).map(|i| engine.submit(request(i)).unwrap()).collect();
+    let finished = tokio::task::spawn_blocking(move || {
+        let finished = engine.drain(Duration::from_millis(20));
+        drop(engine);
+        finished
+    });
+    assert!(!finished.await.unwrap());
+    let mut refused = 0;
+    for pending in pending {
+        refused += (pending.await == Err(EngineError::Draining)) as usize;
+    }
+    assert!((3..=4).contains(&refused), "{refused}");
+}

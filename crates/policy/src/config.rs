@@ -1,0 +1,187 @@
+//! What tells one policy from another: sizes, normalisation, robot, prompt. Shipped ones by name
+//! ([`named`]), a lab's own from TOML ([`from_toml`]).
+
+mod shipped;
+mod toml_form;
+
+pub use shipped::{Environment, UNSERVED, environment, named, names};
+pub use toml_form::from_toml;
+
+use crate::norm::NormMode;
+use crate::robots::Robot;
+use crate::value::Value;
+use pirouette_model::config::Family;
+use thiserror::Error;
+
+/// Denoising steps of every shipped policy.
+pub const STEPS: usize = 10;
+
+/// Whose pre- and post-processing a checkpoint was trained with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Processing {
+    /// openpi: Pillow's filtered resize, float64 statistics.
+    Openpi,
+    /// LeRobot: unfiltered bilinear resize, float32 statistics, its own prompt for π0.
+    Lerobot,
+}
+
+/// Everything a policy needs besides weights, statistics and a tokenizer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PolicyConfig {
+    /// openpi's name, or the user's own.
+    pub name: String,
+    /// π0 or π0.5.
+    pub family: Family,
+    /// Rows of an action chunk (H).
+    pub horizon: usize,
+    /// Most prompt tokens (L), BOS included.
+    pub max_token_len: usize,
+    /// Columns of the model's state and actions (A).
+    pub action_dim: usize,
+    /// Denoising steps.
+    pub steps: usize,
+    /// Folder of the statistics below `assets/`; may contain slashes.
+    pub asset_id: Option<String>,
+    /// How the state is normalised.
+    pub state_norm: NormMode,
+    /// How actions are un-normalised.
+    pub action_norm: NormMode,
+    /// Names and shapes of the robot's observation and actions.
+    pub robot: Robot,
+    /// Action columns that are relative to the state: the state is added to them at the output.
+    /// May be shorter than the actions; empty if none are.
+    pub absolute_mask: Vec<bool>,
+    /// Whether the normalised state is written into the prompt (π0.5).
+    pub discrete_state: bool,
+    /// Prompt used when a request brings none.
+    pub default_prompt: Option<String>,
+    /// Map sent to a client when it connects.
+    pub metadata: Vec<(String, Value)>,
+    /// Whose pre- and post-processing.
+    pub processing: Processing,
+}
+
+impl PolicyConfig {
+    /// Columns of the actions a robot receives.
+    pub fn output_dims(&self) -> usize {
+        self.robot.output_dims()
+    }
+
+    /// Checks what would otherwise fail at the first request. A caller that changes fields (a
+    /// shorter horizon, a smaller test model) checks again; [`crate::Policy::new`] does too.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let wrong = |field, problem: String| {
+            Err(ConfigError::Field { name: self.name.clone(), field, problem })
+        };
+        for (field, value, most) in [
+            ("horizon", self.horizon, 4096),
+            ("max_token_len", self.max_token_len, 8192),
+            ("action_dim", self.action_dim, 4096),
+            ("steps", self.steps, 1000),
+        ] {
+            if !(1..=most).contains(&value) {
+                return wrong(field, format!("is {value}; it must be 1 to {most}"));
+            }
+        }
+        let (dims, columns) = (self.output_dims(), self.action_dim);
+        if dims == 0 || dims > columns {
+            return wrong("robot.output_dims", format!("is {dims}; it must be 1 to {columns}"));
+        }
+        if self.absolute_mask.len() > columns {
+            let n = self.absolute_mask.len();
+            return wrong("absolute", format!("covers {n} columns of only {columns}"));
+        }
+        if self.discrete_state && self.family == Family::Pi0 {
+            return wrong(
+                "discrete_state",
+                "needs family \"pi05\": π0 reads the state itself".into(),
+            );
+        }
+        let asset = self.asset_id.as_deref().unwrap_or("");
+        if asset.starts_with('/') || asset.split(['/', '\\']).any(|part| part == "..") {
+            return wrong("asset_id", format!("is `{asset}`; it must be a path below assets/"));
+        }
+        self.robot.check().or_else(|problem| wrong("robot", problem))
+    }
+}
+
+/// Expands openpi's mask notation: a positive n is n times true, a negative one n times false.
+/// `[6, -1]` is six true and one false.
+pub fn make_bool_mask(runs: &[i32]) -> Vec<bool> {
+    runs.iter()
+        .flat_map(|&run| std::iter::repeat_n(run > 0, run.unsigned_abs().min(4096) as usize))
+        .collect()
+}
+
+/// A configuration that can't be had.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// No configuration of that name.
+    #[error(
+        "there is no policy `{name}`; {near}all names: {all}; a robot of your own is a TOML file \
+         (crates/policy/docs/so101.toml shows one)"
+    )]
+    Unknown {
+        /// The name asked for.
+        name: String,
+        /// "did you mean …; ", or nothing.
+        near: String,
+        /// Every name, comma separated.
+        all: String,
+    },
+    /// openpi has it, but nobody can serve it.
+    #[error("policy `{name}` can't be served: {reason}")]
+    Unserved {
+        /// The name asked for.
+        name: String,
+        /// Why, and what to use instead.
+        reason: &'static str,
+    },
+    /// Not an environment of openpi's server.
+    #[error("there is no environment `{0}`; openpi's are ALOHA, ALOHA_SIM, DROID and LIBERO")]
+    Environment(String),
+    /// A field has a value that can't work.
+    #[error("policy `{name}`: `{field}` {problem}")]
+    Field {
+        /// Name of the configuration.
+        name: String,
+        /// The field.
+        field: &'static str,
+        /// What is wrong and what is allowed.
+        problem: String,
+    },
+    /// The TOML text can't be read.
+    #[error("the policy's TOML can't be read: {0}")]
+    Toml(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_shipped_policy_passes_its_own_check() {
+        assert_eq!(names().count(), 17);
+        for name in names() {
+            let config = named(name).unwrap();
+            config.check().unwrap_or_else(|e| panic!("{e}"));
+            assert_eq!(config.name, name);
+        }
+    }
+
+    #[test]
+    fn check_names_the_field() {
+        let mut config = named("pi0_droid").unwrap();
+        config.action_dim = 7;
+        assert!(config.check().unwrap_err().to_string().contains("robot.output_dims"));
+        let mut config = named("pi0_droid").unwrap();
+        config.discrete_state = true;
+        assert!(config.check().unwrap_err().to_string().contains("discrete_state"));
+        let mut config = named("pi0_droid").unwrap();
+        config.asset_id = Some("a/../../b".into());
+        assert!(config.check().unwrap_err().to_string().contains("asset_id"));
+        let mut config = named("pi0_droid").unwrap();
+        config.horizon = 0;
+        assert!(config.check().unwrap_err().to_string().contains("horizon"));
+    }
+}

@@ -1,0 +1,305 @@
+//! A policy's two sides: observation to model input, model output to robot actions.
+
+use crate::ModelInput;
+use crate::array::element_count;
+use crate::config::{ConfigError, PolicyConfig, Processing};
+use crate::error::PolicyError;
+use crate::norm::{NormError, NormStats, Normalizer};
+use crate::prompt::{PromptFormat, prompt_tokens};
+use crate::robots::{RobotInput, broadcast_error};
+use crate::tokenizer::Tokenizer;
+use crate::value::{NdArray, Scalar, Value};
+use pirouette_model::config::Family;
+use std::sync::Arc;
+use thiserror::Error;
+
+/// Longest instruction accepted, in bytes. The model reads some hundred at most.
+const MAX_PROMPT_BYTES: usize = 1 << 16;
+
+/// One robot's policy without its model. Shared freely between connections.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    config: PolicyConfig,
+    tokenizer: Arc<Tokenizer>,
+    image_side: usize,
+    default_prompt: Option<String>,
+    state: Normalizer,
+    actions: Normalizer,
+}
+
+/// One observation, ready for the model, with what its actions need afterwards.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Prepared {
+    /// What the model gets.
+    pub input: ModelInput,
+    /// Prompt tokens that did not fit. Not zero deserves a warning: the model misses the end.
+    pub dropped_tokens: usize,
+    /// Normalised state in float64, zero-padded to the model's width (openpi's PyTorch path
+    /// keeps it for the output side).
+    pub state: Vec<f64>,
+    /// State in the model's convention before normalisation; LeRobot adds it to the actions.
+    raw_state: Vec<f64>,
+}
+
+/// A policy that can't be started.
+#[derive(Debug, Error)]
+pub enum SetupError {
+    /// Its configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Its statistics.
+    #[error(transparent)]
+    Norm(#[from] NormError),
+    /// The model reads images of no size.
+    #[error("a policy's images must be 1 to 4096 pixels wide, not {0}")]
+    ImageSide(usize),
+}
+
+impl Policy {
+    /// `image_side` is the model's image size (224). Empty statistics mean that numbers pass
+    /// unchanged (random weights).
+    pub fn new(
+        config: PolicyConfig,
+        stats: &NormStats,
+        tokenizer: Arc<Tokenizer>,
+        image_side: usize,
+    ) -> Result<Policy, SetupError> {
+        config.check()?;
+        if !(1..=4096).contains(&image_side) {
+            return Err(SetupError::ImageSide(image_side));
+        }
+        if let Some(other) = stats.features().find(|f| !["state", "actions"].contains(f)) {
+            return Err(NormError::UnknownFeature(other.into()).into());
+        }
+        let normalizer = |feature: &str, mode| match stats.get(feature) {
+            None => Ok(Normalizer::identity()),
+            Some(stats) => {
+                let norm = Normalizer::new(mode, feature, stats)?;
+                match norm.covered() {
+                    Some(len) if len > config.action_dim => Err(NormError::TooLong {
+                        feature: feature.into(),
+                        len,
+                        action_dim: config.action_dim,
+                    }),
+                    _ => Ok(norm),
+                }
+            }
+        };
+        let state = normalizer("state", config.state_norm)?;
+        let actions = normalizer("actions", config.action_norm)?;
+        Ok(Policy { config, tokenizer, image_side, default_prompt: None, state, actions })
+    }
+
+    /// Sets the prompt of `--default-prompt`, which comes before the configuration's and after a
+    /// request's own.
+    pub fn with_default_prompt(mut self, prompt: Option<String>) -> Policy {
+        self.default_prompt = prompt;
+        self
+    }
+
+    /// The configuration it was made from.
+    pub fn config(&self) -> &PolicyConfig {
+        &self.config
+    }
+
+    /// The tokenizer; its piece count must not exceed the rows of the model's embedding table.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// Side of the model's images in pixels.
+    pub fn image_side(&self) -> usize {
+        self.image_side
+    }
+
+    /// The prompt of a request that brings none.
+    pub fn default_prompt(&self) -> Option<&str> {
+        self.default_prompt.as_deref().or(self.config.default_prompt.as_deref())
+    }
+
+    /// Observation to model input: robot transform, normalise, resize, tokenise, pad.
+    pub fn prepare(&self, observation: &Value) -> Result<Prepared, PolicyError> {
+        let config = &self.config;
+        let RobotInput { cameras, state: raw_state } =
+            config.robot.read(observation, config.processing)?;
+        let mut state = self.normalize(&raw_state)?;
+        let images: Result<Vec<bytes::Bytes>, PolicyError> = cameras
+            .iter()
+            .map(|seen| seen.image.fit(&seen.key, self.image_side, config.processing))
+            .collect();
+        let images = images?;
+        let instruction = self.instruction(observation)?;
+        let format = match (config.processing, config.family, config.discrete_state) {
+            (_, Family::Pi05, true) => PromptFormat::TaskAndState,
+            (Processing::Lerobot, ..) => PromptFormat::Lerobot,
+            _ => PromptFormat::Instruction,
+        };
+        let most = config.max_token_len;
+        let tokens = prompt_tokens(&self.tokenizer, format, &instruction, &state, most);
+        state.resize(config.action_dim, 0.0);
+        let input = ModelInput {
+            images,
+            tokens: tokens.ids,
+            state: state.iter().map(|&x| x as f32).collect(),
+        };
+        Ok(Prepared { input, dropped_tokens: tokens.dropped, state, raw_state })
+    }
+
+    /// Model output (`[horizon, action_dim]`, float32, row-major) to the robot's actions, a
+    /// float64 array `[horizon, robot dims]`. NaN and infinities never leave.
+    pub fn finish(&self, prepared: &Prepared, actions: &[f32]) -> Result<NdArray, PolicyError> {
+        let (rows, columns) = (self.config.horizon, self.config.action_dim);
+        if Some(actions.len()) != element_count(&[rows, columns]) {
+            return Err(PolicyError::Output {
+                message: format!("the model gave {} numbers", actions.len()),
+                remedy: format!(
+                    "this policy needs {rows} × {columns}; is it the right checkpoint?"
+                ),
+            });
+        }
+        let state = match self.config.processing {
+            Processing::Openpi => self.state.unnormalize(&prepared.state),
+            Processing::Lerobot => prepared.raw_state.clone(),
+        };
+        let dims = self.config.output_dims();
+        let mut out = Vec::with_capacity(rows * dims);
+        for row in actions.chunks_exact(columns) {
+            let mut row = match self.config.processing {
+                Processing::Openpi => self.actions.unnormalize_f32(row),
+                // LeRobot cuts the row to the robot's columns first; statistics cover no more.
+                Processing::Lerobot => self.actions.unnormalize_f32(&row[..dims]),
+            };
+            for ((x, relative), origin) in
+                row.iter_mut().zip(&self.config.absolute_mask).zip(&state)
+            {
+                if *relative {
+                    *x = self.add(*x, *origin);
+                }
+            }
+            out.extend(self.config.robot.write(&row));
+        }
+        if let Some(index) = out.iter().position(|x| !x.is_finite()) {
+            return Err(PolicyError::Output {
+                message: format!(
+                    "action column {} of step {} is {}",
+                    index % dims,
+                    index / dims,
+                    out[index]
+                ),
+                remedy: "nothing was sent to the robot; check weights and statistics".into(),
+            });
+        }
+        NdArray::from_f64(vec![rows, dims], &out).ok_or_else(|| PolicyError::Output {
+            message: format!("{} actions do not fill {rows} × {dims}", out.len()),
+            remedy: "the robot's transform lost columns".into(),
+        })
+    }
+
+    fn add(&self, x: f64, origin: f64) -> f64 {
+        match self.config.processing {
+            Processing::Openpi => x + origin,
+            Processing::Lerobot => f64::from(x as f32 + origin as f32),
+        }
+    }
+
+    /// The normalised state. openpi cuts longer statistics silently; here a state is only
+    /// accepted if it is as long as the robot's kind says or as the statistics are.
+    fn normalize(&self, raw: &[f64]) -> Result<Vec<f64>, PolicyError> {
+        let robot = &self.config.robot;
+        let covered = self.state.covered();
+        let expected = || match covered {
+            Some(len) => format!("{}; the statistics cover {len} numbers", robot.schema()),
+            None => robot.schema(),
+        };
+        let normalized = self
+            .state
+            .normalize(raw)
+            .ok_or_else(|| broadcast_error(&[raw.len()], &[covered.unwrap_or(0)], expected()))?;
+        let known = [robot.state_dims(), covered];
+        if known.iter().any(Option::is_some) && !known.contains(&Some(raw.len())) {
+            return Err(PolicyError::value(
+                format!("the state has {} numbers", raw.len()),
+                expected(),
+            ));
+        }
+        if raw.len() > self.config.action_dim {
+            let (n, most) = (raw.len(), self.config.action_dim);
+            return Err(PolicyError::value(
+                format!("the state has {n} numbers, the model reads {most}"),
+                expected(),
+            ));
+        }
+        if let Some(index) = normalized.iter().position(|&x| !(x as f32).is_finite()) {
+            return Err(PolicyError::value(
+                format!("state number {index} is {:e} after normalisation", normalized[index]),
+                format!("it was {:e}; check the robot's units and the statistics", raw[index]),
+            ));
+        }
+        Ok(normalized)
+    }
+
+    /// The request's instruction, else the command line's, else the configuration's.
+    fn instruction(&self, observation: &Value) -> Result<String, PolicyError> {
+        let key = self.config.robot.prompt_key();
+        let required = || {
+            PolicyError::value(
+                "Prompt is required",
+                format!("send '{key}' (a string), or start the server with --default-prompt"),
+            )
+        };
+        let Some(value) = observation.get(key) else {
+            return self.default_prompt().map(String::from).ok_or_else(required);
+        };
+        let not_text = |kind: &str, attribute: &str| PolicyError::Attribute {
+            message: format!("'{kind}' object has no attribute '{attribute}'"),
+            remedy: format!("'{key}' must be a string"),
+        };
+        let bytes_allowed = matches!(self.config.robot, crate::robots::Robot::Droid);
+        let text = match value {
+            Value::Nil => return Err(required()),
+            Value::Str(text) => text.clone(),
+            Value::Bytes(bytes) if bytes_allowed => {
+                String::from_utf8(bytes.to_vec()).map_err(|e| {
+                    PolicyError::value(
+                        format!("'{key}' is no UTF-8: {}", e.utf8_error()),
+                        "send text, or its UTF-8 bytes",
+                    )
+                })?
+            }
+            Value::Scalar(Scalar::Unicode(_), inner) => match &**inner {
+                Value::Str(text) => text.clone(),
+                other => return Err(not_text(other.python_type(), "strip")),
+            },
+            Value::Array(array) => match array.to_text() {
+                Some(text) => text,
+                None if element_count(&array.shape) != Some(1) => {
+                    return Err(PolicyError::value(
+                        "can only convert an array of size 1 to a Python scalar",
+                        format!("'{key}' must be one string"),
+                    ));
+                }
+                None => return Err(not_text(item_type(array.dtype), "strip")),
+            },
+            Value::Scalar(dtype, _) => return Err(not_text(item_type(*dtype), "strip")),
+            other => return Err(not_text(other.python_type(), "item")),
+        };
+        if text.len() > MAX_PROMPT_BYTES {
+            return Err(PolicyError::value(
+                format!("'{key}' is {} bytes long", text.len()),
+                format!("an instruction may have {MAX_PROMPT_BYTES}; the model reads far less"),
+            ));
+        }
+        Ok(text)
+    }
+}
+
+/// Python type of what `.item()` of an array gives.
+fn item_type(dtype: Scalar) -> &'static str {
+    match dtype {
+        Scalar::Bool => "bool",
+        Scalar::F16 | Scalar::F32 | Scalar::F64 => "float",
+        Scalar::Unicode(_) => "str",
+        Scalar::Bytes(_) => "bytes",
+        _ => "int",
+    }
+}

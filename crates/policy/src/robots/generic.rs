@@ -1,0 +1,107 @@
+//! A robot described by data: which keys are cameras and state, how many actions it takes.
+
+use super::{Reader, RobotInput, Seen};
+use crate::error::{PolicyError, wrong_shape};
+use crate::image::Layout;
+
+/// Most cameras or state keys of one robot.
+const MAX_KEYS: usize = 16;
+
+/// A lab's own robot.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GenericRobot {
+    /// Cameras in the model's order.
+    pub cameras: Vec<Camera>,
+    /// Keys whose numbers, one after the other, are the state.
+    pub state: Vec<StateKey>,
+    /// Columns of the robot's actions.
+    pub output_dims: usize,
+    /// Key of the instruction.
+    pub prompt_key: String,
+    /// What the state's numbers mean, for the contract.
+    pub state_units: String,
+    /// What the actions' numbers mean, for the contract.
+    pub action_units: String,
+}
+
+/// One camera of a [`GenericRobot`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Camera {
+    /// The model's name for it; informative, the order decides.
+    pub slot: String,
+    /// Key of the observation.
+    pub key: String,
+    /// Whether a request without it is refused.
+    pub required: bool,
+    /// Where its channels are.
+    pub layout: Layout,
+}
+
+/// One part of the state of a [`GenericRobot`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct StateKey {
+    /// Key of the observation: a vector or a single number.
+    pub key: String,
+    /// Its length, if fixed.
+    pub dims: Option<usize>,
+}
+
+impl GenericRobot {
+    pub(super) fn check(&self) -> Result<(), String> {
+        let cameras = self.cameras.iter().map(|camera| camera.key.as_str());
+        let state = self.state.iter().map(|part| part.key.as_str());
+        let mut keys: Vec<&str> = cameras.chain(state).chain([self.prompt_key.as_str()]).collect();
+        keys.sort();
+        if let Some(pair) = keys.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(format!("uses the key `{}` twice", pair[0]));
+        }
+        if keys.contains(&"") {
+            return Err("has an empty key".into());
+        }
+        for (what, count) in [("cameras", self.cameras.len()), ("state", self.state.len())] {
+            if !(1..=MAX_KEYS).contains(&count) {
+                return Err(format!("has {count} entries in `{what}`; it must be 1 to {MAX_KEYS}"));
+            }
+        }
+        if !self.cameras.iter().any(|camera| camera.required) {
+            return Err("has no required camera; a model needs at least one image".into());
+        }
+        Ok(())
+    }
+
+    pub(super) fn read(&self, reader: &Reader) -> Result<RobotInput, PolicyError> {
+        let mut state = Vec::new();
+        for part in &self.state {
+            let (shape, numbers) = reader.numbers(&part.key)?;
+            let expected = match part.dims {
+                Some(dims) => format!("[{dims}] numbers"),
+                None => "a vector of numbers".into(),
+            };
+            if shape.len() > 1 || part.dims.is_some_and(|dims| dims != numbers.len()) {
+                return Err(wrong_shape(&part.key, &shape, &expected));
+            }
+            state.extend(numbers);
+        }
+        let cameras: Result<Vec<Seen>, PolicyError> = self
+            .cameras
+            .iter()
+            .filter(|camera| camera.required || reader.observation.get(&camera.key).is_some())
+            .map(|camera| reader.camera(&camera.key, camera.layout))
+            .collect();
+        Ok(RobotInput { cameras: cameras?, state })
+    }
+
+    pub(super) fn schema(&self) -> String {
+        let cameras = self.cameras.iter().map(|camera| {
+            let optional = if camera.required { "" } else { " (may be left out)" };
+            format!("'{}'{optional}: image", camera.key)
+        });
+        let state = self.state.iter().map(|part| match part.dims {
+            Some(dims) => format!("'{}': [{dims}] numbers", part.key),
+            None => format!("'{}': numbers", part.key),
+        });
+        let parts: Vec<String> =
+            cameras.chain(state).chain([format!("'{}': str", self.prompt_key)]).collect();
+        format!("this robot's observation is {{{}}}", parts.join(", "))
+    }
+}

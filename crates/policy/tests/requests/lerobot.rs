@@ -1,0 +1,98 @@
+//! A LeRobot checkpoint's own processing, on a robot described in TOML.
+
+use crate::tokenizer;
+use pirouette_policy::config::from_toml;
+use pirouette_policy::{NdArray, NormStats, Policy, Value};
+
+const ROBOT: &str = "
+    horizon = 2
+    processing = 'lerobot'
+    absolute = [1, -1]
+    [robot]
+    kind = 'generic'
+    output_dims = 2
+    prompt_key = 'task'
+    cameras = [
+        { key = 'observation.images.top' },
+        { key = 'observation.images.wrist', required = false },
+    ]
+    state = [{ key = 'observation.state', dims = 2 }]
+";
+
+fn policy(head: &str) -> Policy {
+    let config = from_toml(&format!("{head}\n{ROBOT}")).unwrap();
+    let stats = NormStats::from_lerobot([
+        ("observation.state.mean", vec![1.0, 2.0]),
+        ("observation.state.std", vec![0.5, 0.0]),
+        ("action.mean", vec![10.0, 20.0]),
+        ("action.std", vec![2.0, 4.0]),
+        ("observation.state.q01", vec![0.0, 0.0]),
+        ("observation.state.q99", vec![4.0, 2.0]),
+        ("action.q01", vec![-1.0, 5.0]),
+        ("action.q99", vec![1.0, 5.0]),
+    ])
+    .unwrap();
+    Policy::new(config, &stats, tokenizer(), 4).unwrap()
+}
+
+fn observation(image: NdArray) -> Value {
+    let state = NdArray::from_f32(vec![2], &[2.0, 1.0]).unwrap();
+    Value::Map(vec![
+        ("observation.images.top".into(), Value::Array(image)),
+        ("observation.state".into(), Value::Array(state)),
+        ("task".into(), Value::Str(" pick_up".into())),
+    ])
+}
+
+fn float_image(size: usize, value: f32) -> NdArray {
+    NdArray::from_f32(vec![3, size, size], &vec![value; 3 * size * size]).unwrap()
+}
+
+#[test]
+fn pi0() {
+    let policy = policy("name = 'x'\nfamily = 'pi0'");
+    let prepared = policy.prepare(&observation(float_image(4, 0.5))).unwrap();
+    // Rounded, where openpi would truncate to 127; an absent camera is left out.
+    assert_eq!(prepared.input.images.len(), 1);
+    assert!(prepared.input.images[0].iter().all(|&b| b == 128));
+    let (bos, text) = (tokenizer().bos(), tokenizer().encode(" pick_up\n"));
+    assert_eq!(prepared.input.tokens, [&[bos][..], &text].concat());
+    assert_eq!(prepared.input.state[0], (2.0f32 - 1.0) / (0.5 + 1e-8));
+    assert_eq!(prepared.input.state[1], (1.0f32 - 2.0) / 1e-8);
+    // Statistics cover the two columns that remain; the inverse has no eps; the first column is
+    // relative to the raw state.
+    let mut actions = vec![0.0f32; 2 * 32];
+    actions[..2].copy_from_slice(&[1.5, -0.5]);
+    let out = policy.finish(&prepared, &actions).unwrap();
+    assert_eq!(out.shape, [2, 2]);
+    assert_eq!(out.to_f64().unwrap(), [15.0, 18.0, 12.0, 20.0]);
+}
+
+#[test]
+fn pi05() {
+    let policy = policy("name = 'x'\nfamily = 'pi05'");
+    let prepared = policy.prepare(&observation(float_image(4, 1.0))).unwrap();
+    let text = "Task: pick up, State: 128 128;\nAction: ";
+    assert_eq!(prepared.input.tokens[1..], tokenizer().encode(text));
+    assert_eq!(prepared.input.state[..3], [0.0, 0.0, 0.0]);
+    let out = policy.finish(&prepared, &[0.0; 2 * 32]).unwrap().to_f64().unwrap();
+    // Equal quantiles: the range is 1e-8.
+    assert_eq!(out, [2.0, 5.0, 2.0, 5.0]);
+}
+
+#[test]
+fn images_are_resized_without_a_filter() {
+    let policy = policy("name = 'x'\nfamily = 'pi0'");
+    // 8 × 8 to 4 × 4: torch reads the mean of each 2 × 2 block.
+    let mut pixels = vec![0u8; 8 * 8 * 3];
+    pixels[0] = 200;
+    let image = NdArray::from_u8(vec![8, 8, 3], pixels).unwrap();
+    let prepared = policy.prepare(&observation(image)).unwrap();
+    assert_eq!(prepared.input.images[0][..4], [50, 0, 0, 0]);
+    // Sixteen to four picks the two middle ones of four: a corner pixel is not seen at all.
+    let mut pixels = vec![0u8; 16 * 16 * 3];
+    pixels[0] = 255;
+    let image = NdArray::from_u8(vec![16, 16, 3], pixels).unwrap();
+    let prepared = policy.prepare(&observation(image)).unwrap();
+    assert!(prepared.input.images[0].iter().all(|&b| b == 0));
+}

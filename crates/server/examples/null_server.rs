@@ -1,0 +1,212 @@
+//! A complete server whose model takes a given time and returns made-up actions: for trying
+//! clients, for load experiments, and as the example of a [`Service`].
+//!
+//! `cargo run --release -p pirouette-server --example null_server -- --port 8000 --times 1:30,8:60`
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pirouette_engine::{
+    BucketRule, DeviceFactory, Engine, EngineOptions, Noise, NullDevice, NullTimes, Request,
+};
+use pirouette_model::config::Vision;
+use pirouette_model::{Config, WeightTable};
+use pirouette_policy::{NdArray, Scalar, Value};
+use pirouette_server::{
+    ApiKeys, Reply, RequestContext, ServeOptions, Service, ServiceError, ServiceFuture,
+    check_exposure, render_engine,
+};
+
+const USAGE: &str = "null_server [--host 127.0.0.1] [--port 8000] [--times 1:30,8:60] \
+    [--horizon 50] [--dims 8] [--max-batch 8] [--load-ms 0] [--keepalive-ms 20000] \
+    [--api-key-file F] [--insecure]";
+
+struct NullService {
+    engine: Engine,
+    dims: usize,
+}
+
+impl NullService {
+    /// The little the null model looks at: a state and a prompt.
+    fn request(
+        &self,
+        observation: &Value,
+        context: &RequestContext,
+    ) -> Result<Request, ServiceError> {
+        let Value::Map(map) = observation else {
+            return Err(ServiceError::exception("TypeError", "the observation must be a map"));
+        };
+        let get = |key: &str| map.iter().find(|(k, _)| k == key).map(|(_, v)| v);
+        let Some(Value::Str(prompt)) = get("prompt") else {
+            return Err(ServiceError::exception("KeyError", "'prompt'"));
+        };
+        let config = self.engine.options().tables[0].config;
+        let state = get("observation/state").or(get("state"));
+        let Some(Value::Array(state)) = state else {
+            return Err(ServiceError::exception("KeyError", "'observation/state'"));
+        };
+        let mut values: Vec<f32> = match state.dtype {
+            Scalar::F32 => state
+                .data
+                .chunks_exact(4)
+                .map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]]))
+                .collect(),
+            Scalar::F64 => state
+                .data
+                .chunks_exact(8)
+                .map(|c| {
+                    f64::from_le_bytes([c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]]) as f32
+                })
+                .collect(),
+            _ => return Err(ServiceError::exception("ValueError", "the state must be float")),
+        };
+        values.resize(config.action_dim, 0.0);
+        let noise = match (&context.noise, context.seed) {
+            (Some(given), _) => Noise::Given(given.values.clone()),
+            (None, Some(seed)) => Noise::Seed(seed),
+            (None, None) => Noise::Drawn,
+        };
+        let side = config.vision.image;
+        Ok(Request {
+            images: vec![vec![0; side * side * 3].into()],
+            tokens: prompt.bytes().take(16).map(u32::from).chain([1]).take(16).collect(),
+            state: values,
+            noise,
+            steps: context.steps,
+            deadline: context.deadline,
+        })
+    }
+}
+
+impl Service for NullService {
+    fn warm(&self) -> ServiceFuture<'_, ()> {
+        Box::pin(async {
+            while self.engine.wait_ready().await.is_err() {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        })
+    }
+
+    fn metadata(&self) -> Value {
+        Value::Map(vec![("policy".into(), Value::Str("null".into()))])
+    }
+
+    fn infer(
+        &self,
+        observation: Value,
+        context: RequestContext,
+    ) -> ServiceFuture<'_, Result<Reply, ServiceError>> {
+        Box::pin(async move {
+            let drawn = context.seed.is_none() && context.noise.is_none();
+            let answer = self.engine.submit(self.request(&observation, &context)?)?.await?;
+            let rows = answer.actions.chunks(answer.action_dim);
+            let data: Vec<u8> = rows
+                .flat_map(|row| row[..self.dims].iter().flat_map(|v| f64::from(*v).to_le_bytes()))
+                .collect();
+            let shape = vec![answer.horizon, self.dims];
+            let seed = answer.seed.filter(|_| drawn).map(|s| ("seed".into(), Value::Int(s.into())));
+            Ok(Reply {
+                actions: NdArray { dtype: Scalar::F64, shape, data: data.into() },
+                model_ms: answer.timing.run.total_ms,
+                extras: seed.into_iter().collect(),
+            })
+        })
+    }
+
+    fn readiness(&self) -> ServiceFuture<'_, Result<(), String>> {
+        Box::pin(self.engine.readiness())
+    }
+
+    fn metrics(&self, out: &mut String) {
+        render_engine(&self.engine.stats(), out);
+    }
+}
+
+struct Arguments {
+    address: SocketAddr,
+    times: NullTimes,
+    horizon: usize,
+    dims: usize,
+    max_batch: usize,
+    load: Duration,
+    insecure: bool,
+    serve: ServeOptions,
+}
+
+fn arguments() -> Result<Arguments, Box<dyn std::error::Error>> {
+    let mut a = Arguments {
+        address: "127.0.0.1:8000".parse()?,
+        times: NullTimes::constant(30.0),
+        horizon: 50,
+        dims: 8,
+        max_batch: 8,
+        load: Duration::ZERO,
+        insecure: false,
+        serve: ServeOptions::default(),
+    };
+    let mut given = std::env::args().skip(1);
+    while let Some(flag) = given.next() {
+        if flag == "--insecure" {
+            a.insecure = true;
+            continue;
+        }
+        let value = given.next().ok_or(USAGE)?;
+        match flag.as_str() {
+            "--host" => a.address.set_ip(value.parse()?),
+            "--port" => a.address.set_port(value.parse()?),
+            "--horizon" => a.horizon = value.parse()?,
+            "--dims" => a.dims = value.parse()?,
+            "--max-batch" => a.max_batch = value.parse()?,
+            "--load-ms" => a.load = Duration::from_millis(value.parse()?),
+            "--keepalive-ms" => {
+                a.serve.keepalive_interval = Duration::from_millis(value.parse()?);
+                a.serve.keepalive_timeout = a.serve.keepalive_interval;
+            }
+            "--api-key-file" => a.serve.api_keys = Some(ApiKeys::read(value.as_ref())?),
+            "--times" => {
+                let pair = |t: &str| {
+                    let (batch, ms) = t.split_once(':').unwrap_or(("1", t));
+                    Ok::<_, Box<dyn std::error::Error>>((batch.parse()?, ms.parse()?))
+                };
+                a.times = NullTimes(value.split(',').map(pair).collect::<Result<_, _>>()?);
+            }
+            _ => return Err(USAGE.into()),
+        }
+    }
+    check_exposure(a.address, a.serve.api_keys.is_some(), a.insecure)?;
+    Ok(a)
+}
+
+fn engine(a: &Arguments) -> Result<Engine, pirouette_engine::EngineError> {
+    let vision = Vision { image: 28, depth: 1, ..Config::pi0().vision };
+    let config = Config { vision, depth: 1, vocab: 256, ..Config::pi0() };
+    let tables = vec![Arc::new(WeightTable::new(config, 10))];
+    let mut options = EngineOptions::new(tables, a.horizon, 16);
+    options.rule = BucketRule::gpu(a.max_batch);
+    options.warm = vec![options.bucket(1, 16)];
+    let (device, load) = (NullDevice::new(a.times.clone()), a.load);
+    let open: DeviceFactory = Arc::new(move || {
+        std::thread::sleep(load);
+        Ok(Box::new(device.clone()))
+    });
+    Engine::start(vec![open], options)
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let arguments = arguments()?;
+    let dims = arguments.dims.clamp(1, Config::pi0().action_dim);
+    let service = Arc::new(NullService { engine: engine(&arguments)?, dims });
+    let listener = pirouette_server::bind(arguments.address).await?;
+    println!("listening on {}", axum::serve::Listener::local_addr(&listener)?);
+    let served = pirouette_server::serve(
+        listener,
+        service,
+        arguments.serve,
+        pirouette_server::termination(),
+    )
+    .await;
+    println!("{}", if served.drained { "drained" } else { "gave up draining" });
+    Ok(())
+}

@@ -1,0 +1,178 @@
+//! The optional request keys openpi does not know: taken out of the observation, checked.
+
+use std::time::{Duration, Instant};
+
+use pirouette_policy::{NdArray, Scalar, Value};
+
+use crate::service::{GivenNoise, RequestContext, ServiceError};
+
+/// Longest deadline: a day.
+const MAX_DEADLINE_MS: f64 = 86_400_000.0;
+
+/// Elements a given noise may have: far more than any model's chunk.
+const MAX_NOISE: usize = 1 << 20;
+
+/// Takes `seed`, `noise`, `deadline_ms` and `num_steps` out of the observation. A key that is nil
+/// counts as absent.
+pub(crate) fn take(
+    observation: &mut Vec<(String, Value)>,
+    received: Instant,
+) -> Result<RequestContext, ServiceError> {
+    let mut context =
+        RequestContext { received, deadline: None, seed: None, noise: None, steps: None };
+    let mut wrong = None;
+    observation.retain(|(key, value)| {
+        let result = match key.as_str() {
+            _ if wrong.is_some() => return true,
+            "seed" | "noise" | "deadline_ms" | "num_steps" if *value == Value::Nil => Ok(()),
+            "seed" => integer(value, u64::MAX as i128).map(|n| context.seed = Some(n as u64)),
+            "num_steps" => integer(value, 1000).map(|n| context.steps = Some(n as usize)),
+            "deadline_ms" => milliseconds(value).map(|d| context.deadline = Some(received + d)),
+            "noise" => noise(value).map(|n| context.noise = Some(n)),
+            _ => return true,
+        };
+        wrong = result.err().map(|want| format!("`{key}` must be {want}"));
+        false
+    });
+    if wrong.is_none() && context.seed.is_some() && context.noise.is_some() {
+        wrong = Some("`seed` and `noise` exclude each other: send one".into());
+    }
+    match wrong {
+        Some(message) => Err(ServiceError::exception("ValueError", message)),
+        None => Ok(context),
+    }
+}
+
+/// A 0-d array or NumPy scalar counts as the number in it.
+fn number(value: &Value) -> Option<Value> {
+    match value {
+        Value::Int(_) | Value::Float(_) => Some(value.clone()),
+        Value::Scalar(_, inner) => number(inner),
+        Value::Array(array) if array.shape.is_empty() => {
+            let d = &array.data[..];
+            Some(match array.dtype {
+                Scalar::I32 => Value::Int(i32::from_le_bytes(d.try_into().ok()?).into()),
+                Scalar::I64 => Value::Int(i64::from_le_bytes(d.try_into().ok()?).into()),
+                Scalar::U32 => Value::Int(u32::from_le_bytes(d.try_into().ok()?).into()),
+                Scalar::U64 => Value::Int(u64::from_le_bytes(d.try_into().ok()?).into()),
+                Scalar::F32 => Value::Float(f32::from_le_bytes(d.try_into().ok()?).into()),
+                Scalar::F64 => Value::Float(f64::from_le_bytes(d.try_into().ok()?)),
+                _ => return None,
+            })
+        }
+        _ => None,
+    }
+}
+
+fn integer(value: &Value, max: i128) -> Result<i128, String> {
+    match number(value) {
+        Some(Value::Int(n)) if (0..=max).contains(&n) => Ok(n),
+        _ => Err(format!("an integer from 0 to {max}")),
+    }
+}
+
+fn milliseconds(value: &Value) -> Result<Duration, String> {
+    let ms = match number(value) {
+        Some(Value::Int(n)) => n as f64,
+        Some(Value::Float(v)) => v,
+        _ => f64::NAN,
+    };
+    if ms > 0.0 && ms <= MAX_DEADLINE_MS {
+        Ok(Duration::from_secs_f64(ms / 1e3))
+    } else {
+        Err(format!("a number of milliseconds above 0, at most {MAX_DEADLINE_MS:.0}"))
+    }
+}
+
+fn noise(value: &Value) -> Result<GivenNoise, String> {
+    let want = || "an array of float32 or float64 [horizon, action_dim], all finite".to_string();
+    let Value::Array(NdArray { dtype, shape, data }) = value else { return Err(want()) };
+    let [rows, cols] = shape[..] else { return Err(want()) };
+    if rows.checked_mul(cols).is_none_or(|n| n == 0 || n > MAX_NOISE) {
+        return Err(want());
+    }
+    let values: Vec<f32> = match dtype {
+        Scalar::F32 => {
+            data.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect()
+        }
+        Scalar::F64 => data
+            .chunks_exact(8)
+            .map(|c| f64::from_le_bytes([c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]]) as f32)
+            .collect(),
+        _ => return Err(want()),
+    };
+    if values.iter().all(|v| v.is_finite()) {
+        Ok(GivenNoise { shape: [rows, cols], values })
+    } else {
+        Err(want())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with(key: &str, value: Value) -> Result<RequestContext, ServiceError> {
+        let mut observation =
+            vec![("state".into(), Value::Int(1)), (key.into(), value), ("x".into(), Value::Nil)];
+        let context = take(&mut observation, Instant::now())?;
+        let keys: Vec<&str> = observation.iter().map(|(k, _)| k.as_str()).collect();
+        assert_eq!(keys, ["state", "x"]);
+        Ok(context)
+    }
+
+    fn array(dtype: Scalar, shape: &[usize], data: &[u8]) -> Value {
+        Value::Array(NdArray { dtype, shape: shape.to_vec(), data: data.to_vec().into() })
+    }
+
+    #[test]
+    fn known_keys_are_taken_and_others_left() {
+        assert_eq!(with("seed", Value::Int(u64::MAX.into())).unwrap().seed, Some(u64::MAX));
+        let scalar = Value::Scalar(Scalar::I64, Box::new(Value::Int(7)));
+        assert_eq!(with("seed", scalar).unwrap().seed, Some(7));
+        let zero_d = array(Scalar::I32, &[], &9i32.to_le_bytes());
+        assert_eq!(with("num_steps", zero_d).unwrap().steps, Some(9));
+        let context = with("deadline_ms", Value::Float(12.5)).unwrap();
+        let left = context.deadline.unwrap() - context.received;
+        assert_eq!(left, Duration::from_micros(12_500));
+        let pair = [1.5f32.to_le_bytes(), (-2.0f32).to_le_bytes()].concat();
+        let given = with("noise", array(Scalar::F32, &[1, 2], &pair)).unwrap().noise.unwrap();
+        assert_eq!((given.shape, given.values), ([1, 2], vec![1.5, -2.0]));
+        let double = array(Scalar::F64, &[1, 1], &0.25f64.to_le_bytes());
+        assert_eq!(with("noise", double).unwrap().noise.unwrap().values, [0.25]);
+        let absent = with("seed", Value::Nil).unwrap();
+        assert_eq!(absent.seed, None);
+    }
+
+    #[test]
+    fn wrong_values_are_refused_by_key() {
+        let nan = array(Scalar::F32, &[1, 1], &f32::NAN.to_le_bytes());
+        let table = [
+            ("seed", Value::Int(-1)),
+            ("seed", Value::Int(1 << 64)),
+            ("seed", Value::Float(1.0)),
+            ("seed", Value::Str("1".into())),
+            ("num_steps", Value::Int(1001)),
+            ("num_steps", Value::Bool(true)),
+            ("deadline_ms", Value::Int(0)),
+            ("deadline_ms", Value::Float(f64::NAN)),
+            ("deadline_ms", Value::Float(f64::INFINITY)),
+            ("deadline_ms", Value::Int(i64::MAX.into())),
+            ("noise", Value::Int(1)),
+            ("noise", array(Scalar::F32, &[1], &[0; 4])),
+            ("noise", array(Scalar::U8, &[1, 1], &[0])),
+            ("noise", array(Scalar::F32, &[0, 4], &[])),
+            ("noise", nan),
+        ];
+        for (key, value) in table {
+            let shown = format!("{key}: {value:?}");
+            let mut observation = vec![(key.to_string(), value)];
+            let error = take(&mut observation, Instant::now()).expect_err(&shown);
+            assert_eq!((error.python_type.as_str(), error.reason), ("ValueError", "invalid"));
+            assert!(error.message.starts_with(&format!("`{key}` must be")), "{shown}: {error}");
+        }
+        let noise = array(Scalar::F32, &[1, 1], &[0; 4]);
+        let mut both = vec![("seed".into(), Value::Int(1)), ("noise".into(), noise)];
+        assert!(take(&mut both, Instant::now()).unwrap_err().message.contains("exclude"));
+    }
+}

@@ -1,0 +1,183 @@
+//! One HTTP request → an upgrade, or one of the plain answers.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+
+use axum::body::Body;
+use axum::extract::ws::WebSocketUpgrade;
+use axum::extract::{FromRequestParts, Request};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header, request};
+use axum::response::Response;
+use tokio::sync::watch;
+
+use crate::connection;
+use crate::serve::{Shared, WeakLife};
+
+/// What may wait to be taken by one client. A client that sends pings and never reads would pile
+/// up pongs without it. Far above any answer: 1024 actions of 32 dimensions are 256 KiB.
+const MAX_UNSENT_BYTES: usize = 8 << 20;
+
+/// Answers one request. A websocket holds a `life` for as long as it lives.
+pub(crate) async fn answer(
+    request: Request,
+    shared: Arc<Shared>,
+    draining: watch::Receiver<bool>,
+    lives: WeakLife,
+) -> Response {
+    let (mut parts, _body) = request.into_parts();
+    let path = parts.uri.path_and_query().map_or("/", |p| p.as_str()).to_owned();
+    if parts.method != Method::GET {
+        let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "only GET is known here\n");
+        response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
+        return response;
+    }
+    // openpi's server answers this path before it looks at anything else.
+    if path == "/healthz" {
+        return plain(StatusCode::OK, "OK\n");
+    }
+    let fault = handshake_fault(&parts.headers);
+    if fault.is_some() {
+        match path.as_str() {
+            "/livez" => return plain(StatusCode::OK, "alive\n"),
+            "/readyz" => return readiness(&shared, &draining).await,
+            _ => {}
+        }
+    }
+    if let Some(keys) = &shared.options.api_keys {
+        let given = parts.headers.get(header::AUTHORIZATION).map(|v| v.as_bytes());
+        if !keys.accept(given) {
+            shared.metrics.refused("unauthorized");
+            return unauthorized();
+        }
+    }
+    match (fault, path.as_str()) {
+        (None, _) => upgrade(&mut parts, shared, draining, lives).await,
+        (Some(_), "/metrics") => {
+            let mut text = String::with_capacity(16 << 10);
+            shared.metrics.render(shared.open_websockets(), &mut text);
+            shared.service.metrics(&mut text);
+            typed(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", text)
+        }
+        (Some(_), "/contract") => {
+            typed(StatusCode::OK, "application/json", shared.service.contract())
+        }
+        (Some((status, why)), _) => refuse_handshake(status, &why),
+    }
+}
+
+async fn readiness(shared: &Shared, draining: &watch::Receiver<bool>) -> Response {
+    let no = |why: &str| plain(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n"));
+    if *draining.borrow() {
+        return no("shutting down");
+    }
+    let probe = shared.service.readiness();
+    match tokio::time::timeout(shared.options.readiness_timeout, probe).await {
+        Ok(Ok(())) => plain(StatusCode::OK, "ready\n"),
+        Ok(Err(why)) => {
+            // Device errors may name files; the log has them, the network does not.
+            tracing::warn!(%why, "readiness probe");
+            no("no device is ready")
+        }
+        Err(_) => no("the canary forward takes too long"),
+    }
+}
+
+async fn upgrade(
+    parts: &mut request::Parts,
+    shared: Arc<Shared>,
+    draining: watch::Receiver<bool>,
+    lives: WeakLife,
+) -> Response {
+    let life = if *draining.borrow() { None } else { lives.upgrade() };
+    let Some(life) = life else {
+        shared.metrics.refused("draining");
+        return plain(StatusCode::SERVICE_UNAVAILABLE, "the server is shutting down\n");
+    };
+    let Ok(slot) = shared.slots.clone().try_acquire_owned() else {
+        shared.metrics.refused("connections");
+        let limit = shared.options.max_connections;
+        let text = format!("all {limit} connections of this server are taken\n");
+        return plain(StatusCode::SERVICE_UNAVAILABLE, text);
+    };
+    let Ok(websocket) = WebSocketUpgrade::from_request_parts(parts, &()).await else {
+        return refuse_handshake(StatusCode::BAD_REQUEST, "this request can't be upgraded");
+    };
+    let limit = shared.options.max_frame_bytes;
+    let websocket = websocket
+        .max_message_size(limit)
+        .max_frame_size(limit)
+        .max_write_buffer_size(MAX_UNSENT_BYTES);
+    websocket.on_upgrade(async move |socket| {
+        shared.metrics.opened.fetch_add(1, Relaxed);
+        connection::run(socket, shared, draining).await;
+        drop((slot, life));
+    })
+}
+
+/// What is wrong with a websocket handshake, if anything, checked in the order and told in the
+/// words of the library openpi uses.
+fn handshake_fault(headers: &HeaderMap) -> Option<(StatusCode, String)> {
+    let all = |name: HeaderName| -> Vec<String> {
+        let values = headers.get_all(name).into_iter().filter_map(|v| v.to_str().ok());
+        values.flat_map(|v| v.split(',')).map(|t| t.trim().to_owned()).collect()
+    };
+    let fault = |name: &str, values: &[String]| match values.join(", ") {
+        _ if values.is_empty() => format!("missing {name} header"),
+        text if text.is_empty() => format!("empty {name} header"),
+        text => format!("invalid {name} header: {text}"),
+    };
+    let connection = all(header::CONNECTION);
+    if !connection.iter().any(|t| t.eq_ignore_ascii_case("upgrade")) {
+        return Some((StatusCode::UPGRADE_REQUIRED, fault("Connection", &connection)));
+    }
+    let protocols = all(header::UPGRADE);
+    if protocols.len() != 1 || !protocols[0].eq_ignore_ascii_case("websocket") {
+        return Some((StatusCode::UPGRADE_REQUIRED, fault("Upgrade", &protocols)));
+    }
+    let key = all(header::SEC_WEBSOCKET_KEY);
+    // 16 bytes in base64.
+    if key.len() != 1 || key[0].len() != 24 || !key[0].ends_with("==") {
+        return Some((StatusCode::BAD_REQUEST, fault("Sec-WebSocket-Key", &key)));
+    }
+    let version = all(header::SEC_WEBSOCKET_VERSION);
+    if version != ["13"] {
+        return Some((StatusCode::BAD_REQUEST, fault("Sec-WebSocket-Version", &version)));
+    }
+    None
+}
+
+fn refuse_handshake(status: StatusCode, why: &str) -> Response {
+    let text = format!("Failed to open a WebSocket connection: {why}.\n");
+    if status != StatusCode::UPGRADE_REQUIRED {
+        return plain(status, text);
+    }
+    let hint = "\nYou cannot access a WebSocket server directly with a browser. \
+                You need a WebSocket client.\n";
+    let mut response = plain(status, text + hint);
+    response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    response
+}
+
+fn unauthorized() -> Response {
+    let mut response = plain(
+        StatusCode::UNAUTHORIZED,
+        "a key is needed: `Authorization: Api-Key KEY` or `Authorization: Bearer KEY`\n",
+    );
+    let schemes = HeaderValue::from_static("Api-Key, Bearer");
+    response.headers_mut().insert(header::WWW_AUTHENTICATE, schemes);
+    response
+}
+
+fn plain(status: StatusCode, text: impl Into<String>) -> Response {
+    typed(status, "text/plain; charset=utf-8", text.into())
+}
+
+/// Every plain answer ends its connection, as with openpi's server.
+fn typed(status: StatusCode, content_type: &'static str, text: String) -> Response {
+    let mut response = Response::new(Body::from(text));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    response
+}

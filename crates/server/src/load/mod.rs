@@ -1,0 +1,328 @@
+//! The other side of the wire: many clients, measured. Speaks openpi's dialect.
+
+mod socket;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use bytes::Bytes;
+use pirouette_engine::draw_seed;
+use pirouette_policy::{NdArray, Scalar, Value};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use self::socket::{Address, Received, Socket, frame};
+use crate::msgpack;
+
+/// What to send, and how hard.
+#[derive(Clone, Debug)]
+pub struct LoadOptions {
+    /// `ws://host:port`.
+    pub url: String,
+    /// Sent as `Authorization: Api-Key …`.
+    pub api_key: Option<String>,
+    /// Connections, each with at most one request in flight, as a robot has.
+    pub clients: usize,
+    /// Requests per client that are measured.
+    pub requests: usize,
+    /// Requests per client before that, not counted.
+    pub warm_up: usize,
+    /// Requests per second of all clients together, at fixed times, latencies counted from the
+    /// time a request was due; `None`: each client sends as soon as it has its answer.
+    pub rate: Option<f64>,
+    /// Sent along as `deadline_ms`; later answers do not count as good.
+    pub deadline: Option<Duration>,
+    /// The observation every request carries, a map.
+    pub observation: Value,
+    /// An answer, or a connection, that takes longer is an error.
+    pub timeout: Duration,
+}
+
+/// Why nothing could be measured.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The address is no websocket address.
+    #[error("`{url}` is no websocket address: {error}")]
+    Url {
+        /// What was given.
+        url: String,
+        /// Why.
+        error: &'static str,
+    },
+    /// The observation can't be sent.
+    #[error("the observation must be a map that msgpack can hold")]
+    Observation,
+    /// No client got through.
+    #[error("no request was answered; first error: {0}")]
+    Nothing(String),
+}
+
+/// Percentiles of a set of durations, in milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Percentiles {
+    /// Median.
+    pub p50_ms: f64,
+    /// 90 %.
+    pub p90_ms: f64,
+    /// 99 %.
+    pub p99_ms: f64,
+    /// 99.9 %.
+    pub p999_ms: f64,
+    /// The longest.
+    pub max_ms: f64,
+    /// The mean.
+    pub mean_ms: f64,
+}
+
+/// What was measured.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LoadReport {
+    /// Requests sent.
+    pub sent: u64,
+    /// Requests answered with actions.
+    pub answered: u64,
+    /// Of those, within the deadline (all, when there is none).
+    pub good: u64,
+    /// Requests that failed, by the last line's exception type or by transport error.
+    pub errors: BTreeMap<String, u64>,
+    /// First error, in full.
+    pub first_error: Option<String>,
+    /// Duration of the measurement.
+    pub seconds: f64,
+    /// From sending a request (or from when it was due) to having the answer's frame.
+    pub latency: Percentiles,
+    /// Latency minus the server's `infer_ms`: wire, codec, scheduling.
+    pub over_server: Percentiles,
+    /// Latency minus the model's `infer_ms`: everything but the model.
+    pub over_model: Percentiles,
+    /// Time until a refusal (an error text) arrived.
+    pub refusal: Percentiles,
+}
+
+impl LoadReport {
+    /// Good answers per second.
+    pub fn goodput(&self) -> f64 {
+        self.good as f64 / self.seconds.max(1e-9)
+    }
+}
+
+impl Percentiles {
+    /// Of any values; zeros for none.
+    pub fn of(mut values: Vec<f64>) -> Self {
+        values.sort_by(f64::total_cmp);
+        let Some(&max_ms) = values.last() else { return Percentiles::default() };
+        let at = |q: f64| {
+            let rank = (q * values.len() as f64).ceil() as usize;
+            values[rank.clamp(1, values.len()) - 1]
+        };
+        Percentiles {
+            p50_ms: at(0.5),
+            p90_ms: at(0.9),
+            p99_ms: at(0.99),
+            p999_ms: at(0.999),
+            max_ms,
+            mean_ms: values.iter().sum::<f64>() / values.len() as f64,
+        }
+    }
+}
+
+/// An observation like DROID's: cameras of side × side RGB, a state, a prompt.
+pub fn sample_observation(cameras: usize, side: usize) -> Value {
+    let image = |camera: usize| {
+        let pixels = (0..side * side * 3).map(|i| (i * 31 + camera * 97) as u8);
+        let shape = vec![side, side, 3];
+        Value::Array(NdArray { dtype: Scalar::U8, shape, data: pixels.collect::<Vec<_>>().into() })
+    };
+    let state: Vec<u8> = (0..8).flat_map(|i| (i as f32 / 8.0).to_le_bytes()).collect();
+    let state = NdArray { dtype: Scalar::F32, shape: vec![8], data: state.into() };
+    let mut map: Vec<(String, Value)> =
+        (0..cameras).map(|c| (format!("observation/image_{c}"), image(c))).collect();
+    map.push(("observation/state".into(), Value::Array(state)));
+    map.push(("prompt".into(), Value::Str("pick up the red cup".into())));
+    Value::Map(map)
+}
+
+/// One request's fate.
+enum Outcome {
+    Answer { latency_ms: f64, server_ms: f64, model_ms: f64 },
+    Refusal { latency_ms: f64, text: String },
+    Broken(String),
+}
+
+/// Runs all clients and adds up what they saw.
+///
+/// # Errors
+/// When not a single request was answered.
+pub async fn run(options: &LoadOptions) -> Result<LoadReport, LoadError> {
+    let address = Address::parse(&options.url)
+        .map_err(|error| LoadError::Url { url: options.url.clone(), error })?;
+    let mut observation = options.observation.clone();
+    let Value::Map(map) = &mut observation else { return Err(LoadError::Observation) };
+    if let Some(deadline) = options.deadline {
+        map.push(("deadline_ms".into(), Value::Float(deadline.as_secs_f64() * 1e3)));
+    }
+    let payload = msgpack::encode(&observation).map_err(|_| LoadError::Observation)?;
+    let request = frame(2, &payload, (draw_seed() as u32).to_be_bytes());
+    let began = std::sync::Arc::new(tokio::sync::OnceCell::new());
+    let barrier = std::sync::Arc::new(tokio::sync::Barrier::new(options.clients.max(1)));
+    let mut clients = tokio::task::JoinSet::new();
+    for index in 0..options.clients.max(1) {
+        let (options, address, request) = (options.clone(), address.clone(), request.clone());
+        let (barrier, began) = (barrier.clone(), began.clone());
+        clients.spawn(async move {
+            let mut client = Client { socket: None, options: &options, address, request };
+            for _ in 0..options.warm_up {
+                client.ask(Instant::now()).await;
+            }
+            barrier.wait().await;
+            let start = *began.get_or_init(async || Instant::now()).await;
+            let mut outcomes = Vec::with_capacity(options.requests);
+            for i in 0..options.requests {
+                let due = options.rate.map(|rate| {
+                    let place = (i * options.clients.max(1) + index) as f64;
+                    start + Duration::from_secs_f64(place / rate.max(1e-6))
+                });
+                if let Some(due) = due {
+                    sleep_until(due).await;
+                }
+                outcomes.push(client.ask(due.unwrap_or_else(Instant::now)).await);
+            }
+            let seconds = start.elapsed().as_secs_f64();
+            client.goodbye().await;
+            (outcomes, seconds)
+        });
+    }
+    let mut outcomes = Vec::new();
+    let mut seconds = 0.0f64;
+    while let Some(client) = clients.join_next().await {
+        let (more, took) = client.map_err(|e| LoadError::Nothing(e.to_string()))?;
+        outcomes.extend(more);
+        seconds = seconds.max(took);
+    }
+    report(outcomes, seconds, options.deadline)
+}
+
+fn report(
+    outcomes: Vec<Outcome>,
+    seconds: f64,
+    deadline: Option<Duration>,
+) -> Result<LoadReport, LoadError> {
+    let mut report = LoadReport { sent: outcomes.len() as u64, seconds, ..Default::default() };
+    let limit_ms = deadline.map_or(f64::INFINITY, |d| d.as_secs_f64() * 1e3);
+    let (mut latency, mut over_server, mut over_model) = (Vec::new(), Vec::new(), Vec::new());
+    let mut refusal = Vec::new();
+    for outcome in outcomes {
+        let (kind, text) = match outcome {
+            Outcome::Answer { latency_ms, server_ms, model_ms } => {
+                report.answered += 1;
+                report.good += u64::from(latency_ms <= limit_ms);
+                latency.push(latency_ms);
+                over_server.push(latency_ms - server_ms);
+                over_model.push(latency_ms - model_ms);
+                continue;
+            }
+            Outcome::Refusal { latency_ms, text } => {
+                refusal.push(latency_ms);
+                let last = text.lines().last().unwrap_or_default().to_owned();
+                (last.split(':').next().unwrap_or_default().to_owned(), last)
+            }
+            Outcome::Broken(text) => ("transport".to_owned(), text),
+        };
+        *report.errors.entry(kind).or_default() += 1;
+        report.first_error.get_or_insert(text);
+    }
+    if report.answered == 0 {
+        return Err(LoadError::Nothing(report.first_error.unwrap_or_default()));
+    }
+    report.latency = Percentiles::of(latency);
+    report.over_server = Percentiles::of(over_server);
+    report.over_model = Percentiles::of(over_model);
+    report.refusal = Percentiles::of(refusal);
+    Ok(report)
+}
+
+struct Client<'a> {
+    socket: Option<Socket>,
+    options: &'a LoadOptions,
+    address: Address,
+    request: Bytes,
+}
+
+impl Client<'_> {
+    /// One request; a broken connection is reopened at the next one.
+    async fn ask(&mut self, due: Instant) -> Outcome {
+        let limit = self.options.timeout;
+        match timeout(limit, self.exchange()).await {
+            Ok(Ok(Received::Answer(bytes))) => {
+                let latency_ms = due.elapsed().as_secs_f64() * 1e3;
+                match timings(&bytes) {
+                    Some((server_ms, model_ms)) => {
+                        Outcome::Answer { latency_ms, server_ms, model_ms }
+                    }
+                    None => Outcome::Broken("the answer is not openpi's".into()),
+                }
+            }
+            Ok(Ok(Received::Refusal(text))) => {
+                Outcome::Refusal { latency_ms: due.elapsed().as_secs_f64() * 1e3, text }
+            }
+            Ok(Err(error)) => self.broken(error.to_string()),
+            Err(_) => self.broken(format!("no answer within {limit:?}")),
+        }
+    }
+
+    fn broken(&mut self, why: String) -> Outcome {
+        self.socket = None;
+        Outcome::Broken(why)
+    }
+
+    async fn exchange(&mut self) -> std::io::Result<Received> {
+        let socket = match &mut self.socket {
+            Some(socket) => socket,
+            None => {
+                let key = self.options.api_key.as_deref();
+                let mut socket = Socket::connect(&self.address, key).await?;
+                socket.receive().await?; // the metadata
+                self.socket.insert(socket)
+            }
+        };
+        socket.send(&self.request).await?;
+        socket.receive().await
+    }
+
+    async fn goodbye(mut self) {
+        if let Some(socket) = &mut self.socket {
+            let close = frame(8, &1000u16.to_be_bytes(), [0; 4]);
+            // The measurement is over; a server that is gone does not change it.
+            let _ = timeout(Duration::from_secs(1), socket.send(&close)).await;
+        }
+    }
+}
+
+/// The two `infer_ms` of an answer: the server's and the model's.
+fn timings(answer: &Bytes) -> Option<(f64, f64)> {
+    let Value::Map(map) = msgpack::decode(answer).ok()? else { return None };
+    let get = |map: &[(String, Value)], key: &str| {
+        map.iter().find(|(k, _)| k == key).map(|(_, v)| v.clone())
+    };
+    let infer_ms = |key: &str| match get(&map, key)? {
+        Value::Map(timing) => match get(&timing, "infer_ms")? {
+            Value::Float(ms) => Some(ms),
+            _ => None,
+        },
+        _ => None,
+    };
+    Some((infer_ms("server_timing")?, infer_ms("policy_timing")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_of_the_values_seen() {
+        let p = Percentiles::of((1..=1000).rev().map(f64::from).collect());
+        assert_eq!((p.p50_ms, p.p90_ms, p.p99_ms, p.p999_ms), (500.0, 900.0, 990.0, 999.0));
+        assert_eq!((p.max_ms, p.mean_ms), (1000.0, 500.5));
+        assert_eq!(Percentiles::of(vec![3.0]).p999_ms, 3.0);
+        assert_eq!(Percentiles::of(vec![]), Percentiles::default());
+    }
+}

@@ -1,0 +1,101 @@
+//! Settings of the server, and who may reach it.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use crate::keys::ApiKeys;
+use crate::msgpack::Limits;
+
+/// Settings of [`crate::serve`].
+#[derive(Clone, Debug)]
+pub struct ServeOptions {
+    /// Longest message accepted, in bytes (default 64 MiB).
+    pub max_frame_bytes: usize,
+    /// Bounds on what a message may contain.
+    pub limits: Limits,
+    /// Open websockets; one more gets 503 (default 1024).
+    pub max_connections: usize,
+    /// Connections that have not finished their HTTP request; one more is dropped. Apart from
+    /// `max_connections`, so that half-open ones can't keep robots out (default 1024).
+    pub max_handshakes: usize,
+    /// Time to send the HTTP request (default 10 s).
+    pub handshake_timeout: Duration,
+    /// Silence after which a ping is sent (default 20 s, as openpi's server).
+    pub keepalive_interval: Duration,
+    /// Silence after a ping that ends the connection (default 20 s).
+    pub keepalive_timeout: Duration,
+    /// Time without a request that ends the connection, pings or not (default none: a robot may
+    /// stand still for a day).
+    pub idle_timeout: Option<Duration>,
+    /// Time in which a client must take an answer off our hands (default 10 s).
+    pub write_timeout: Duration,
+    /// Requests of one connection that are read ahead while one is computed (default 4).
+    pub read_ahead: usize,
+    /// Time given to requests in flight at shutdown (default 10 s).
+    pub drain_timeout: Duration,
+    /// Time a readiness probe may take (default 5 s).
+    pub readiness_timeout: Duration,
+    /// Keys; without them everybody who reaches the port is served.
+    pub api_keys: Option<ApiKeys>,
+}
+
+impl Default for ServeOptions {
+    fn default() -> Self {
+        ServeOptions {
+            max_frame_bytes: 64 << 20,
+            limits: Limits::default(),
+            max_connections: 1024,
+            max_handshakes: 1024,
+            handshake_timeout: Duration::from_secs(10),
+            keepalive_interval: Duration::from_secs(20),
+            keepalive_timeout: Duration::from_secs(20),
+            idle_timeout: None,
+            write_timeout: Duration::from_secs(10),
+            read_ahead: 4,
+            drain_timeout: Duration::from_secs(10),
+            readiness_timeout: Duration::from_secs(5),
+            api_keys: None,
+        }
+    }
+}
+
+/// A server that anyone on the network could use.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{address} can be reached from other machines and no keys are set: name a key file with \
+     --api-key-file, or say --insecure if that is what you want"
+)]
+pub struct ExposureError {
+    /// The address asked for.
+    pub address: SocketAddr,
+}
+
+/// Loopback is open; any other address needs keys, or `insecure` said out loud.
+pub fn check_exposure(
+    address: SocketAddr,
+    keys: bool,
+    insecure: bool,
+) -> Result<(), ExposureError> {
+    // An IPv4-mapped loopback (`::ffff:127.0.0.1`) is one too.
+    let loopback = address.ip().to_canonical().is_loopback();
+    if loopback || keys || insecure { Ok(()) } else { Err(ExposureError { address }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_loopback_is_open_to_all() {
+        let check = |a: &str, keys, insecure| check_exposure(a.parse().unwrap(), keys, insecure);
+        for address in ["127.0.0.1:8000", "127.8.9.1:1", "[::1]:8000", "[::ffff:127.0.0.1]:80"] {
+            assert!(check(address, false, false).is_ok(), "{address}");
+        }
+        for address in ["0.0.0.0:8000", "10.0.0.7:8000", "[::]:8000", "[2001:db8::1]:8000"] {
+            let error = check(address, false, false).unwrap_err();
+            assert!(error.to_string().contains("--insecure"), "{address}");
+            assert!(check(address, true, false).is_ok());
+            assert!(check(address, false, true).is_ok());
+        }
+    }
+}

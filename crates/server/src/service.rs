@@ -1,0 +1,211 @@
+//! What the server needs from whoever computes actions.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::time::Instant;
+
+use pirouette_engine::EngineError;
+use pirouette_policy::{NdArray, Value};
+
+/// A boxed future, so that services can be trait objects.
+pub type ServiceFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// Observations in, actions out. Dropping the future of [`Service::infer`] withdraws the request.
+pub trait Service: Send + Sync + 'static {
+    /// Resolves once the service has been warm: clients get their metadata then. A service that
+    /// fails later stays warm; its requests fail one by one.
+    fn warm(&self) -> ServiceFuture<'_, ()>;
+
+    /// The map every client gets unasked after connecting.
+    fn metadata(&self) -> Value;
+
+    /// One request. `observation` is a map without the optional keys, which are in `context`.
+    fn infer(
+        &self,
+        observation: Value,
+        context: RequestContext,
+    ) -> ServiceFuture<'_, Result<Reply, ServiceError>>;
+
+    /// Whether a known forward gave the known answer lately; if not, why. The server bounds the
+    /// time it waits for this.
+    fn readiness(&self) -> ServiceFuture<'_, Result<(), String>>;
+
+    /// The contract card, JSON.
+    fn contract(&self) -> String {
+        "{}".into()
+    }
+
+    /// Appends its own metrics in Prometheus text form.
+    fn metrics(&self, _out: &mut String) {}
+}
+
+/// What came with a request besides the observation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RequestContext {
+    /// When its last byte arrived.
+    pub received: Instant,
+    /// `deadline_ms` after that.
+    pub deadline: Option<Instant>,
+    /// `seed`: of the noise.
+    pub seed: Option<u64>,
+    /// `noise`: instead of a seed.
+    pub noise: Option<GivenNoise>,
+    /// `num_steps`: Euler steps.
+    pub steps: Option<usize>,
+}
+
+/// Noise given by the client.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GivenNoise {
+    /// `[horizon, action_dim]` as the client claims; the service checks them.
+    pub shape: [usize; 2],
+    /// Row-major values, all finite.
+    pub values: Vec<f32>,
+}
+
+/// A service's answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Reply {
+    /// `[horizon, dims]`, float64 as openpi sends them.
+    pub actions: NdArray,
+    /// The model's share of the time, for `policy_timing.infer_ms`.
+    pub model_ms: f64,
+    /// Further keys, after openpi's own. Only scalars, strings and lists of them: openpi's chunk
+    /// broker slices every array it finds.
+    pub extras: Vec<(String, Value)>,
+}
+
+/// What becomes of the connection after an error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// As in openpi: the text, then close 1011.
+    Exception,
+    /// The text only; the next request is welcome (overload, missed deadline, restart).
+    Refusal,
+}
+
+/// Why there is no answer. The client sees `type: message` as the last line of a text frame, so
+/// neither may hold paths or other secrets of the server.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("{python_type}: {message}")]
+pub struct ServiceError {
+    /// What becomes of the connection.
+    pub failure: Failure,
+    /// Label in the metrics: `invalid`, `overloaded`, `deadline`, ….
+    pub reason: &'static str,
+    /// Name of the Python exception: `KeyError`, `ValueError`, ….
+    pub python_type: String,
+    /// Its text, one line.
+    pub message: String,
+    /// A line of explanation before the last one.
+    pub detail: Option<String>,
+}
+
+impl ServiceError {
+    /// A request that is wrong: openpi's server would have raised this.
+    pub fn exception(python_type: impl Into<String>, message: impl Into<String>) -> Self {
+        ServiceError {
+            failure: Failure::Exception,
+            reason: "invalid",
+            python_type: python_type.into(),
+            message: message.into(),
+            detail: None,
+        }
+    }
+
+    /// A request that is refused for a reason that may pass.
+    pub fn refusal(reason: &'static str, message: impl Into<String>) -> Self {
+        ServiceError {
+            failure: Failure::Refusal,
+            reason,
+            python_type: "RuntimeError".into(),
+            message: message.into(),
+            detail: None,
+        }
+    }
+
+    /// The text frame: a traceback's first line, the explanation, `Type: message`.
+    pub fn text(&self) -> String {
+        let mut text = String::from("Traceback (most recent call last):\n");
+        for line in self.detail.iter().flat_map(|d| d.lines()) {
+            text.push_str("  ");
+            text.push_str(line);
+            text.push('\n');
+        }
+        text.push_str(&self.python_type);
+        if !self.message.is_empty() {
+            text.push_str(": ");
+            // The last line is what log scrapers read: it must stay one line.
+            text.push_str(&self.message.replace(['\n', '\r'], " "));
+        }
+        text.push('\n');
+        text
+    }
+}
+
+impl From<EngineError> for ServiceError {
+    fn from(error: EngineError) -> Self {
+        let (failure, python_type) = match &error {
+            EngineError::Invalid(_) => (Failure::Exception, "ValueError"),
+            EngineError::NonFinite { .. } => (Failure::Exception, "FloatingPointError"),
+            EngineError::Deadline { .. } => (Failure::Refusal, "TimeoutError"),
+            EngineError::Overloaded { .. }
+            | EngineError::Unavailable(_)
+            | EngineError::DeviceFailed(_)
+            | EngineError::Draining => (Failure::Refusal, "RuntimeError"),
+        };
+        let message = match &error {
+            // A device's own words may name files; they belong in the log.
+            EngineError::Unavailable(why) => {
+                tracing::warn!(%why, "request refused: no device is ready");
+                "no device is ready: try again in a moment".to_string()
+            }
+            EngineError::DeviceFailed(why) => {
+                tracing::warn!(%why, "request lost to a device failure");
+                "the device failed and is being restarted: try again".to_string()
+            }
+            other => other.to_string(),
+        };
+        let (reason, python_type) = (error.reason(), python_type.to_string());
+        ServiceError { failure, reason, python_type, message, detail: None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn engine_errors_tell_clients_what_to_do_and_no_paths() {
+        let text = |error| {
+            let error = ServiceError::from(error);
+            (error.failure, error.reason, error.text().lines().last().unwrap().to_owned())
+        };
+        let path = || "/models/pi0/model.safetensors is truncated".to_string();
+        for error in [EngineError::Unavailable(path()), EngineError::DeviceFailed(path())] {
+            let (failure, _, last) = text(error);
+            assert_eq!(failure, Failure::Refusal);
+            assert!(last.starts_with("RuntimeError: ") && last.contains("try again"), "{last}");
+            assert!(!last.contains('/'), "{last}");
+        }
+        let late = EngineError::Deadline { deadline_ms: 5.0, predicted_ms: 30.0 };
+        let (failure, reason, last) = text(late);
+        assert_eq!((failure, reason), (Failure::Refusal, "deadline"));
+        assert!(last.starts_with("TimeoutError: the deadline is 5.0 ms away"), "{last}");
+        let (failure, reason, _) = text(EngineError::NonFinite { count: 1, total: 2 });
+        assert_eq!((failure, reason), (Failure::Exception, "non_finite"));
+    }
+
+    #[test]
+    fn the_last_line_is_type_and_message() {
+        let mut error = ServiceError::exception("KeyError", "'state'");
+        assert_eq!(error.text(), "Traceback (most recent call last):\nKeyError: 'state'\n");
+        error.detail = Some("the observation needs:\nstate float32 [8]".into());
+        error.message = "two\nlines".into();
+        let text = error.text();
+        assert_eq!(text.lines().last(), Some("KeyError: two lines"));
+        assert_eq!(text.lines().nth(2), Some("  state float32 [8]"));
+        error.message.clear();
+        assert!(error.text().ends_with("\nKeyError\n"));
+    }
+}
