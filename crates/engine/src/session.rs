@@ -263,10 +263,14 @@ impl Session {
             };
             let answer =
                 Answer { actions: actions.to_vec(), horizon, action_dim, seed: reply.seed, timing };
-            match reply.sender.send(Ok(answer)) {
-                Ok(()) => self.shared.stats.answer(&timing),
-                Err(_) => _ = self.shared.stats.cancelled.fetch_add(1, Relaxed),
+            // Counted before it is sent: whoever has the answer finds it in the statistics.
+            if reply.sender.is_closed() {
+                self.shared.stats.cancelled.fetch_add(1, Relaxed);
+                continue;
             }
+            self.shared.stats.answer(&timing);
+            // A client that leaves at this very moment was answered all the same.
+            let _ = reply.sender.send(Ok(answer));
         }
     }
 
