@@ -28,12 +28,12 @@ impl Malformed {
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// The operating system refused.
-    #[error("can't read {path}: {source}")]
+    #[error("can't read {path}: {error}")]
     Io {
         /// The file or directory.
         path: PathBuf,
-        /// Its reason.
-        source: std::io::Error,
+        /// Its reason (not named `source`: the text has it already).
+        error: std::io::Error,
     },
     /// The directory holds none of the known layouts.
     #[error(
@@ -95,7 +95,7 @@ pub enum CheckpointError {
 impl CheckpointError {
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
-        move |source| CheckpointError::Io { path, source }
+        move |error| CheckpointError::Io { path, error }
     }
 }
 

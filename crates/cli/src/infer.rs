@@ -75,6 +75,11 @@ pub fn run(args: &InferArgs) -> Result<()> {
         .prepare(&observation)
         .map_err(|e| anyhow::anyhow!("{}: {} ({})", e.exception(), e.message(), e.remedy()))?;
 
+    if prepared.dropped_tokens > 0 {
+        let dropped = prepared.dropped_tokens;
+        eprintln!("note: the prompt was cut at its end: {dropped} tokens are over the limit");
+    }
+
     let c = policy.config();
     let table = std::sync::Arc::new(WeightTable::new(weights.config, steps));
     let mut options = EngineOptions::new(vec![table], c.horizon, c.max_token_len);

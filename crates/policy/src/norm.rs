@@ -208,12 +208,12 @@ pub enum NormError {
     )]
     NotFound(PathBuf),
     /// The file can't be read.
-    #[error("norm stats at {path} can't be read: {source}")]
+    #[error("norm stats at {path} can't be read: {error}")]
     Io {
         /// Where.
         path: PathBuf,
         /// Why.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// The text is no statistics file.
     #[error("these are no norm stats: {0}; expected {{\"norm_stats\": {{\"state\": …}}}}")]

@@ -36,7 +36,7 @@ enum Algorithm {
 impl Tokenizer {
     /// Reads a `.model` file.
     pub fn from_file(path: &Path) -> Result<Tokenizer, TokenizerError> {
-        let failed = |source| TokenizerError::Io { path: path.into(), source };
+        let failed = |error| TokenizerError::Io { path: path.into(), error };
         if std::fs::metadata(path).map_err(failed)?.len() > MAX_FILE_BYTES {
             return Err(TokenizerError::Malformed(format!(
                 "{} is larger than {MAX_FILE_BYTES} bytes",
@@ -112,12 +112,12 @@ pub enum TokenizerError {
         note: String,
     },
     /// The file can't be read.
-    #[error("tokenizer {path} can't be read: {source}")]
+    #[error("tokenizer {path} can't be read: {error}")]
     Io {
         /// Where.
         path: PathBuf,
         /// Why.
-        source: std::io::Error,
+        error: std::io::Error,
     },
     /// The bytes are no SentencePiece model.
     #[error(

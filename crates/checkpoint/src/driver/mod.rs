@@ -15,8 +15,8 @@ impl Mapped {
         let file = File::open(path).map_err(CheckpointError::io(path))?;
         let meta = file.metadata().map_err(CheckpointError::io(path))?;
         if !meta.is_file() {
-            let source = std::io::Error::other("not a regular file");
-            return Err(CheckpointError::Io { path: path.into(), source });
+            let error = std::io::Error::other("not a regular file");
+            return Err(CheckpointError::Io { path: path.into(), error });
         }
         // SAFETY: the map is private to this value and never written through. Checkpoints are
         // written once and then only read; a file that is shortened while it is being served

@@ -62,9 +62,9 @@ impl NormStats {
 
     /// Reads one `norm_stats.json`.
     pub fn from_file(path: &Path) -> Result<NormStats, NormError> {
-        let failed = |source: std::io::Error| match source.kind() {
+        let failed = |error: std::io::Error| match error.kind() {
             std::io::ErrorKind::NotFound => NormError::NotFound(path.into()),
-            _ => NormError::Io { path: path.into(), source },
+            _ => NormError::Io { path: path.into(), error },
         };
         if std::fs::metadata(path).map_err(failed)?.len() > MAX_FILE_BYTES {
             return Err(NormError::Malformed(format!(
