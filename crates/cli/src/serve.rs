@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use pirouette_engine::{BucketRule, DeviceFactory, Engine, EngineOptions};
 use pirouette_model::{BackendError, WeightTable};
 use pirouette_policy::config::environment;
-use pirouette_server::{ApiKeys, Doors, ServeOptions, check_admin_exposure, check_exposure};
+use pirouette_server::{ApiKeys, Doors, ServeOptions, Tls, check_admin_exposure, check_exposure};
 
 use crate::args::{DeviceArgs, WeightArgs};
 use crate::device;
@@ -44,13 +44,20 @@ pub struct ServeArgs {
     /// Port.
     #[arg(long, default_value_t = 8000)]
     pub port: u16,
-    /// Address to listen on. Anything but loopback needs --api-key-file or --insecure.
+    /// Address to listen on. Anything but loopback needs --api-key-file, --tls-cert or --insecure.
     #[arg(long, default_value = "127.0.0.1")]
     pub host: IpAddr,
     /// File with one API key a line; clients send `Authorization: Api-Key KEY`.
     #[arg(long)]
     pub api_key_file: Option<PathBuf>,
-    /// Serve other machines without keys.
+    /// PEM file with the server's certificate and those that lead to its authority: all ports
+    /// speak TLS (wss://). Read again when it changes, and at SIGHUP.
+    #[arg(long, requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+    /// PEM file with the certificate's key, unencrypted.
+    #[arg(long, requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+    /// Serve other machines without keys and without TLS.
     #[arg(long)]
     pub insecure: bool,
     /// Port for metrics, the contract and changes: the public one keeps to robots and health.
@@ -139,12 +146,16 @@ fn doors(args: &ServeArgs) -> Doors<SocketAddr> {
 fn serve_options(args: &ServeArgs, doors: &Doors<SocketAddr>) -> Result<ServeOptions> {
     let keys = |file: &Option<PathBuf>| file.as_deref().map(ApiKeys::read).transpose();
     let (api_keys, admin_keys) = (keys(&args.api_key_file)?, keys(&args.admin_key_file)?);
-    check_exposure(doors.public, api_keys.is_some(), args.insecure)?;
+    let tls = match (&args.tls_cert, &args.tls_key) {
+        (Some(certificate), Some(key)) => Some(Tls::read(certificate, key)?),
+        _ => None,
+    };
+    check_exposure(doors.public, api_keys.is_some() || tls.is_some(), args.insecure)?;
     if let Some(admin) = doors.admin {
         check_admin_exposure(admin, admin_keys.is_some(), args.insecure)?;
     }
     let max_frame_bytes = args.max_frame_mib.clamp(1, 4096) << 20;
-    Ok(ServeOptions { max_frame_bytes, api_keys, admin_keys, ..ServeOptions::default() })
+    Ok(ServeOptions { max_frame_bytes, api_keys, admin_keys, tls, ..ServeOptions::default() })
 }
 
 /// The configuration's name (none: the checkpoint describes itself) and the checkpoint.
@@ -213,9 +224,10 @@ async fn listen(
         Some(address) => Some(bind(address, "--admin-port").await?),
         None => None,
     };
-    tracing::info!("listening on ws://{}; clients wait until the model is warm", doors.public);
+    let s = if options.tls.is_some() { "s" } else { "" };
+    tracing::info!("listening on ws{s}://{}; clients wait until the model is warm", doors.public);
     if let Some(address) = doors.admin {
-        tracing::info!("admin pages on http://{address}");
+        tracing::info!("admin pages on http{s}://{address}");
     }
     let listeners = Doors { public, admin };
     let service = Arc::new(service);

@@ -14,13 +14,13 @@ use pirouette_model::config::Vision;
 use pirouette_model::{Config, WeightTable};
 use pirouette_policy::{NdArray, Scalar, Value};
 use pirouette_server::{
-    ApiKeys, Reply, RequestContext, ServeOptions, Service, ServiceError, ServiceFuture,
+    ApiKeys, Reply, RequestContext, ServeOptions, Service, ServiceError, ServiceFuture, Tls,
     check_exposure, render_engine,
 };
 
 const USAGE: &str = "null_server [--host 127.0.0.1] [--port 8000] [--times 1:30,8:60] \
     [--horizon 50] [--dims 8] [--max-batch 8] [--load-ms 0] [--keepalive-ms 20000] \
-    [--api-key-file F] [--insecure]";
+    [--api-key-file F] [--tls-cert F --tls-key F] [--insecure]";
 
 struct NullService {
     engine: Engine,
@@ -131,6 +131,7 @@ struct Arguments {
     max_batch: usize,
     load: Duration,
     insecure: bool,
+    tls: [Option<String>; 2],
     serve: ServeOptions,
 }
 
@@ -143,6 +144,7 @@ fn arguments() -> Result<Arguments, Box<dyn std::error::Error>> {
         max_batch: 8,
         load: Duration::ZERO,
         insecure: false,
+        tls: [None, None],
         serve: ServeOptions::default(),
     };
     let mut given = std::env::args().skip(1);
@@ -164,6 +166,9 @@ fn arguments() -> Result<Arguments, Box<dyn std::error::Error>> {
                 a.serve.keepalive_timeout = a.serve.keepalive_interval;
             }
             "--api-key-file" => a.serve.api_keys = Some(ApiKeys::read(value.as_ref())?),
+            "--tls-cert" => a.tls[0] = Some(value),
+            "--tls-key" => a.tls[1] = Some(value),
+            "--reload-ms" => a.serve.reload_interval = Duration::from_millis(value.parse()?),
             "--times" => {
                 let pair = |t: &str| {
                     let (batch, ms) = t.split_once(':').unwrap_or(("1", t));
@@ -174,7 +179,13 @@ fn arguments() -> Result<Arguments, Box<dyn std::error::Error>> {
             _ => return Err(USAGE.into()),
         }
     }
-    check_exposure(a.address, a.serve.api_keys.is_some(), a.insecure)?;
+    a.serve.tls = match &a.tls {
+        [Some(certificate), Some(key)] => Some(Tls::read(certificate.as_ref(), key.as_ref())?),
+        [None, None] => None,
+        _ => return Err(USAGE.into()),
+    };
+    let guard = a.serve.api_keys.is_some() || a.serve.tls.is_some();
+    check_exposure(a.address, guard, a.insecure)?;
     Ok(a)
 }
 

@@ -19,9 +19,12 @@ mod metrics;
 pub mod msgpack;
 mod options;
 mod pages;
+mod reload;
 mod render;
 mod serve;
 mod service;
+mod tls;
+mod validity;
 
 pub use keys::{ApiKeys, KeyFileError};
 pub use options::{ExposureError, ServeOptions, check_admin_exposure, check_exposure};
@@ -31,3 +34,4 @@ pub use serve::{Doors, Served, bind, serve, serve_doors, termination};
 pub use service::{
     Failure, GivenNoise, Reply, RequestContext, Service, ServiceError, ServiceFuture,
 };
+pub use tls::{Tls, TlsError};

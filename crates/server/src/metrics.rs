@@ -17,6 +17,7 @@ pub(crate) struct Metrics {
     pub(crate) opened: AtomicU64,
     outcomes: Mutex<BTreeMap<&'static str, u64>>,
     refused: Mutex<BTreeMap<&'static str, u64>>,
+    reloads: Mutex<BTreeMap<(&'static str, &'static str), u64>>,
     stages: [Histogram; STAGES.len()],
 }
 
@@ -31,6 +32,13 @@ impl Metrics {
     pub(crate) fn refused(&self, reason: &'static str) {
         let mut counts = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         *counts.entry(reason).or_default() += 1;
+    }
+
+    /// Counts an attempt to read a file again.
+    pub(crate) fn reloaded(&self, file: &'static str, read: bool) {
+        let outcome = if read { "ok" } else { "failed" };
+        let mut counts = self.reloads.lock().unwrap_or_else(PoisonError::into_inner);
+        *counts.entry((file, outcome)).or_default() += 1;
     }
 
     /// The histogram of a stage: `decode`, `infer`, `encode` or `total`.
@@ -56,6 +64,13 @@ impl Metrics {
             "Connections that got no websocket, by reason.",
         );
         labelled(out, "pirouette_connections_refused_total", "reason", &self.refused);
+        let name = "pirouette_reloads_total";
+        header(out, name, "counter", "Times keys or certificate were read again.");
+        let reloads = self.reloads.lock().unwrap_or_else(PoisonError::into_inner);
+        for ((file, outcome), n) in &*reloads {
+            sample(out, name, &[("file", file), ("outcome", outcome)], *n as f64);
+        }
+        drop(reloads);
         header(out, "pirouette_connections_total", "counter", "Websockets opened so far.");
         let _ = writeln!(out, "pirouette_connections_total {}", self.opened.load(Relaxed));
         header(out, "pirouette_connections", "gauge", "Websockets open now.");

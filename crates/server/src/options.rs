@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::keys::ApiKeys;
 use crate::msgpack::Limits;
+use crate::tls::Tls;
 
 /// Settings of [`crate::serve`].
 #[derive(Clone, Debug)]
@@ -39,6 +40,11 @@ pub struct ServeOptions {
     pub api_keys: Option<ApiKeys>,
     /// Keys of the admin listener; without them everybody who reaches it may use it.
     pub admin_keys: Option<ApiKeys>,
+    /// TLS on all listeners; without it they speak plainly.
+    pub tls: Option<Tls>,
+    /// How often key files and certificates are looked at (default 3 s). A change is acted upon
+    /// at the second look, or at SIGHUP.
+    pub reload_interval: Duration,
 }
 
 impl Default for ServeOptions {
@@ -58,6 +64,8 @@ impl Default for ServeOptions {
             readiness_timeout: Duration::from_secs(5),
             api_keys: None,
             admin_keys: None,
+            tls: None,
+            reload_interval: Duration::from_secs(3),
         }
     }
 }

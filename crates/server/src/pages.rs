@@ -5,7 +5,9 @@
 
 use bytes::Bytes;
 
+use crate::render::{header, sample};
 use crate::serve::Shared;
+use crate::tls::Tls;
 
 /// The two methods pages are asked with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +73,11 @@ pub(crate) async fn page(shared: &Shared, request: PageRequest) -> Option<Page> 
         (Method::Get, "/metrics") => {
             let mut text = String::with_capacity(16 << 10);
             shared.metrics.render(shared.open_websockets(), &mut text);
+            if let Some(at) = shared.options.tls.as_ref().and_then(Tls::expires) {
+                let name = "pirouette_certificate_expires_seconds";
+                header(&mut text, name, "gauge", "When the certificate expires, since 1970.");
+                sample(&mut text, name, &[], at as f64);
+            }
             shared.service.metrics(&mut text);
             let content_type = "text/plain; version=0.0.4; charset=utf-8";
             Some(Page { status: 200, content_type, body: text.into() })

@@ -11,14 +11,16 @@ use axum::serve::{Listener, ListenerExt};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::admin;
 use crate::http;
 use crate::metrics::Metrics;
 use crate::options::ServeOptions;
+use crate::reload;
 use crate::service::Service;
 
 /// What all connections share.
@@ -132,6 +134,9 @@ pub async fn serve_doors<L: Listener>(
     let (drain, draining) = watch::channel(false);
     let (life, mut lives) = mpsc::channel::<()>(1);
     let mut tasks = tokio::task::JoinSet::new();
+    if shared.options.tls.is_some() {
+        tasks.spawn(reload::watch(shared.clone()));
+    }
     if let Some(listener) = admin {
         tasks.spawn(admin::listen(listener, shared.clone(), draining.clone()));
     }
@@ -169,7 +174,8 @@ async fn at(instant: Option<Instant>) {
     }
 }
 
-/// The HTTP part of a connection. After an upgrade the websocket lives on in a task of its own.
+/// A connection up to its end or its upgrade: TLS if it is on, one HTTP request, one answer.
+/// TLS and the request share one `handshake_timeout`.
 pub(crate) async fn converse<Io>(
     io: Io,
     shared: Arc<Shared>,
@@ -177,9 +183,33 @@ pub(crate) async fn converse<Io>(
     door: Door,
     _permit: OwnedSemaphorePermit,
 ) where
-    Io: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+    Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let ServeOptions { handshake_timeout, write_timeout, .. } = shared.options;
+    let until = Instant::now() + shared.options.handshake_timeout;
+    let Some(tls) = shared.options.tls.clone() else {
+        return request(io, shared, draining, door, until).await;
+    };
+    match timeout_at(until, tls.accept(io)).await {
+        Ok(Ok(stream)) => request(stream, shared, draining, door, until).await,
+        Ok(Err(error)) => {
+            shared.metrics.refused("tls");
+            tracing::debug!(%error, "TLS handshake failed");
+        }
+        Err(_) => shared.metrics.refused("tls_timeout"),
+    }
+}
+
+/// The HTTP part of a connection. After an upgrade the websocket lives on in a task of its own.
+async fn request<Io>(
+    io: Io,
+    shared: Arc<Shared>,
+    draining: watch::Receiver<bool>,
+    door: Door,
+    until: Instant,
+) where
+    Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let write_timeout = shared.options.write_timeout;
     let answered = Arc::new(Notify::new());
     let taken_late = {
         let answered = answered.clone();
@@ -205,7 +235,7 @@ pub(crate) async fn converse<Io>(
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(handshake_timeout)
+        .header_read_timeout(until.saturating_duration_since(Instant::now()))
         .max_buf_size(32 << 10)
         .title_case_headers(true)
         .serve_connection(TokioIo::new(io), answer)

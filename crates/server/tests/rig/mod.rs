@@ -13,7 +13,7 @@ use pirouette_server::{
     Doors, Method, Page, PageRequest, Reply, RequestContext, ServeOptions, Served, Service,
     ServiceError, ServiceFuture, msgpack, serve_doors,
 };
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinHandle;
@@ -187,15 +187,7 @@ impl Server {
     /// A websocket after the handshake; the metadata is still to come.
     pub async fn websocket(&self) -> Raw {
         let mut raw = Raw(self.tcp().await);
-        let request = format!(
-            "GET /any/path?x=1 HTTP/1.1\r\nHost: {}\r\nUpgrade: websocket\r\n\
-             Connection: Upgrade\r\n\
-             Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n",
-            self.address
-        );
-        raw.write(request.as_bytes()).await;
-        let head = raw.head().await;
-        assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
+        raw.upgrade("").await;
         raw
     }
 
@@ -256,9 +248,9 @@ impl Frame {
 }
 
 /// A client without a library in between.
-pub struct Raw(pub TcpStream);
+pub struct Raw<S = TcpStream>(pub S);
 
-impl Raw {
+impl<S: AsyncRead + AsyncWrite + Unpin> Raw<S> {
     pub async fn write(&mut self, bytes: &[u8]) {
         timeout(PATIENCE, self.0.write_all(bytes)).await.expect("write").unwrap();
     }
@@ -269,6 +261,13 @@ impl Raw {
             head.push(timeout(PATIENCE, self.0.read_u8()).await.expect("head").unwrap());
         }
         String::from_utf8(head).unwrap()
+    }
+
+    /// The websocket's handshake, with further header lines.
+    pub async fn upgrade(&mut self, headers: &str) {
+        self.write(upgrade_request(headers).as_bytes()).await;
+        let head = self.head().await;
+        assert!(head.starts_with("HTTP/1.1 101 "), "{head}");
     }
 
     pub async fn response(&mut self) -> (String, Vec<String>, String) {
@@ -313,6 +312,15 @@ impl Raw {
         let end = timeout(PATIENCE, self.0.read_u8()).await.expect("the connection ends");
         assert!(end.is_err(), "nothing more is sent");
     }
+}
+
+/// What asks for a websocket.
+pub fn upgrade_request(headers: &str) -> String {
+    format!(
+        "GET /any/path?x=1 HTTP/1.1\r\nHost: robot\r\nUpgrade: websocket\r\n\
+         Connection: Upgrade\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\
+         Sec-WebSocket-Version: 13\r\n{headers}\r\n"
+    )
 }
 
 /// A client frame.
