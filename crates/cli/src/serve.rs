@@ -47,7 +47,9 @@ pub struct ServeArgs {
     /// Address to listen on. Anything but loopback needs --api-key-file, --tls-cert or --insecure.
     #[arg(long, default_value = "127.0.0.1")]
     pub host: IpAddr,
-    /// File with one API key a line; clients send `Authorization: Api-Key KEY`.
+    /// File with one API key a line, `[NAME] KEY [QUOTA=N …]` (connections, rate, burst,
+    /// in_flight); clients send `Authorization: Api-Key KEY`. Read again when it changes, and at
+    /// SIGHUP.
     #[arg(long)]
     pub api_key_file: Option<PathBuf>,
     /// PEM file with the server's certificate and those that lead to its authority: all ports

@@ -4,6 +4,7 @@
 //! its own keys. Health is open on it as on the public port.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::extract::Request;
 use axum::http::{Method as HttpMethod, StatusCode, header};
@@ -15,6 +16,7 @@ use tokio::task::JoinSet;
 
 use crate::http::{page_request, plain, readiness, rendered, unauthorized};
 use crate::pages::{self, Method};
+use crate::quota::Pass;
 use crate::serve::{Door, Shared, converse};
 
 /// Connections at once: a scraper, a dashboard, an operator, and some room.
@@ -63,11 +65,24 @@ pub(crate) async fn answer(
         (Method::Get, "/readyz") => return readiness(shared, draining).await,
         _ => {}
     }
+    // Held until the page is there, as a robot's request is.
+    let mut _admitted = None;
     if let Some(keys) = &shared.options.admin_keys {
         let given = parts.headers.get(header::AUTHORIZATION).map(|v| v.as_bytes());
-        if !keys.accept(given) {
+        let Some(account) = keys.identify(given) else {
             shared.metrics.refused("admin_unauthorized");
             return unauthorized();
+        };
+        let admit = |pass: Pass| match pass.admit(Instant::now()) {
+            Ok(admission) => Ok((pass, admission)),
+            Err(error) => Err(error.message + "\n"),
+        };
+        match account.connect().and_then(admit) {
+            Ok(admitted) => _admitted = Some(admitted),
+            Err(why) => {
+                shared.metrics.refused("admin_quota");
+                return plain(StatusCode::TOO_MANY_REQUESTS, why);
+            }
         }
     }
     let mut content = Bytes::new();

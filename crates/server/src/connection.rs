@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use axum::extract::ws::{CloseFrame, Message, WebSocket};
@@ -18,6 +19,7 @@ use tokio_tungstenite::tungstenite;
 
 use crate::fields;
 use crate::msgpack;
+use crate::quota::Pass;
 use crate::serve::Shared;
 use crate::service::{Failure, Reply, ServiceError};
 
@@ -31,6 +33,7 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 const LINGER: Duration = Duration::from_millis(250);
 
 const GOING_AWAY: u16 = 1001;
+const POLICY: u16 = 1008;
 const TOO_BIG: u16 = 1009;
 const INTERNAL_ERROR: u16 = 1011;
 
@@ -57,15 +60,34 @@ struct Connection {
     last_heard: Instant,
     last_request: Instant,
     pinged: Option<Instant>,
+    /// Number of the connection.
+    id: u64,
+    /// Of the key it came with.
+    pass: Option<Pass>,
 }
 
 /// Runs a connection to its end.
-pub(crate) async fn run(socket: WebSocket, shared: Arc<Shared>, draining: watch::Receiver<bool>) {
+pub(crate) async fn run(
+    socket: WebSocket,
+    shared: Arc<Shared>,
+    draining: watch::Receiver<bool>,
+    pass: Option<Pass>,
+) {
+    let id = shared.metrics.opened.fetch_add(1, Relaxed) + 1;
     let now = Instant::now();
     let (last_heard, last_request) = (now, now);
     let inbox = VecDeque::new();
-    let mut connection =
-        Connection { socket, shared, draining, inbox, last_heard, last_request, pinged: None };
+    let mut connection = Connection {
+        socket,
+        shared,
+        draining,
+        inbox,
+        last_heard,
+        last_request,
+        pinged: None,
+        id,
+        pass,
+    };
     if let Err(End::Close(code, reason)) = connection.converse().await {
         connection.close(code, reason).await;
     }
@@ -82,7 +104,7 @@ impl Connection {
         })?;
         self.send(Message::Binary(metadata.into())).await?;
         let mut previous_ms = None;
-        loop {
+        for number in 1u64.. {
             let began = Instant::now();
             let (frame, received) = self.next_frame().await?;
             self.last_request = received;
@@ -91,9 +113,11 @@ impl Connection {
                     self.send(Message::Binary(bytes.into())).await?;
                     self.shared.metrics.stage("total").record_ms(ms(received));
                     self.shared.metrics.outcome("ok");
+                    self.log(number, "ok", received);
                 }
                 Err(error) => {
                     self.shared.metrics.outcome(error.reason);
+                    self.log(number, error.reason, received);
                     self.send(Message::Text(error.text().into())).await?;
                     if error.failure == Failure::Exception {
                         return Err(End::Close(INTERNAL_ERROR, ERROR_REASON));
@@ -101,6 +125,22 @@ impl Connection {
                 }
             }
             previous_ms = Some(ms(began));
+        }
+        Ok(())
+    }
+
+    /// A line of the request log: never what was asked or answered, never a key.
+    fn log(&self, number: u64, outcome: &str, received: Instant) {
+        if tracing::enabled!(target: "pirouette::request", tracing::Level::DEBUG) {
+            let key = self.pass.as_ref().map(Pass::name);
+            tracing::debug!(
+                target: "pirouette::request",
+                connection = self.id,
+                request = number,
+                key = key.as_deref().unwrap_or("-"),
+                outcome,
+                ms = (ms(received) * 1e3).round() / 1e3,
+            );
         }
     }
 
@@ -123,6 +163,10 @@ impl Connection {
         received: Instant,
         previous_ms: Option<f64>,
     ) -> Result<Result<Vec<u8>, ServiceError>, End> {
+        let _admission = match self.pass.as_ref().map(|pass| pass.admit(received)).transpose() {
+            Ok(admission) => admission,
+            Err(error) => return Ok(Err(error)),
+        };
         let shared = self.shared.clone();
         let decoding = Instant::now();
         let decoded = observation(frame, &shared.options.limits)
@@ -173,7 +217,15 @@ impl Connection {
     async fn listen(&mut self) -> Result<(), End> {
         let room = self.inbox.len() < self.shared.options.read_ahead.max(1);
         let (wake, draining) = (self.wake_at(), *self.draining.borrow());
+        let pass = &mut self.pass;
+        let revoked = async {
+            match pass {
+                Some(pass) => pass.revoked().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
+            () = revoked => Err(End::Close(POLICY, "the key of this connection was revoked")),
             received = self.socket.recv(), if room => self.heard(received),
             () = tokio::time::sleep_until(wake.into()) => self.silence().await,
             changed = self.draining.changed(), if !draining => {

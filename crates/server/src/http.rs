@@ -1,7 +1,6 @@
 //! One HTTP request → an upgrade, or one of the plain answers.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 
 use axum::body::Body;
 use axum::extract::ws::WebSocketUpgrade;
@@ -13,6 +12,7 @@ use tokio::sync::watch;
 
 use crate::connection;
 use crate::pages::{self, Method, Page, PageRequest};
+use crate::quota::Account;
 use crate::serve::{Shared, WeakLife};
 
 /// What may wait to be taken by one client. A client that sends pings and never reads would pile
@@ -45,15 +45,17 @@ pub(crate) async fn answer(
             _ => {}
         }
     }
+    let mut account = None;
     if let Some(keys) = &shared.options.api_keys {
         let given = parts.headers.get(header::AUTHORIZATION).map(|v| v.as_bytes());
-        if !keys.accept(given) {
+        account = keys.identify(given);
+        if account.is_none() {
             shared.metrics.refused("unauthorized");
             return unauthorized();
         }
     }
     let Some((status, why)) = fault else {
-        return upgrade(&mut parts, shared, draining, lives).await;
+        return upgrade(&mut parts, shared, draining, lives, account).await;
     };
     if !shared.admin {
         let request = page_request(Method::Get, &parts.uri, Bytes::new());
@@ -92,6 +94,7 @@ async fn upgrade(
     shared: Arc<Shared>,
     draining: watch::Receiver<bool>,
     lives: WeakLife,
+    account: Option<Arc<Account>>,
 ) -> Response {
     let life = if *draining.borrow() { None } else { lives.upgrade() };
     let Some(life) = life else {
@@ -104,6 +107,13 @@ async fn upgrade(
         let text = format!("all {limit} connections of this server are taken\n");
         return plain(StatusCode::SERVICE_UNAVAILABLE, text);
     };
+    let pass = match account.map(|account| account.connect()).transpose() {
+        Ok(pass) => pass,
+        Err(why) => {
+            shared.metrics.refused("quota");
+            return plain(StatusCode::TOO_MANY_REQUESTS, why);
+        }
+    };
     let Ok(websocket) = WebSocketUpgrade::from_request_parts(parts, &()).await else {
         return refuse_handshake(StatusCode::BAD_REQUEST, "this request can't be upgraded");
     };
@@ -113,8 +123,7 @@ async fn upgrade(
         .max_frame_size(limit)
         .max_write_buffer_size(MAX_UNSENT_BYTES);
     websocket.on_upgrade(async move |socket| {
-        shared.metrics.opened.fetch_add(1, Relaxed);
-        connection::run(socket, shared, draining).await;
+        connection::run(socket, shared, draining, pass).await;
         drop((slot, life));
     })
 }

@@ -19,6 +19,7 @@ mod metrics;
 pub mod msgpack;
 mod options;
 mod pages;
+mod quota;
 mod reload;
 mod render;
 mod serve;

@@ -5,6 +5,7 @@
 
 use bytes::Bytes;
 
+use crate::quota;
 use crate::render::{header, sample};
 use crate::serve::Shared;
 use crate::tls::Tls;
@@ -73,6 +74,9 @@ pub(crate) async fn page(shared: &Shared, request: PageRequest) -> Option<Page> 
         (Method::Get, "/metrics") => {
             let mut text = String::with_capacity(16 << 10);
             shared.metrics.render(shared.open_websockets(), &mut text);
+            if let Some(keys) = &shared.options.api_keys {
+                quota::render(&keys.accounts(), &mut text);
+            }
             if let Some(at) = shared.options.tls.as_ref().and_then(Tls::expires) {
                 let name = "pirouette_certificate_expires_seconds";
                 header(&mut text, name, "gauge", "When the certificate expires, since 1970.");

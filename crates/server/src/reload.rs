@@ -91,6 +91,8 @@ pub(crate) async fn watch(shared: Arc<Shared>) {
     let options = &shared.options;
     let mut files: Vec<Arc<dyn Reload>> = Vec::new();
     files.extend(options.tls.iter().map(|tls| tls.reloading()));
+    files.extend(options.api_keys.iter().map(|keys| keys.reloading("api_keys")));
+    files.extend(options.admin_keys.iter().map(|keys| keys.reloading("admin_keys")));
     let mut hangup = Hangup::new();
     loop {
         let at_once = tokio::select! {

@@ -134,7 +134,8 @@ pub async fn serve_doors<L: Listener>(
     let (drain, draining) = watch::channel(false);
     let (life, mut lives) = mpsc::channel::<()>(1);
     let mut tasks = tokio::task::JoinSet::new();
-    if shared.options.tls.is_some() {
+    let ServeOptions { tls, api_keys, admin_keys, .. } = &shared.options;
+    if tls.is_some() || api_keys.is_some() || admin_keys.is_some() {
         tasks.spawn(reload::watch(shared.clone()));
     }
     if let Some(listener) = admin {

@@ -6,6 +6,7 @@ use pirouette_server::{ApiKeys, ServeOptions};
 use rig::Server;
 
 const ROBOT: &str = "the-key-of-a-robot";
+const SCRAPER: &str = "the-key-of-a-scraper";
 const ADMIN: &str = "the-key-of-an-admin";
 
 fn request(method: &str, path: &str, headers: &str, body: &str) -> String {
@@ -66,8 +67,11 @@ async fn changes_come_by_post_through_the_admin_listener_alone() {
 #[tokio::test]
 async fn the_two_listeners_have_keys_of_their_own() {
     let keys = |text: &str| Some(ApiKeys::parse(text).unwrap());
-    let options =
-        ServeOptions { api_keys: keys(ROBOT), admin_keys: keys(ADMIN), ..ServeOptions::default() };
+    let options = ServeOptions {
+        api_keys: keys(ROBOT),
+        admin_keys: keys(&format!("{ADMIN}\nscraper {SCRAPER} rate=0.001\n")),
+        ..ServeOptions::default()
+    };
     let server = Server::with_admin(options).await;
     let with =
         |key: &str| request("GET", "/metrics", &format!("Authorization: Bearer {key}\r\n"), "");
@@ -78,6 +82,9 @@ async fn the_two_listeners_have_keys_of_their_own() {
     assert!(status.contains(" 200 "), "{status}");
     assert!(metrics.contains("{reason=\"admin_unauthorized\"} 2"), "{metrics}");
     assert!(server.get(&with(ADMIN)).await.0.contains(" 401 "));
+    assert!(server.admin(&with(SCRAPER)).await.0.contains(" 200 "));
+    let (status, _, body) = server.admin(&with(SCRAPER)).await;
+    assert!(status.contains(" 429 ") && body.contains("key `scraper` may send"), "{body}");
 }
 
 #[tokio::test]
