@@ -3,54 +3,18 @@
 mod rig;
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use pirouette_server::{ServeOptions, Tls, TlsError};
+use rig::secure::{client, connect, file, first, tls};
 use rig::{Raw, Server, first_action, state};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
-use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
-use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName};
 use tokio_rustls::rustls::version::{TLS12, TLS13};
-use tokio_rustls::rustls::{self, ClientConfig, RootCertStore};
-
-fn file(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../testdata/tls").join(name)
-}
-
-fn tls(certificate: &str, key: &str) -> Result<Tls, TlsError> {
-    Tls::read(&file(certificate), &file(key))
-}
-
-fn first() -> ServeOptions {
-    ServeOptions { tls: Some(tls("first.pem", "first.key").unwrap()), ..Default::default() }
-}
-
-/// Trusts the authority in a file.
-fn client(authority: &str, version: &'static rustls::SupportedProtocolVersion) -> TlsConnector {
-    let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_file(file(authority)).unwrap()).unwrap();
-    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_protocol_versions(&[version])
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    TlsConnector::from(Arc::new(config))
-}
-
-async fn connect(
-    connector: &TlsConnector,
-    address: SocketAddr,
-) -> std::io::Result<Raw<TlsStream<TcpStream>>> {
-    let stream = TcpStream::connect(address).await?;
-    let name = ServerName::try_from("localhost").unwrap();
-    let handshake = connector.connect(name, stream);
-    Ok(Raw(tokio::time::timeout(rig::PATIENCE, handshake).await.expect("a handshake")?))
-}
 
 fn certificate(raw: &Raw<TlsStream<TcpStream>>) -> CertificateDer<'static> {
     raw.0.get_ref().1.peer_certificates().unwrap()[0].clone().into_owned()
