@@ -2,6 +2,7 @@
 
 mod args;
 mod bench;
+mod descriptors;
 mod device;
 mod doctor;
 mod golden;
@@ -9,6 +10,7 @@ mod infer;
 mod inspect;
 mod ladder;
 mod lerobot;
+mod log;
 mod npz;
 mod plan;
 mod profile;

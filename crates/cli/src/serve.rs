@@ -15,7 +15,9 @@ use pirouette_policy::config::environment;
 use pirouette_server::{ApiKeys, Doors, ServeOptions, Tls, check_admin_exposure, check_exposure};
 
 use crate::args::{DeviceArgs, WeightArgs};
+use crate::descriptors;
 use crate::device;
+use crate::log::{self, LogFormat};
 use crate::service::PolicyService;
 use crate::setup::{self, PolicyArgs};
 use crate::weights::Weights;
@@ -80,6 +82,10 @@ pub struct ServeArgs {
     /// Euler steps (default: the configuration's).
     #[arg(long)]
     pub steps: Option<usize>,
+    /// Form of the log on standard error; PIROUETTE_LOG chooses what is told (default `info`;
+    /// `info,pirouette::request=debug` for every request).
+    #[arg(long, value_enum, default_value = "text")]
+    pub log_format: LogFormat,
     /// openpi's flag; nothing is recorded.
     #[arg(long)]
     pub record: bool,
@@ -87,19 +93,15 @@ pub struct ServeArgs {
 
 /// Serves until SIGTERM or Ctrl-C.
 pub fn run(args: &ServeArgs) -> Result<()> {
-    tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("PIROUETTE_LOG")
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
-        )
-        .with_writer(std::io::stderr)
-        .init();
+    log::start(args.log_format);
     if args.record {
         tracing::warn!("--record is accepted for openpi's sake; nothing is recorded");
     }
     let (name, checkpoint) = what_to_serve(args)?;
     let doors = doors(args);
     let serve = serve_options(args, &doors)?;
+    // Also the admin port's connections and the checkpoint's files.
+    descriptors::raise((serve.max_connections + serve.max_handshakes + 256) as u64);
 
     let family = match &name {
         Some(name) => setup::policy_config(name)?.family,

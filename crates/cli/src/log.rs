@@ -1,0 +1,23 @@
+//! What `serve` tells while it runs → standard error, as text for people or JSON for collectors.
+
+use tracing_subscriber::EnvFilter;
+
+/// The form of a line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Starts logging. `PIROUETTE_LOG` chooses what is told: `info` unless it is set, requests one by
+/// one with `info,pirouette::request=debug`.
+pub fn start(format: LogFormat) {
+    let filter = EnvFilter::try_from_env("PIROUETTE_LOG").unwrap_or(EnvFilter::new("info"));
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => lines.init(),
+        LogFormat::Json => lines.json().flatten_event(true).init(),
+    }
+}
