@@ -1,9 +1,10 @@
-"""openpi's own client, as published, through TLS, against the null server."""
+"""openpi's own client, as published, through TLS and with keys, against the null server."""
 
 import os
 import pathlib
 import ssl
 import tempfile
+import time
 import unittest
 from unittest import mock
 
@@ -50,6 +51,28 @@ class Tls(unittest.TestCase):
         ):
             with self.assertRaises(ssl.SSLCertVerificationError):
                 self.client(server)
+
+
+class Keys(unittest.TestCase):
+    def test_a_quota_is_told_and_a_revoked_key_ends_the_connection(self):
+        with tempfile.TemporaryDirectory() as folder:
+            keys = pathlib.Path(folder, "keys")
+            keys.write_text("arm key-of-the-first-robot rate=4 burst=2\n")
+            flags = ("--times", "1", "--api-key-file", str(keys), "--reload-ms", "50")
+            with Server(*flags) as server:
+                client = server.client(api_key="key-of-the-first-robot")
+                with self.assertRaisesRegex(RuntimeError, "key `arm` may send 4 requests a second"):
+                    for i in range(1000):
+                        client.infer(observation(i, side=8))
+                # The socket is open, and in a quarter of a second there is room for one more.
+                time.sleep(0.3)
+                client.infer(observation())
+                keys.write_text("leg key-of-the-last-robot\n")
+                with self.assertRaises(websockets.exceptions.ConnectionClosed) as closed:
+                    for _ in range(1000):
+                        time.sleep(0.3)
+                        client.infer(observation())
+                self.assertEqual(closed.exception.rcvd.code, 1008)
 
 
 if __name__ == "__main__":
