@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use anyhow::{Result, bail};
 use pirouette_checkpoint::{orbax, safetensors};
 use pirouette_policy::config::{from_toml, named};
+use pirouette_policy::image::{Encoding, MAX_PIXELS};
 use pirouette_policy::{NormStats, Policy, Tokenizer};
 use pirouette_server::msgpack;
 use pirouette_testing::fixture::testdata;
@@ -28,6 +29,8 @@ const MAX_SEED: u64 = 256 << 10;
 pub const TARGETS: &[Target] = &[
     Target { name: "msgpack", seeds: &[("E_wire", ".msgpack")], run: decode },
     Target { name: "observation", seeds: &[("E_wire", ".msgpack")], run: observe },
+    Target { name: "jpeg", seeds: &[("G_images", ".jpg")], run: image },
+    Target { name: "png", seeds: &[("G_images", ".png")], run: image },
     Target { name: "safetensors", seeds: &[("", ".safetensors")], run: safetensors_header },
     Target { name: "ocdbt_manifest", seeds: &[("", "manifest.ocdbt")], run: manifest },
     Target { name: "ocdbt_node", seeds: &[("", "/d/")], run: node },
@@ -100,6 +103,15 @@ fn observe(input: &[u8]) {
         for policy in policies {
             let _ = policy.prepare(&value);
         }
+    }
+}
+
+/// The bytes of an image file. Sizes they claim must not be believed.
+fn image(input: &[u8]) {
+    let Some(encoding) = Encoding::of(input) else { return };
+    if let Ok(decoded) = encoding.decode(input) {
+        assert!(decoded.height * decoded.width <= MAX_PIXELS);
+        assert_eq!(decoded.rgb.len(), decoded.height * decoded.width * 3);
     }
 }
 
