@@ -11,6 +11,7 @@ use axum::response::Response;
 use tokio::sync::watch;
 
 use crate::connection;
+use crate::dialect::Dialect;
 use crate::serve::{Shared, WeakLife};
 
 /// What may wait to be taken by one client. A client that sends pings and never reads would pile
@@ -107,9 +108,10 @@ async fn upgrade(
         .max_message_size(limit)
         .max_frame_size(limit)
         .max_write_buffer_size(MAX_UNSENT_BYTES);
+    let dialect = Dialect::of_path(parts.uri.path()).unwrap_or(shared.options.dialect);
     websocket.on_upgrade(async move |socket| {
-        shared.metrics.opened.fetch_add(1, Relaxed);
-        connection::run(socket, shared, draining).await;
+        let number = shared.metrics.opened.fetch_add(1, Relaxed);
+        connection::run(socket, shared, draining, dialect, number).await;
         drop((slot, life));
     })
 }

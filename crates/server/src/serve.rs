@@ -17,6 +17,7 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::http;
 use crate::metrics::Metrics;
+use crate::newest::Sessions;
 use crate::options::ServeOptions;
 use crate::service::Service;
 
@@ -27,6 +28,8 @@ pub(crate) struct Shared {
     pub(crate) metrics: Metrics,
     /// One permit per open websocket.
     pub(crate) slots: Arc<Semaphore>,
+    /// Requests of which only the newest counts.
+    pub(crate) sessions: Sessions,
 }
 
 impl Shared {
@@ -97,7 +100,8 @@ pub async fn serve<L: Listener>(
 ) -> Served {
     let slots = Arc::new(Semaphore::new(options.max_connections.min(Semaphore::MAX_PERMITS)));
     let handshakes = Arc::new(Semaphore::new(options.max_handshakes.min(Semaphore::MAX_PERMITS)));
-    let shared = Arc::new(Shared { service, options, metrics: Metrics::default(), slots });
+    let (metrics, sessions) = (Metrics::default(), Sessions::default());
+    let shared = Arc::new(Shared { service, options, metrics, slots, sessions });
     let (drain, draining) = watch::channel(false);
     let (life, mut lives) = mpsc::channel::<()>(1);
     let mut tasks = tokio::task::JoinSet::new();

@@ -1,6 +1,8 @@
 //! A scripted service, a running server, and a client that speaks raw bytes.
 #![allow(dead_code)] // each test file uses its part
 
+pub mod arm;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
