@@ -9,7 +9,7 @@ use pirouette_checkpoint::{orbax, safetensors};
 use pirouette_policy::config::{from_toml, named};
 use pirouette_policy::image::{Encoding, MAX_PIXELS};
 use pirouette_policy::{NormStats, Policy, Tokenizer, Value};
-use pirouette_server::{dialect, msgpack};
+use pirouette_server::{ServeOptions, dialect, msgpack};
 use pirouette_testing::fixture::testdata;
 
 /// One parser.
@@ -29,6 +29,7 @@ const MAX_SEED: u64 = 256 << 10;
 pub const TARGETS: &[Target] = &[
     Target { name: "msgpack", seeds: &[("E_wire", ".msgpack")], run: decode },
     Target { name: "observation", seeds: &[("E_wire", ".msgpack")], run: observe },
+    Target { name: "request", seeds: &[("I_requests", ".msgpack")], run: request },
     Target { name: "vla_eval", seeds: &[("H_vla_eval", ".msgpack")], run: vla_eval },
     Target { name: "jpeg", seeds: &[("G_images", ".jpg")], run: image },
     Target { name: "png", seeds: &[("G_images", ".png")], run: image },
@@ -109,6 +110,17 @@ fn observe(input: &[u8]) {
             let _ = policy.prepare(&value);
         }
     }
+}
+
+/// The optional keys, batches and endpoints of a frame.
+fn request(input: &[u8]) {
+    if let Ok(Value::Map(map)) = msgpack::decode(&bytes::Bytes::copy_from_slice(input)) {
+        let options = ServeOptions::default();
+        if let Ok(count) = dialect::observations_of(map, &options) {
+            assert!(count <= options.max_batch_observations);
+        }
+    }
+    observe(input);
 }
 
 /// An envelope and the scene in it.

@@ -188,6 +188,17 @@ mod tests {
     }
 
     #[test]
+    fn padding_after_the_end_is_no_fault() {
+        // Drivers hand out whole buffers, of which the picture is the beginning.
+        for name in ["camera.jpg", "progressive.jpg", "camera.png"] {
+            let mut padded = file(name);
+            let want = decode(&padded).unwrap();
+            padded.extend([0; 300]);
+            assert_eq!(decode(&padded), Ok(want), "{name}");
+        }
+    }
+
+    #[test]
     fn broken_files_are_refused_in_one_line() {
         for name in ["camera.png", "camera.jpg", "progressive.jpg", "palette.png", "deep.png"] {
             let whole = file(name);

@@ -8,11 +8,13 @@ pub mod vla_eval;
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Instant;
 
 use bytes::Bytes;
 use pirouette_policy::Value;
 
 use crate::msgpack;
+use crate::options::ServeOptions;
 use crate::service::ServiceError;
 
 /// A protocol.
@@ -73,6 +75,19 @@ impl FromStr for Dialect {
     }
 }
 
+/// How many observations a decoded request of openpi's dialect or RoboArena's holds (a reset
+/// holds none), those that are wrong left out: for tools that look at recorded requests.
+///
+/// # Errors
+/// The request is wrong as a whole.
+pub fn observations_of(
+    map: Vec<(String, Value)>,
+    options: &ServeOptions,
+) -> Result<usize, ServiceError> {
+    let most = options.max_batch_observations;
+    Ok(openpi::read(map, Instant::now(), most, true)?.contexts().len())
+}
+
 /// A data message as it arrived.
 pub(crate) enum Frame {
     Binary(Bytes),
@@ -104,6 +119,21 @@ pub(crate) fn decode(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn recorded_requests_hold_what_they_were_packed_from() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/I_requests");
+        let count = |name: &str| {
+            let bytes = std::fs::read(format!("{folder}/{name}.msgpack")).unwrap();
+            let map = decode(Frame::Binary(bytes.into()), &msgpack::Limits::default());
+            observations_of(map.unwrap(), &ServeOptions::default()).map_err(|e| e.message)
+        };
+        for (name, want) in [("keys", 1), ("noise", 1), ("roboarena", 1), ("reset", 0)] {
+            assert_eq!(count(name), Ok(want), "{name}");
+        }
+        // Seed and noise exclude each other in the third, the fourth is no map.
+        assert_eq!(count("batch"), Ok(2));
+    }
 
     #[test]
     fn names_and_paths() {
