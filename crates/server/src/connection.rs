@@ -205,9 +205,9 @@ impl Connection {
                 self.shared.metrics.outcome("reset");
                 return self.send(reset(self.dialect)).await;
             }
-            Ok(openpi::Request::Infer(observation, context)) => {
-                self.shared.metrics.stage("decode").record_ms(context.decode_ms);
-                match self.infer(vec![Ok((observation, context))]).await?.remove(0) {
+            Ok(openpi::Request::Infer(one)) => {
+                self.shared.metrics.stage("decode").record_ms(one.1.decode_ms);
+                match self.infer(vec![Ok(*one)]).await?.remove(0) {
                     Ok(reply) => {
                         self.shared.metrics.outcome("ok");
                         openpi::response(reply, ms(asked), previous_ms)

@@ -14,7 +14,7 @@ pub(crate) type Asked = Result<(Value, RequestContext), ServiceError>;
 #[derive(Debug)]
 pub(crate) enum Request {
     /// One observation.
-    Infer(Value, RequestContext),
+    Infer(Box<(Value, RequestContext)>),
     /// The key `batch`: several, each answered on its own.
     Batch(Vec<Asked>),
     /// RoboArena's `endpoint: "reset"`.
@@ -41,7 +41,7 @@ pub(crate) fn read(
     }
     let Some(at) = map.iter().position(|(key, _)| key == "batch") else {
         let context = fields::take(&mut map, received)?;
-        return Ok(Request::Infer(Value::Map(map), context));
+        return Ok(Request::Infer(Box::new((Value::Map(map), context))));
     };
     let Value::List(observations) = map.remove(at).1 else {
         return Err(wrong("`batch` must be a list of observations".into()));
@@ -106,7 +106,7 @@ impl Request {
     /// The contexts of what is asked.
     pub(crate) fn contexts(&mut self) -> Vec<&mut RequestContext> {
         match self {
-            Request::Infer(_, context) => vec![context],
+            Request::Infer(asked) => vec![&mut asked.1],
             Request::Batch(asked) => asked.iter_mut().flatten().map(|(_, c)| c).collect(),
             Request::Reset => Vec::new(),
         }
@@ -215,22 +215,25 @@ mod tests {
         assert_eq!(asked[0].as_ref().unwrap_err().python_type, "TypeError");
     }
 
+    fn observation(map: Vec<(String, Value)>, endpoints: bool) -> Vec<(String, Value)> {
+        match read_one(map, endpoints) {
+            Ok(Request::Infer(asked)) => match asked.0 {
+                Value::Map(map) => map,
+                other => panic!("{other:?}"),
+            },
+            other => panic!("{other:?}"),
+        }
+    }
+
     #[test]
     fn endpoints_are_known_to_roboarena_alone() {
         let reset = || vec![entry("endpoint", text("reset")), entry("session_id", text("s"))];
         assert!(matches!(read_one(reset(), true), Ok(Request::Reset)));
-        let Ok(Request::Infer(Value::Map(map), _)) = read_one(reset(), false) else {
-            panic!("openpi ignores it")
-        };
-        assert_eq!(map[0].0, "endpoint");
+        assert_eq!(observation(reset(), false), reset(), "openpi ignores it");
         let infer = vec![entry("endpoint", text("infer")), entry(CAMERA_0, Value::Nil)];
-        let Ok(Request::Infer(Value::Map(map), _)) = read_one(infer, true) else { panic!("infer") };
-        assert_eq!(map, [entry(CAMERA_1, Value::Nil)]);
+        assert_eq!(observation(infer, true), [entry(CAMERA_1, Value::Nil)]);
         let both = vec![entry(CAMERA_0, Value::Int(0)), entry(CAMERA_1, Value::Int(1))];
-        let Ok(Request::Infer(Value::Map(map), _)) = read_one(both.clone(), true) else {
-            panic!("infer")
-        };
-        assert_eq!(map, both);
+        assert_eq!(observation(both.clone(), true), both);
         let error = read_one(vec![entry("endpoint", text("stop"))], true).unwrap_err();
         assert!(error.message.contains("`endpoint` must be"), "{error}");
     }
