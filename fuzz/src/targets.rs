@@ -7,8 +7,9 @@ use std::sync::OnceLock;
 use anyhow::{Result, bail};
 use pirouette_checkpoint::{orbax, safetensors};
 use pirouette_policy::config::{from_toml, named};
-use pirouette_policy::{NormStats, Policy, Tokenizer};
-use pirouette_server::msgpack;
+use pirouette_policy::image::{Encoding, MAX_PIXELS};
+use pirouette_policy::{NormStats, Policy, Tokenizer, Value};
+use pirouette_server::{ServeOptions, dialect, msgpack};
 use pirouette_testing::fixture::testdata;
 
 /// One parser.
@@ -28,6 +29,10 @@ const MAX_SEED: u64 = 256 << 10;
 pub const TARGETS: &[Target] = &[
     Target { name: "msgpack", seeds: &[("E_wire", ".msgpack")], run: decode },
     Target { name: "observation", seeds: &[("E_wire", ".msgpack")], run: observe },
+    Target { name: "request", seeds: &[("I_requests", ".msgpack")], run: request },
+    Target { name: "vla_eval", seeds: &[("H_vla_eval", ".msgpack")], run: vla_eval },
+    Target { name: "jpeg", seeds: &[("G_images", ".jpg")], run: image },
+    Target { name: "png", seeds: &[("G_images", ".png")], run: image },
     Target { name: "safetensors", seeds: &[("", ".safetensors")], run: safetensors_header },
     Target { name: "ocdbt_manifest", seeds: &[("", "manifest.ocdbt")], run: manifest },
     Target { name: "ocdbt_node", seeds: &[("", "/d/")], run: node },
@@ -84,10 +89,10 @@ fn decode(input: &[u8]) {
     }
 }
 
-/// A frame through a policy's input side: every robot, no model.
-fn observe(input: &[u8]) {
+/// Every robot, no model.
+fn policies() -> &'static [Policy] {
     static POLICIES: OnceLock<Vec<Policy>> = OnceLock::new();
-    let policies = POLICIES.get_or_init(|| {
+    POLICIES.get_or_init(|| {
         let path = testdata().join("D_preprocess/tokenizer/tok_bpe.model");
         let tokenizer = Arc::new(Tokenizer::from_file(&path).expect("a fixture"));
         let policy = |name: &str| {
@@ -95,11 +100,49 @@ fn observe(input: &[u8]) {
             Policy::new(config, &NormStats::default(), tokenizer.clone(), 224).expect("it is sound")
         };
         ["pi05_droid", "pi0_libero", "pi0_aloha"].map(policy).into()
-    });
+    })
+}
+
+/// A frame through a policy's input side.
+fn observe(input: &[u8]) {
     if let Ok(value) = msgpack::decode(&bytes::Bytes::copy_from_slice(input)) {
-        for policy in policies {
+        for policy in policies() {
             let _ = policy.prepare(&value);
         }
+    }
+}
+
+/// The optional keys, batches and endpoints of a frame.
+fn request(input: &[u8]) {
+    if let Ok(Value::Map(map)) = msgpack::decode(&bytes::Bytes::copy_from_slice(input)) {
+        let options = ServeOptions::default();
+        if let Ok(count) = dialect::observations_of(map, &options) {
+            assert!(count <= options.max_batch_observations);
+        }
+    }
+    observe(input);
+}
+
+/// An envelope and the scene in it.
+fn vla_eval(input: &[u8]) {
+    let value = msgpack::decode(&bytes::Bytes::copy_from_slice(input));
+    let Ok(Value::Map(map)) = value else { return };
+    let Ok(envelope) = dialect::vla_eval::read(map) else { return };
+    if let dialect::vla_eval::Kind::Observation(scene) = envelope.kind {
+        for policy in policies() {
+            if let Ok(own) = policy.observation_of(Value::Map(scene.clone())) {
+                let _ = policy.prepare(&own);
+            }
+        }
+    }
+}
+
+/// The bytes of an image file. Sizes they claim must not be believed.
+fn image(input: &[u8]) {
+    let Some(encoding) = Encoding::of(input) else { return };
+    if let Ok(decoded) = encoding.decode(input) {
+        assert!(decoded.height * decoded.width <= MAX_PIXELS);
+        assert_eq!(decoded.rgb.len(), decoded.height * decoded.width * 3);
     }
 }
 

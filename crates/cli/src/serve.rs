@@ -12,7 +12,9 @@ use anyhow::{Context, Result, bail};
 use pirouette_engine::{BucketRule, DeviceFactory, Engine, EngineOptions};
 use pirouette_model::{BackendError, WeightTable};
 use pirouette_policy::config::environment;
-use pirouette_server::{ApiKeys, Doors, ServeOptions, Tls, check_admin_exposure, check_exposure};
+use pirouette_server::{
+    ApiKeys, Dialect, Doors, ServeOptions, Tls, check_admin_exposure, check_exposure,
+};
 
 use crate::args::{DeviceArgs, WeightArgs};
 use crate::descriptors;
@@ -73,6 +75,16 @@ pub struct ServeArgs {
     /// File with the keys of the admin port, as --api-key-file.
     #[arg(long, requires = "admin_port")]
     pub admin_key_file: Option<PathBuf>,
+    /// Whose protocol is spoken on paths that name none: openpi, roboarena, vllm-omni, vla-eval
+    /// or auto (docs/protocol.md).
+    #[arg(long, default_value_t = Dialect::Openpi)]
+    pub dialect: Dialect,
+    /// Actions of a chunk that a vla-eval client executes before the next inference.
+    #[arg(long, default_value_t = 10)]
+    pub vla_eval_actions: usize,
+    /// Most observations in one `batch` request.
+    #[arg(long, default_value_t = 128)]
+    pub max_observations: usize,
     /// Largest message accepted, MiB.
     #[arg(long, default_value_t = 64)]
     pub max_frame_mib: usize,
@@ -117,6 +129,13 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         tracing::warn!("{warning}");
     }
     tracing::info!("{}; {}", setup::describe(&policy), weights.origin);
+    if args.dialect == Dialect::Roboarena && policy.roboarena().is_none() {
+        bail!(
+            "RoboArena's robot is DROID's, {} is for another one ({}): leave --dialect out",
+            policy.config().name,
+            policy.config().robot.name()
+        );
+    }
     drop(weights);
 
     let on_gpu = device::is_gpu(&args.device)?;
@@ -159,7 +178,16 @@ fn serve_options(args: &ServeArgs, doors: &Doors<SocketAddr>) -> Result<ServeOpt
         check_admin_exposure(admin, admin_keys.is_some(), args.insecure)?;
     }
     let max_frame_bytes = args.max_frame_mib.clamp(1, 4096) << 20;
-    Ok(ServeOptions { max_frame_bytes, api_keys, admin_keys, tls, ..ServeOptions::default() })
+    Ok(ServeOptions {
+        max_frame_bytes,
+        dialect: args.dialect,
+        vla_eval_actions: args.vla_eval_actions.max(1),
+        max_batch_observations: args.max_observations.max(1),
+        api_keys,
+        admin_keys,
+        tls,
+        ..ServeOptions::default()
+    })
 }
 
 /// The configuration's name (none: the checkpoint describes itself) and the checkpoint.

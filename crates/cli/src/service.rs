@@ -1,24 +1,26 @@
 //! Observation → policy → engine → policy → answer: the service behind the server.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pirouette_engine::{Engine, Noise, Request};
 use pirouette_policy::{Policy, PolicyError, Value, contract};
 use pirouette_server::{
-    Reply, RequestContext, Service, ServiceError, ServiceFuture, render_engine,
+    Preparation, Reply, RequestContext, Service, ServiceError, ServiceFuture, Spans, render_engine,
+    timing,
 };
 
 /// A policy over an engine.
 pub struct PolicyService {
     policy: Arc<Policy>,
     engine: Engine,
+    preparation: Preparation,
 }
 
 impl PolicyService {
     /// Joins the two.
     pub fn new(policy: Policy, engine: Engine) -> Self {
-        PolicyService { policy: Arc::new(policy), engine }
+        PolicyService { policy: Arc::new(policy), engine, preparation: Preparation::per_core() }
     }
 
     /// The engine, for readiness and the drain.
@@ -31,12 +33,15 @@ impl PolicyService {
         observation: Value,
         context: RequestContext,
     ) -> Result<Reply, ServiceError> {
-        // Resizing takes milliseconds: not on the socket's threads.
-        let policy = Arc::clone(&self.policy);
-        let prepared = tokio::task::spawn_blocking(move || policy.prepare(&observation))
-            .await
-            .map_err(|_| ServiceError::exception("RuntimeError", "preprocessing failed"))?
-            .map_err(refused)?;
+        // Decoding and resizing images take milliseconds: not on the socket's threads.
+        let (policy, scene) = (Arc::clone(&self.policy), context.scene);
+        let work = move || match scene {
+            true => policy.observation_of(observation).and_then(|own| policy.prepare(&own)),
+            false => policy.prepare(&observation),
+        };
+        let preparing = self.preparation.run(&context, work).await?;
+        let (waited, took) = (preparing.waited, preparing.took);
+        let prepared = preparing.value.map_err(refused)?;
         if prepared.dropped_tokens > 0 {
             tracing::warn!(dropped = prepared.dropped_tokens, "the prompt was cut at its end");
         }
@@ -65,15 +70,18 @@ impl PolicyService {
             steps: context.steps,
             deadline: context.deadline,
         })?;
-        let answer = pending.await?;
+        let answer = context.answer(pending).await?;
+        let finishing = Instant::now();
         let actions = self.policy.finish(&prepared, &answer.actions).map_err(refused)?;
         // The seed the server drew: with it the same request gives the same actions again.
         let seed = answer.seed.filter(|_| drawn).map(|s| ("seed".into(), Value::Int(s.into())));
-        Ok(Reply {
-            actions,
-            model_ms: answer.timing.run.total_ms,
-            extras: seed.into_iter().collect(),
-        })
+        let mut extras: Vec<_> = seed.into_iter().collect();
+        if context.explain {
+            let finish = finishing.elapsed();
+            let spans = Spans { prepare_wait: waited, prepare: took, finish };
+            extras.push(timing(&context, &spans, &answer.timing));
+        }
+        Ok(Reply { actions, model_ms: answer.timing.run.total_ms, extras })
     }
 }
 
@@ -107,6 +115,10 @@ impl Service for PolicyService {
 
     fn readiness(&self) -> ServiceFuture<'_, Result<(), String>> {
         Box::pin(self.engine.readiness())
+    }
+
+    fn roboarena(&self) -> Option<Value> {
+        self.policy.roboarena()
     }
 
     fn contract(&self) -> String {

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -31,9 +31,15 @@ pub struct Engine {
 #[derive(Debug)]
 pub struct Pending {
     receiver: oneshot::Receiver<Result<Answer, EngineError>>,
+    started: Arc<AtomicBool>,
 }
 
 impl Pending {
+    /// Whether a device has begun to work on it; until then dropping it costs nothing.
+    pub fn has_started(&self) -> bool {
+        self.started.load(Relaxed)
+    }
+
     /// Blocks the calling thread (not one of an async runtime) until the answer is there.
     pub fn wait(self) -> Result<Answer, EngineError> {
         self.receiver.blocking_recv().unwrap_or(Err(EngineError::Draining))
@@ -105,13 +111,15 @@ impl Engine {
             }
         }
         let capacity = state.queue.capacity();
-        let job = Job { inputs, deadline, reply: Reply { arrived, seed, sender } };
+        let started = Arc::new(AtomicBool::new(false));
+        let reply = Reply { arrived, seed, sender, started: started.clone() };
+        let job = Job { inputs, deadline, reply };
         state.queue.push(job).map_err(|_| EngineError::Overloaded { capacity })?;
         drop(state);
         self.shared.stats.accepted.fetch_add(1, Relaxed);
         self.shared.wake.notify_all();
         self.refill();
-        Ok(Pending { receiver })
+        Ok(Pending { receiver, started })
     }
 
     /// Checks a request against the model and draws its noise.

@@ -1,6 +1,8 @@
 //! Waiting requests → batches: one bounded queue, earliest deadline first.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -36,6 +38,8 @@ pub(crate) struct Reply {
     pub(crate) arrived: Instant,
     pub(crate) seed: Option<u64>,
     pub(crate) sender: oneshot::Sender<Result<Answer, EngineError>>,
+    /// Set once a batch has taken the request.
+    pub(crate) started: Arc<AtomicBool>,
 }
 
 /// A request in the queue.
@@ -236,7 +240,14 @@ mod tests {
             noise: Vec::new(),
         };
         let deadline = deadline_ms.map(|ms| arrived + Duration::from_millis(ms));
-        (Job { inputs, deadline, reply: Reply { arrived, seed: None, sender } }, receiver)
+        (
+            Job {
+                inputs,
+                deadline,
+                reply: Reply { arrived, seed: None, sender, started: Arc::default() },
+            },
+            receiver,
+        )
     }
 
     fn times(table: &[(usize, u64)]) -> ServiceTimes {

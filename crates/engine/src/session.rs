@@ -197,6 +197,7 @@ impl Session {
         let measured = state.times.measured(bucket, slots);
         let limit = measured.map_or(options.watchdog_first, |t| options.watchdog.max(t * 10));
         let predicted = state.times.predict(bucket, slots).unwrap_or_default();
+        jobs.iter().for_each(|job| job.reply.started.store(true, Relaxed));
         let (inputs, replies) = jobs.into_iter().map(|job| (job.inputs, job.reply)).unzip();
         let running = Running { started: at, predicted, limit, replies };
         state.devices[self.index].running = Some(running);

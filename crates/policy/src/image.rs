@@ -1,9 +1,12 @@
-//! From a camera's array in an observation to the square 8-bit RGB image the model reads.
+//! From a camera's array, JPEG or PNG in an observation to the square 8-bit RGB image the model
+//! reads.
 
 mod bilinear;
+mod encoded;
 mod pillow;
 
 pub use bilinear::resize_with_pad as resize_with_pad_unfiltered;
+pub use encoded::{Decoded, Encoding, MAX_PIXELS};
 pub use pillow::resize_with_pad;
 
 use crate::config::Processing;
@@ -66,8 +69,9 @@ pub fn float_to_byte_f16(x: f16) -> u8 {
 }
 
 impl CameraImage {
-    /// Reads the image at `key`. uint8 and floats are understood; an image of bytes that already
-    /// lies as the model wants it is not copied.
+    /// Reads the image at `key`: an array of uint8 or floats, or the bytes of a JPEG or PNG file
+    /// (as bytes or as a one-dimensional uint8 array; the file says where its channels are). An
+    /// array of bytes that already lies as the model wants it is not copied.
     pub fn parse(
         value: &Value,
         key: &str,
@@ -75,6 +79,9 @@ impl CameraImage {
         processing: Processing,
     ) -> Result<CameraImage, PolicyError> {
         let expected = schema(layout);
+        if let Some(bytes) = file_bytes(value) {
+            return decode(&bytes, key, &expected);
+        }
         let Some(array) = value.to_array() else {
             return Err(PolicyError::wrong_type(
                 format!("'{key}' is no image array but {}", value.python_type()),
@@ -164,13 +171,43 @@ fn fitted_size(from: (usize, usize), to: (usize, usize)) -> Option<(usize, usize
     (rows > 0 && columns > 0).then(|| (rows.min(to.0), columns.min(to.1)))
 }
 
+/// The bytes of a value that can only be an encoded image: raw bytes, or a one-dimensional uint8
+/// array that begins like a JPEG or PNG file.
+fn file_bytes(value: &Value) -> Option<Bytes> {
+    match value {
+        Value::Bytes(bytes) => Some(bytes.clone()),
+        Value::Array(NdArray { dtype: Scalar::U8, shape, data })
+            if shape.len() == 1 && Encoding::of(data).is_some() =>
+        {
+            Some(data.clone())
+        }
+        _ => None,
+    }
+}
+
+fn decode(bytes: &[u8], key: &str, expected: &str) -> Result<CameraImage, PolicyError> {
+    let Some(encoding) = Encoding::of(bytes) else {
+        return Err(PolicyError::value(
+            format!("'{key}' is {} bytes that are no JPEG and no PNG", bytes.len()),
+            format!("'{key}' must be {expected}"),
+        ));
+    };
+    let decoded = encoding.decode(bytes).map_err(|problem| {
+        let name = encoding.name();
+        let remedy = format!("'{key}' must be a complete {name} file, or {expected}");
+        PolicyError::value(format!("'{key}' is a {name} that can't be read: {problem}"), remedy)
+    })?;
+    let Decoded { height, width, rgb } = decoded;
+    Ok(CameraImage { height, width, pixels: Pixels::Bytes(rgb.into()) })
+}
+
 fn schema(layout: Layout) -> String {
     let shape = match layout {
         Layout::Auto => "[height, width, 3] or [3, height, width]",
         Layout::Hwc => "[height, width, 3]",
         Layout::Chw => "[3, height, width] (channels first)",
     };
-    format!("an image {shape}, uint8 or float in [0, 1]")
+    format!("an image {shape}, uint8 or float in [0, 1], or the bytes of a JPEG or PNG file")
 }
 
 /// Pillow's complaint about an array that is no RGB image.
@@ -274,6 +311,28 @@ mod tests {
             let error = parse(&array(Scalar::F32, &[1, 1, 3], data), Layout::Auto).unwrap_err();
             assert!(error.message().contains("'cam'"), "{error}");
         }
+    }
+
+    #[test]
+    fn files_are_read_in_any_layout_and_named_when_they_are_broken() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let file = std::fs::read(folder.join("../../testdata/G_images/camera.png")).unwrap();
+        let flat = array(Scalar::U8, &[file.len()], file.clone());
+        let bytes = Value::Bytes(file.clone().into());
+        for layout in [Layout::Auto, Layout::Hwc, Layout::Chw] {
+            let image = parse(&bytes, layout).unwrap();
+            assert_eq!((image.height, image.width), (40, 56));
+            assert_eq!(image, parse(&flat, layout).unwrap());
+        }
+        let cut = Value::Bytes(file[..file.len() / 2].to_vec().into());
+        let error = parse(&cut, Layout::Auto).unwrap_err();
+        assert!(error.message().starts_with("'cam' is a PNG that can't be read: "), "{error}");
+        let other = Value::Bytes(Bytes::from_static(b"GIF89a"));
+        let error = parse(&other, Layout::Auto).unwrap_err();
+        assert_eq!(error.message(), "'cam' is 6 bytes that are no JPEG and no PNG");
+        // Not a file: what was said about such an array before is still said.
+        let error = parse(&array(Scalar::U8, &[6], vec![0; 6]), Layout::Auto).unwrap_err();
+        assert_eq!(error.message(), "'cam' has shape (6,)");
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub mod norm;
 mod policy;
 pub mod prompt;
 pub mod robots;
+mod scene;
 pub mod tokenizer;
 pub mod value;
 

@@ -5,7 +5,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pirouette_engine::{
     BucketRule, DeviceFactory, Engine, EngineOptions, Noise, NullDevice, NullTimes, Request,
@@ -14,13 +14,13 @@ use pirouette_model::config::Vision;
 use pirouette_model::{Config, WeightTable};
 use pirouette_policy::{NdArray, Scalar, Value};
 use pirouette_server::{
-    ApiKeys, Reply, RequestContext, ServeOptions, Service, ServiceError, ServiceFuture, Tls,
-    check_exposure, render_engine,
+    ApiKeys, Reply, RequestContext, ServeOptions, Service, ServiceError, ServiceFuture, Spans, Tls,
+    check_exposure, render_engine, timing,
 };
 
 const USAGE: &str = "null_server [--host 127.0.0.1] [--port 8000] [--times 1:30,8:60] \
     [--horizon 50] [--dims 8] [--max-batch 8] [--load-ms 0] [--keepalive-ms 20000] \
-    [--api-key-file F] [--tls-cert F --tls-key F] [--insecure]";
+    [--dialect openpi] [--api-key-file F] [--tls-cert F --tls-key F] [--insecure]";
 
 struct NullService {
     engine: Engine,
@@ -38,11 +38,12 @@ impl NullService {
             return Err(ServiceError::exception("TypeError", "the observation must be a map"));
         };
         let get = |key: &str| map.iter().find(|(k, _)| k == key).map(|(_, v)| v);
-        let Some(Value::Str(prompt)) = get("prompt") else {
+        let Some(Value::Str(prompt)) = get("prompt").or(get("task_description")) else {
             return Err(ServiceError::exception("KeyError", "'prompt'"));
         };
         let config = self.engine.options().tables[0].config;
-        let state = get("observation/state").or(get("state"));
+        let states = ["observation/state", "state", "states", "observation/joint_position"];
+        let state = states.iter().find_map(|key| get(key));
         let Some(Value::Array(state)) = state else {
             return Err(ServiceError::exception("KeyError", "'observation/state'"));
         };
@@ -99,19 +100,36 @@ impl Service for NullService {
     ) -> ServiceFuture<'_, Result<Reply, ServiceError>> {
         Box::pin(async move {
             let drawn = context.seed.is_none() && context.noise.is_none();
-            let answer = self.engine.submit(self.request(&observation, &context)?)?.await?;
+            let preparing = Instant::now();
+            let request = self.request(&observation, &context)?;
+            let prepare = preparing.elapsed();
+            let answer = context.answer(self.engine.submit(request)?).await?;
             let rows = answer.actions.chunks(answer.action_dim);
             let data: Vec<u8> = rows
                 .flat_map(|row| row[..self.dims].iter().flat_map(|v| f64::from(*v).to_le_bytes()))
                 .collect();
             let shape = vec![answer.horizon, self.dims];
             let seed = answer.seed.filter(|_| drawn).map(|s| ("seed".into(), Value::Int(s.into())));
+            let spans = Spans { prepare, ..Spans::default() };
+            let explained = context.explain.then(|| timing(&context, &spans, &answer.timing));
             Ok(Reply {
                 actions: NdArray { dtype: Scalar::F64, shape, data: data.into() },
                 model_ms: answer.timing.run.total_ms,
-                extras: seed.into_iter().collect(),
+                extras: seed.into_iter().chain(explained).collect(),
             })
         })
+    }
+
+    fn roboarena(&self) -> Option<Value> {
+        let entries = [
+            ("image_resolution", Value::List(vec![Value::Int(224), Value::Int(224)])),
+            ("needs_wrist_camera", Value::Bool(true)),
+            ("n_external_cameras", Value::Int(1)),
+            ("needs_stereo_camera", Value::Bool(false)),
+            ("needs_session_id", Value::Bool(false)),
+            ("action_space", Value::Str("joint_position".into())),
+        ];
+        Some(Value::Map(entries.map(|(key, value)| (key.to_string(), value)).into()))
     }
 
     fn readiness(&self) -> ServiceFuture<'_, Result<(), String>> {
@@ -165,6 +183,7 @@ fn arguments() -> Result<Arguments, Box<dyn std::error::Error>> {
                 a.serve.keepalive_interval = Duration::from_millis(value.parse()?);
                 a.serve.keepalive_timeout = a.serve.keepalive_interval;
             }
+            "--dialect" => a.serve.dialect = value.parse()?,
             "--api-key-file" => a.serve.api_keys = Some(ApiKeys::read(value.as_ref())?),
             "--tls-cert" => a.tls[0] = Some(value),
             "--tls-key" => a.tls[1] = Some(value),

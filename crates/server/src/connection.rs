@@ -1,7 +1,8 @@
 //! One websocket: metadata once warm, then request → answer, in order, until somebody closes.
 //!
 //! One task per connection. While it waits for the service it keeps reading, so that pings are
-//! answered, closing clients are noticed, and their work is withdrawn.
+//! answered, closing clients are noticed, and their work is withdrawn. Requests are decoded as
+//! they arrive: a newer one may make those before it pointless.
 
 use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
@@ -12,16 +13,19 @@ use std::time::{Duration, Instant};
 use axum::extract::ws::{CloseFrame, Message, WebSocket};
 use bytes::Bytes;
 use futures_util::FutureExt;
+use futures_util::future::join_all;
 use pirouette_policy::Value;
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{timeout, timeout_at};
 use tokio_tungstenite::tungstenite;
 
-use crate::fields;
+use crate::dialect::openpi::{self, Asked};
+use crate::dialect::{self, Dialect, Frame, vla_eval};
 use crate::msgpack;
-use crate::quota::Pass;
+use crate::newest::Session;
+use crate::quota::{Admission, Pass};
 use crate::serve::Shared;
-use crate::service::{Failure, Reply, ServiceError};
+use crate::service::{Failure, Reply, RequestContext, ServiceError};
 
 /// openpi's own reason, byte for byte.
 const ERROR_REASON: &str = "Internal server error. Traceback included in previous frame.";
@@ -37,10 +41,17 @@ const POLICY: u16 = 1008;
 const TOO_BIG: u16 = 1009;
 const INTERNAL_ERROR: u16 = 1011;
 
-/// A data message as it arrived.
-enum Frame {
-    Binary(Bytes),
-    Text,
+/// A request as it was read.
+enum Request {
+    Openpi(Result<openpi::Request, ServiceError>),
+    VlaEval(Result<vla_eval::Envelope, ServiceError>),
+}
+
+/// A request in the order of its arrival.
+struct Incoming {
+    request: Request,
+    received: Instant,
+    decode_ms: f64,
 }
 
 /// Why a connection ends.
@@ -55,15 +66,21 @@ struct Connection {
     socket: WebSocket,
     shared: Arc<Shared>,
     draining: watch::Receiver<bool>,
+    /// Never [`Dialect::Auto`] once the client has been greeted or has spoken.
+    dialect: Dialect,
+    /// This connection's number, which is its session where requests name none.
+    number: u64,
+    /// vla-eval: actions of the last inference that are still to be handed out.
+    chunk: vla_eval::Chunk,
     /// Read ahead, bounded.
-    inbox: VecDeque<(Frame, Instant)>,
+    inbox: VecDeque<Incoming>,
     last_heard: Instant,
     last_request: Instant,
     pinged: Option<Instant>,
-    /// Number of the connection.
-    id: u64,
     /// Of the key it came with.
     pass: Option<Pass>,
+    /// Messages answered so far, this one included.
+    messages: u64,
 }
 
 /// Runs a connection to its end.
@@ -71,22 +88,24 @@ pub(crate) async fn run(
     socket: WebSocket,
     shared: Arc<Shared>,
     draining: watch::Receiver<bool>,
+    dialect: Dialect,
     pass: Option<Pass>,
 ) {
-    let id = shared.metrics.opened.fetch_add(1, Relaxed) + 1;
+    let number = shared.metrics.opened.fetch_add(1, Relaxed) + 1;
     let now = Instant::now();
-    let (last_heard, last_request) = (now, now);
-    let inbox = VecDeque::new();
     let mut connection = Connection {
         socket,
         shared,
         draining,
-        inbox,
-        last_heard,
-        last_request,
+        dialect,
+        number,
+        chunk: vla_eval::Chunk::default(),
+        inbox: VecDeque::new(),
+        last_heard: now,
+        last_request: now,
         pinged: None,
-        id,
         pass,
+        messages: 0,
     };
     if let Err(End::Close(code, reason)) = connection.converse().await {
         connection.close(code, reason).await;
@@ -98,53 +117,51 @@ impl Connection {
     async fn converse(&mut self) -> Result<(), End> {
         let service = self.shared.service.clone();
         self.while_listening(service.warm()).await?;
-        let metadata = msgpack::encode(&service.metadata()).map_err(|error| {
-            tracing::error!(%error, "the metadata can't be encoded");
-            End::Close(INTERNAL_ERROR, ERROR_REASON)
-        })?;
-        self.send(Message::Binary(metadata.into())).await?;
+        self.greet().await?;
         let mut previous_ms = None;
-        for number in 1u64.. {
+        loop {
             let began = Instant::now();
-            let (frame, received) = self.next_frame().await?;
-            self.last_request = received;
-            match self.answer(frame, received, previous_ms).await? {
-                Ok(bytes) => {
-                    self.send(Message::Binary(bytes.into())).await?;
-                    self.shared.metrics.stage("total").record_ms(ms(received));
-                    self.shared.metrics.outcome("ok");
-                    self.log(number, "ok", received);
+            let incoming = self.next_request().await?;
+            self.last_request = incoming.received;
+            self.messages += 1;
+            match incoming.request {
+                Request::Openpi(request) => {
+                    self.answer(request, incoming.received, previous_ms).await?;
                 }
-                Err(error) => {
-                    self.shared.metrics.outcome(error.reason);
-                    self.log(number, error.reason, received);
-                    self.send(Message::Text(error.text().into())).await?;
-                    if error.failure == Failure::Exception {
-                        return Err(End::Close(INTERNAL_ERROR, ERROR_REASON));
-                    }
+                Request::VlaEval(message) => {
+                    self.act(message, incoming.received, incoming.decode_ms).await?;
                 }
             }
             previous_ms = Some(ms(began));
         }
-        Ok(())
     }
 
-    /// A line of the request log: never what was asked or answered, never a key.
-    fn log(&self, number: u64, outcome: &str, received: Instant) {
-        if tracing::enabled!(target: "pirouette::request", tracing::Level::DEBUG) {
-            let key = self.pass.as_ref().map(Pass::name);
-            tracing::debug!(
-                target: "pirouette::request",
-                connection = self.id,
-                request = number,
-                key = key.as_deref().unwrap_or("-"),
-                outcome,
-                ms = (ms(received) * 1e3).round() / 1e3,
-            );
+    /// Sends the metadata, unless the client is one that speaks first.
+    async fn greet(&mut self) -> Result<(), End> {
+        if self.dialect == Dialect::Auto {
+            let until = tokio::time::Instant::now() + self.shared.options.hello_wait;
+            while self.inbox.is_empty() {
+                let Ok(heard) = timeout_at(until, self.listen()).await else { break };
+                heard?;
+            }
         }
+        let service = &self.shared.service;
+        let metadata = match self.dialect {
+            Dialect::VlaEval => return Ok(()),
+            Dialect::Openpi => service.metadata(),
+            _ => service.roboarena().unwrap_or_else(|| service.metadata()),
+        };
+        if self.dialect == Dialect::Auto {
+            self.dialect = Dialect::Roboarena;
+        }
+        let metadata = msgpack::encode(&metadata).map_err(|error| {
+            tracing::error!(%error, "the metadata can't be encoded");
+            End::Close(INTERNAL_ERROR, ERROR_REASON)
+        })?;
+        self.send(Message::Binary(metadata.into())).await
     }
 
-    async fn next_frame(&mut self) -> Result<(Frame, Instant), End> {
+    async fn next_request(&mut self) -> Result<Incoming, End> {
         loop {
             if let Some(next) = self.inbox.pop_front() {
                 return Ok(next);
@@ -156,48 +173,219 @@ impl Connection {
         }
     }
 
-    /// Frame → answer's bytes, or the error to tell; the outer error ends the connection.
+    /// Decodes a message and gives it its place among the requests of its session.
+    fn read(&mut self, frame: Frame, received: Instant) -> Incoming {
+        let decoding = Instant::now();
+        let options = &self.shared.options;
+        let map = dialect::decode(frame, &options.limits);
+        if self.dialect == Dialect::Auto {
+            let hello = map.as_ref().is_ok_and(|map| vla_eval::is_hello(map));
+            self.dialect = if hello { Dialect::VlaEval } else { Dialect::Roboarena };
+        }
+        if self.dialect == Dialect::VlaEval {
+            let request = Request::VlaEval(map.and_then(vla_eval::read));
+            return Incoming { request, received, decode_ms: ms(decoding) };
+        }
+        let endpoints = self.dialect != Dialect::Openpi;
+        let most = options.max_batch_observations;
+        let mut request = map.and_then(|map| openpi::read(map, received, most, endpoints));
+        let decode_ms = ms(decoding);
+        let mut contexts = request.iter_mut().flat_map(openpi::Request::contexts).peekable();
+        let ticket = contexts.peek().filter(|first| first.newest_wins).map(|first| {
+            let session = match first.session.clone() {
+                Some(name) => Session::Named(self.pass.as_ref().map(Pass::name), name),
+                None => Session::Connection(self.number),
+            };
+            self.shared.sessions.arrive(session)
+        });
+        for context in contexts {
+            (context.decode_ms, context.ticket) = (decode_ms, ticket.clone());
+        }
+        Incoming { request: Request::Openpi(request), received, decode_ms }
+    }
+
+    /// Answers a request of openpi's or a relative of its.
     async fn answer(
         &mut self,
-        frame: Frame,
+        request: Result<openpi::Request, ServiceError>,
         received: Instant,
         previous_ms: Option<f64>,
-    ) -> Result<Result<Vec<u8>, ServiceError>, End> {
-        let _admission = match self.pass.as_ref().map(|pass| pass.admit(received)).transpose() {
-            Ok(admission) => admission,
-            Err(error) => return Ok(Err(error)),
-        };
-        let shared = self.shared.clone();
-        let decoding = Instant::now();
-        let decoded = observation(frame, &shared.options.limits)
-            .and_then(|mut map| Ok((fields::take(&mut map, received)?, map)));
-        let (context, map) = match decoded {
-            Ok(decoded) => decoded,
-            Err(error) => return Ok(Err(error)),
-        };
-        shared.metrics.stage("decode").record_ms(ms(decoding));
+    ) -> Result<(), End> {
         let asked = Instant::now();
-        // A bug in a service must end like any exception, not with a vanished connection.
-        let work = AssertUnwindSafe(shared.service.infer(Value::Map(map), context)).catch_unwind();
-        let result = self.while_listening(work).await?.unwrap_or_else(|_| {
-            let mut failure = ServiceError::exception("RuntimeError", "internal error");
-            failure.reason = "internal";
-            Err(failure)
-        });
-        let infer_ms = ms(asked);
-        let reply = match result {
+        let response = match request {
+            Err(error) => return self.tell(error, received).await,
+            Ok(openpi::Request::Reset) => {
+                self.done("reset", received);
+                return self.send(reset(self.dialect)).await;
+            }
+            Ok(openpi::Request::Infer(one)) => {
+                self.shared.metrics.stage("decode").record_ms(one.1.decode_ms);
+                match self.infer(vec![Ok(*one)]).await?.remove(0) {
+                    Ok(reply) => {
+                        self.done("ok", received);
+                        openpi::response(reply, ms(asked), previous_ms)
+                    }
+                    Err(error) => return self.tell(error, received).await,
+                }
+            }
+            Ok(openpi::Request::Batch(observations)) => {
+                let results = self.infer(observations).await?;
+                for result in &results {
+                    let outcome = result.as_ref().map_or_else(|error| error.reason, |_| "ok");
+                    self.done(outcome, received);
+                }
+                openpi::batch_response(results, ms(asked), previous_ms)
+            }
+        };
+        self.shared.metrics.stage("infer").record_ms(ms(asked));
+        match self.encode(&response) {
+            Ok(bytes) => self.send(Message::Binary(bytes.into())).await?,
+            Err(error) => return self.tell(error, received).await,
+        }
+        self.shared.metrics.stage("total").record_ms(ms(received));
+        Ok(())
+    }
+
+    /// Answers a message of vla-eval's. Errors leave the connection open, unless the message
+    /// could not be read at all.
+    async fn act(
+        &mut self,
+        message: Result<vla_eval::Envelope, ServiceError>,
+        received: Instant,
+        decode_ms: f64,
+    ) -> Result<(), End> {
+        let (response, unreadable) = match message {
+            Err(error) => {
+                self.done(error.reason, received);
+                (vla_eval::failure("message_failed", &error, 0), true)
+            }
+            Ok(vla_eval::Envelope { kind, seq }) => match kind {
+                vla_eval::Kind::Hello => (vla_eval::hello(seq), false),
+                vla_eval::Kind::Observation(map) => {
+                    let acted = self.next_action(map, seq, received, decode_ms).await?;
+                    let response = acted.unwrap_or_else(|error| {
+                        self.done(error.reason, received);
+                        vla_eval::failure("observation_failed", &error, seq)
+                    });
+                    (response, false)
+                }
+                vla_eval::Kind::EpisodeStart | vla_eval::Kind::EpisodeEnd => {
+                    self.chunk.clear();
+                    return Ok(());
+                }
+                vla_eval::Kind::Other => return Ok(()),
+            },
+        };
+        let bytes = self.encode(&response).map_err(|error| {
+            tracing::error!(%error, "an answer can't be encoded");
+            End::Close(INTERNAL_ERROR, ERROR_REASON)
+        })?;
+        self.send(Message::Binary(bytes.into())).await?;
+        if unreadable { Err(End::Close(INTERNAL_ERROR, "message not understood")) } else { Ok(()) }
+    }
+
+    /// The next action of the chunk, which is a new one when the last is used up.
+    async fn next_action(
+        &mut self,
+        observation: Vec<(String, Value)>,
+        seq: i128,
+        received: Instant,
+        decode_ms: f64,
+    ) -> Result<Result<Value, ServiceError>, End> {
+        if let Some(action) = self.chunk.pop(seq) {
+            self.done("from_chunk", received);
+            return Ok(Ok(action));
+        }
+        let context = vla_eval::context(received, decode_ms);
+        self.shared.metrics.stage("decode").record_ms(decode_ms);
+        let asked = Instant::now();
+        let reply = match self.infer(vec![Ok((Value::Map(observation), context))]).await?.remove(0)
+        {
             Ok(reply) => reply,
             Err(error) => return Ok(Err(error)),
         };
-        shared.metrics.stage("infer").record_ms(infer_ms);
+        self.shared.metrics.stage("infer").record_ms(ms(asked));
+        if let Err(error) = self.chunk.fill(&reply.actions, self.shared.options.vla_eval_actions) {
+            return Ok(Err(error));
+        }
+        self.shared.metrics.stage("total").record_ms(ms(received));
+        self.done("ok", received);
+        let action = self.chunk.pop(seq);
+        Ok(action.ok_or_else(|| ServiceError::exception("RuntimeError", "an empty chunk")))
+    }
+
+    /// Asks the service for every observation at once: the engine makes batches of them. One
+    /// result each, in their order.
+    async fn infer(
+        &mut self,
+        observations: Vec<Asked>,
+    ) -> Result<Vec<Result<Reply, ServiceError>>, End> {
+        let service = self.shared.service.clone();
+        let service = &service;
+        let admitted: Vec<_> = observations.into_iter().map(|asked| self.admit(asked)).collect();
+        let one = |admitted: Result<(Value, RequestContext, _), _>| async move {
+            let (observation, context, _admission) = admitted?;
+            // A bug in a service must end like any exception, not with a vanished connection.
+            let work = AssertUnwindSafe(service.infer(observation, context)).catch_unwind();
+            work.await.unwrap_or_else(|_| {
+                let mut failure = ServiceError::exception("RuntimeError", "internal error");
+                failure.reason = "internal";
+                Err(failure)
+            })
+        };
+        self.while_listening(join_all(admitted.into_iter().map(one))).await
+    }
+
+    /// Lets an observation in, unless a newer one of its session or the key's quota forbids it.
+    fn admit(
+        &self,
+        asked: Asked,
+    ) -> Result<(Value, RequestContext, Option<Admission>), ServiceError> {
+        let (observation, context) = asked?;
+        if context.ticket.as_ref().is_some_and(|ticket| ticket.is_superseded()) {
+            return Err(ServiceError::superseded());
+        }
+        let admission = self.pass.as_ref().map(|pass| pass.admit(context.received)).transpose()?;
+        Ok((observation, context, admission))
+    }
+
+    /// Counts a request by what became of it, and adds a line to the request log: never what was
+    /// asked or answered, never a key.
+    fn done(&self, outcome: &'static str, received: Instant) {
+        self.shared.metrics.outcome(outcome);
+        if tracing::enabled!(target: "pirouette::request", tracing::Level::DEBUG) {
+            let key = self.pass.as_ref().map(Pass::name);
+            tracing::debug!(
+                target: "pirouette::request",
+                connection = self.number,
+                request = self.messages,
+                dialect = %self.dialect,
+                key = key.as_deref().unwrap_or("-"),
+                outcome,
+                ms = (ms(received) * 1e3).round() / 1e3,
+            );
+        }
+    }
+
+    fn encode(&self, response: &Value) -> Result<Vec<u8>, ServiceError> {
         let encoding = Instant::now();
-        let bytes = msgpack::encode(&response(reply, infer_ms, previous_ms)).map_err(|error| {
+        let bytes = msgpack::encode(response).map_err(|error| {
             let mut failure = ServiceError::exception("ValueError", error.to_string());
             failure.reason = "internal";
             failure
         });
-        shared.metrics.stage("encode").record_ms(ms(encoding));
-        Ok(bytes)
+        self.shared.metrics.stage("encode").record_ms(ms(encoding));
+        bytes
+    }
+
+    /// Sends an error as text; one that openpi's server would have raised ends the connection.
+    async fn tell(&mut self, error: ServiceError, received: Instant) -> Result<(), End> {
+        self.done(error.reason, received);
+        self.send(Message::Text(error.text().into())).await?;
+        match error.failure {
+            Failure::Exception => Err(End::Close(INTERNAL_ERROR, ERROR_REASON)),
+            Failure::Refusal => Ok(()),
+        }
     }
 
     /// Awaits something while the connection stays alive. An end of the connection drops it.
@@ -249,7 +437,8 @@ impl Connection {
             Some(Err(error)) => return Err(self.broken(error)),
             None => return Err(End::Gone),
         };
-        self.inbox.push_back((frame, now));
+        let incoming = self.read(frame, now);
+        self.inbox.push_back(incoming);
         Ok(())
     }
 
@@ -339,42 +528,15 @@ impl Connection {
     }
 }
 
-/// Decodes a request; whatever is wrong is what Python would have raised.
-fn observation(
-    frame: Frame,
-    limits: &msgpack::Limits,
-) -> Result<Vec<(String, Value)>, ServiceError> {
-    let Frame::Binary(bytes) = frame else {
-        let message = "a bytes-like object is required, not 'str'";
-        return Err(ServiceError::exception("TypeError", message));
-    };
-    match msgpack::decode_with(&bytes, limits) {
-        Ok(Value::Map(map)) => Ok(map),
-        Ok(_) => Err(ServiceError::exception("TypeError", "the observation must be a map")),
-        Err(error @ msgpack::DecodeError::Format { .. }) => {
-            // Python's exception has no text; ours goes on the line before.
-            let mut exception = ServiceError::exception(error.python_type(), "");
-            exception.detail = Some(error.to_string());
-            Err(exception)
-        }
-        Err(error) => Err(ServiceError::exception(error.python_type(), error.to_string())),
+/// What a reset is answered with.
+fn reset(dialect: Dialect) -> Message {
+    const DONE: &str = "reset successful";
+    if dialect != Dialect::VllmOmni {
+        return Message::Text(DONE.into());
     }
-}
-
-/// openpi's keys in openpi's order, then ours.
-fn response(reply: Reply, infer_ms: f64, previous_ms: Option<f64>) -> Value {
-    let timing = |ms: f64| ("infer_ms".to_string(), Value::Float(ms));
-    let mut server_timing = vec![timing(infer_ms)];
-    if let Some(ms) = previous_ms {
-        server_timing.push(("prev_total_ms".into(), Value::Float(ms)));
-    }
-    let mut map = vec![
-        ("actions".to_string(), Value::Array(reply.actions)),
-        ("policy_timing".into(), Value::Map(vec![timing(reply.model_ms)])),
-        ("server_timing".into(), Value::Map(server_timing)),
-    ];
-    map.extend(reply.extras);
-    Value::Map(map)
+    let map = Value::Map(vec![("status".into(), Value::Str(DONE.into()))]);
+    // Two short strings always fit.
+    Message::Binary(msgpack::encode(&map).unwrap_or_default().into())
 }
 
 fn ms(since: Instant) -> f64 {

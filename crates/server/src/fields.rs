@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use pirouette_policy::{NdArray, Scalar, Value};
 
+use crate::newest::MAX_SESSION_BYTES;
 use crate::service::{GivenNoise, RequestContext, ServiceError};
 
 /// Longest deadline: a day.
@@ -12,23 +13,28 @@ const MAX_DEADLINE_MS: f64 = 86_400_000.0;
 /// Elements a given noise may have: far more than any model's chunk.
 const MAX_NOISE: usize = 1 << 20;
 
-/// Takes `seed`, `noise`, `deadline_ms` and `num_steps` out of the observation. A key that is nil
-/// counts as absent.
+/// The optional keys.
+pub(crate) const KEYS: [&str; 7] =
+    ["seed", "noise", "deadline_ms", "num_steps", "explain", "newest_wins", "session"];
+
+/// Takes the optional keys out of the observation. A key that is nil counts as absent.
 pub(crate) fn take(
     observation: &mut Vec<(String, Value)>,
     received: Instant,
 ) -> Result<RequestContext, ServiceError> {
-    let mut context =
-        RequestContext { received, deadline: None, seed: None, noise: None, steps: None };
+    let mut context = RequestContext::new(received);
     let mut wrong = None;
     observation.retain(|(key, value)| {
         let result = match key.as_str() {
             _ if wrong.is_some() => return true,
-            "seed" | "noise" | "deadline_ms" | "num_steps" if *value == Value::Nil => Ok(()),
+            known if KEYS.contains(&known) && *value == Value::Nil => Ok(()),
             "seed" => integer(value, u64::MAX as i128).map(|n| context.seed = Some(n as u64)),
             "num_steps" => integer(value, 1000).map(|n| context.steps = Some(n as usize)),
             "deadline_ms" => milliseconds(value).map(|d| context.deadline = Some(received + d)),
             "noise" => noise(value).map(|n| context.noise = Some(n)),
+            "explain" => boolean(value).map(|b| context.explain = b),
+            "newest_wins" => boolean(value).map(|b| context.newest_wins = b),
+            "session" => name(value).map(|n| context.session = Some(n)),
             _ => return true,
         };
         wrong = result.err().map(|want| format!("`{key}` must be {want}"));
@@ -69,6 +75,27 @@ fn integer(value: &Value, max: i128) -> Result<i128, String> {
         Some(Value::Int(n)) if (0..=max).contains(&n) => Ok(n),
         _ => Err(format!("an integer from 0 to {max}")),
     }
+}
+
+fn boolean(value: &Value) -> Result<bool, String> {
+    match value {
+        Value::Bool(b) => Ok(*b),
+        Value::Scalar(Scalar::Bool, inner) => boolean(inner),
+        Value::Array(NdArray { dtype: Scalar::Bool, shape, data }) if shape.is_empty() => {
+            Ok(data.first().is_some_and(|b| *b != 0))
+        }
+        _ => Err("true or false".into()),
+    }
+}
+
+fn name(value: &Value) -> Result<String, String> {
+    let text = match value {
+        Value::Str(text) => Some(text.clone()),
+        Value::Array(array) if array.shape.is_empty() => array.to_text(),
+        _ => None,
+    };
+    text.filter(|text| (1..=MAX_SESSION_BYTES).contains(&text.len()))
+        .ok_or_else(|| format!("a string of 1 to {MAX_SESSION_BYTES} bytes"))
 }
 
 fn milliseconds(value: &Value) -> Result<Duration, String> {
@@ -142,6 +169,12 @@ mod tests {
         assert_eq!(with("noise", double).unwrap().noise.unwrap().values, [0.25]);
         let absent = with("seed", Value::Nil).unwrap();
         assert_eq!(absent.seed, None);
+        assert!(with("explain", Value::Bool(true)).unwrap().explain);
+        let scalar = Value::Scalar(Scalar::Bool, Box::new(Value::Bool(true)));
+        assert!(with("newest_wins", scalar).unwrap().newest_wins);
+        assert!(!with("newest_wins", array(Scalar::Bool, &[], &[0])).unwrap().newest_wins);
+        let named = with("session", Value::Str("left arm".into())).unwrap();
+        assert_eq!(named.session.as_deref(), Some("left arm"));
     }
 
     #[test]
@@ -163,6 +196,11 @@ mod tests {
             ("noise", array(Scalar::U8, &[1, 1], &[0])),
             ("noise", array(Scalar::F32, &[0, 4], &[])),
             ("noise", nan),
+            ("explain", Value::Int(1)),
+            ("newest_wins", Value::Str("yes".into())),
+            ("session", Value::Int(3)),
+            ("session", Value::Str(String::new())),
+            ("session", Value::Str("x".repeat(129))),
         ];
         for (key, value) in table {
             let shown = format!("{key}: {value:?}");

@@ -11,6 +11,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use crate::connection;
+use crate::dialect::Dialect;
 use crate::pages::{self, Method, Page, PageRequest};
 use crate::quota::Account;
 use crate::serve::{Shared, WeakLife};
@@ -122,8 +123,9 @@ async fn upgrade(
         .max_message_size(limit)
         .max_frame_size(limit)
         .max_write_buffer_size(MAX_UNSENT_BYTES);
+    let dialect = Dialect::of_path(parts.uri.path()).unwrap_or(shared.options.dialect);
     websocket.on_upgrade(async move |socket| {
-        connection::run(socket, shared, draining, pass).await;
+        connection::run(socket, shared, draining, dialect, pass).await;
         drop((slot, life));
     })
 }

@@ -1,4 +1,4 @@
-//! The server: openpi's websocket dialect, health, metrics.
+//! The server: openpi's websocket dialect and its relatives, health, metrics.
 //!
 //! A frame comes in, [`msgpack`] makes a [`pirouette_policy::Value`] of it, a [`Service`] makes
 //! actions of that, and they go back in the bytes openpi's own server would send. [`serve`] runs
@@ -11,14 +11,18 @@
 
 mod admin;
 mod connection;
+pub mod dialect;
+mod explain;
 mod fields;
 mod http;
 mod keys;
 pub mod load;
 mod metrics;
 pub mod msgpack;
+mod newest;
 mod options;
 mod pages;
+mod preparation;
 mod quota;
 mod reload;
 mod render;
@@ -27,9 +31,13 @@ mod service;
 mod tls;
 mod validity;
 
+pub use dialect::Dialect;
+pub use explain::{Spans, timing};
 pub use keys::{ApiKeys, KeyFileError};
+pub use newest::Ticket;
 pub use options::{ExposureError, ServeOptions, check_admin_exposure, check_exposure};
 pub use pages::{Method, Page, PageRequest};
+pub use preparation::{Preparation, Prepared};
 pub use render::render_engine;
 pub use serve::{Doors, Served, bind, serve, serve_doors, termination};
 pub use service::{

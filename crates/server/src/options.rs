@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use crate::dialect::Dialect;
 use crate::keys::ApiKeys;
 use crate::msgpack::Limits;
 use crate::tls::Tls;
@@ -36,6 +37,16 @@ pub struct ServeOptions {
     pub drain_timeout: Duration,
     /// Time a readiness probe may take (default 5 s).
     pub readiness_timeout: Duration,
+    /// Whose protocol is spoken on paths that name none (default openpi's).
+    pub dialect: Dialect,
+    /// With [`Dialect::Auto`]: time a client has to speak first before it gets openpi's metadata
+    /// (default 250 ms).
+    pub hello_wait: Duration,
+    /// Actions of a chunk that vla-eval's clients execute before the next inference (default 10,
+    /// as vla-eval's own π0 server).
+    pub vla_eval_actions: usize,
+    /// Observations of one `batch` request (default 128).
+    pub max_batch_observations: usize,
     /// Keys; without them everybody who reaches the port is served.
     pub api_keys: Option<ApiKeys>,
     /// Keys of the admin listener; without them everybody who reaches it may use it.
@@ -62,6 +73,10 @@ impl Default for ServeOptions {
             read_ahead: 4,
             drain_timeout: Duration::from_secs(10),
             readiness_timeout: Duration::from_secs(5),
+            dialect: Dialect::Openpi,
+            hello_wait: Duration::from_millis(250),
+            vla_eval_actions: 10,
+            max_batch_observations: 128,
             api_keys: None,
             admin_keys: None,
             tls: None,

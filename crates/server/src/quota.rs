@@ -41,7 +41,7 @@ struct Books {
     quota: Quota,
     connections: usize,
     in_flight: usize,
-    /// Requests that may come now. Below zero after a batch of more than was left.
+    /// Requests that may come now; each observation of a batch counts.
     tokens: f64,
     filled: Instant,
     admitted: u64,

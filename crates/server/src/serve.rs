@@ -19,6 +19,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use crate::admin;
 use crate::http;
 use crate::metrics::Metrics;
+use crate::newest::Sessions;
 use crate::options::ServeOptions;
 use crate::reload;
 use crate::service::Service;
@@ -32,6 +33,8 @@ pub(crate) struct Shared {
     pub(crate) slots: Arc<Semaphore>,
     /// Whether the pages have a listener of their own.
     pub(crate) admin: bool,
+    /// Requests of which only the newest counts.
+    pub(crate) sessions: Sessions,
 }
 
 impl Shared {
@@ -129,8 +132,10 @@ pub async fn serve_doors<L: Listener>(
     let Doors { public: mut listener, admin } = doors;
     let slots = Arc::new(Semaphore::new(options.max_connections.min(Semaphore::MAX_PERMITS)));
     let handshakes = Arc::new(Semaphore::new(options.max_handshakes.min(Semaphore::MAX_PERMITS)));
-    let metrics = Metrics::default();
-    let shared = Arc::new(Shared { service, options, metrics, slots, admin: admin.is_some() });
+    let (metrics, sessions) = (Metrics::default(), Sessions::default());
+    let admin_listens = admin.is_some();
+    let shared =
+        Arc::new(Shared { service, options, metrics, slots, admin: admin_listens, sessions });
     let (drain, draining) = watch::channel(false);
     let (life, mut lives) = mpsc::channel::<()>(1);
     let mut tasks = tokio::task::JoinSet::new();

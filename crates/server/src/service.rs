@@ -4,9 +4,10 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Instant;
 
-use pirouette_engine::EngineError;
+use pirouette_engine::{Answer, EngineError, Pending};
 use pirouette_policy::{NdArray, Value};
 
+use crate::newest::Ticket;
 use crate::pages::{Page, PageRequest};
 
 /// A boxed future, so that services can be trait objects.
@@ -32,6 +33,11 @@ pub trait Service: Send + Sync + 'static {
     /// time it waits for this.
     fn readiness(&self) -> ServiceFuture<'_, Result<(), String>>;
 
+    /// RoboArena's `PolicyServerConfig` as a map, if the policy's robot is DROID's.
+    fn roboarena(&self) -> Option<Value> {
+        None
+    }
+
     /// The contract card, JSON.
     fn contract(&self) -> String {
         "{}".into()
@@ -48,7 +54,7 @@ pub trait Service: Send + Sync + 'static {
 }
 
 /// What came with a request besides the observation.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct RequestContext {
     /// When its last byte arrived.
     pub received: Instant,
@@ -60,6 +66,68 @@ pub struct RequestContext {
     pub noise: Option<GivenNoise>,
     /// `num_steps`: Euler steps.
     pub steps: Option<usize>,
+    /// `explain`: whether the answer tells where its time went ([`crate::timing`]).
+    pub explain: bool,
+    /// `newest_wins`: whether a newer request of the session makes this one pointless.
+    pub newest_wins: bool,
+    /// `session`: the name of the session; without one it is the connection.
+    pub session: Option<String>,
+    /// Its place in the session, where `newest_wins` is asked for.
+    pub ticket: Option<Ticket>,
+    /// Whether the observation has vla-eval's keys (`images`, `task_description`, `states`) and
+    /// not the robot's.
+    pub scene: bool,
+    /// What decoding the frame took.
+    pub decode_ms: f64,
+}
+
+impl RequestContext {
+    /// A request without any optional key.
+    pub fn new(received: Instant) -> Self {
+        RequestContext {
+            received,
+            deadline: None,
+            seed: None,
+            noise: None,
+            steps: None,
+            explain: false,
+            newest_wins: false,
+            session: None,
+            ticket: None,
+            scene: false,
+            decode_ms: 0.0,
+        }
+    }
+
+    /// Resolves when a newer request of the session arrives, if that matters.
+    pub async fn superseded(&self) {
+        match &self.ticket {
+            Some(ticket) => ticket.superseded().await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Resolves when the deadline has passed, if there is one.
+    pub async fn late(&self) {
+        match self.deadline {
+            Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Awaits the engine's answer; gives it up when a newer request of the session arrives before
+    /// a device has begun.
+    ///
+    /// # Errors
+    /// The engine's, or that the request was superseded.
+    pub async fn answer(&self, mut pending: Pending) -> Result<Answer, ServiceError> {
+        tokio::select! {
+            biased;
+            answer = &mut pending => return Ok(answer?),
+            () = self.superseded() => {}
+        }
+        if pending.has_started() { Ok(pending.await?) } else { Err(ServiceError::superseded()) }
+    }
 }
 
 /// Noise given by the client.
@@ -132,6 +200,19 @@ impl ServiceError {
         }
     }
 
+    /// A request that a newer one of its session has made pointless.
+    pub fn superseded() -> Self {
+        Self::refusal("superseded", "superseded by a newer request of the session")
+    }
+
+    /// A request whose deadline has passed.
+    pub fn late() -> Self {
+        ServiceError {
+            python_type: "TimeoutError".into(),
+            ..Self::refusal("deadline", "the deadline passed before the observation was read")
+        }
+    }
+
     /// The text frame: a traceback's first line, the explanation, `Type: message`.
     pub fn text(&self) -> String {
         let mut text = String::from("Traceback (most recent call last):\n");
@@ -140,14 +221,17 @@ impl ServiceError {
             text.push_str(line);
             text.push('\n');
         }
-        text.push_str(&self.python_type);
-        if !self.message.is_empty() {
-            text.push_str(": ");
-            // The last line is what log scrapers read: it must stay one line.
-            text.push_str(&self.message.replace(['\n', '\r'], " "));
-        }
+        text.push_str(&self.line());
         text.push('\n');
         text
+    }
+
+    /// `Type: message`, or the type alone; what log scrapers read, so it stays one line.
+    pub fn line(&self) -> String {
+        match self.message.replace(['\n', '\r'], " ") {
+            message if message.is_empty() => self.python_type.clone(),
+            message => format!("{}: {message}", self.python_type),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 mod errors;
 mod lerobot;
 mod properties;
+mod scene;
 
 use pirouette_policy::config::named;
 use pirouette_policy::norm::FeatureStats;

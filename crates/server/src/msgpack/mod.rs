@@ -10,3 +10,4 @@ mod ndarray;
 
 pub use decode::{DecodeError, Limits, decode, decode_with};
 pub use encode::{EncodeError, encode};
+pub(crate) use ndarray::array;

@@ -18,7 +18,8 @@ pub(super) fn from_tags(tags: &[(Bytes, Value)]) -> Option<Result<Value, String>
     }
 }
 
-fn array(
+/// An array from its parts, wherever they were written; checked.
+pub(crate) fn array(
     data: Option<&Value>,
     dtype: Option<&Value>,
     shape: Option<&Value>,

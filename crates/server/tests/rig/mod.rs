@@ -1,6 +1,7 @@
 //! A scripted service, a running server, and a client that speaks raw bytes.
 #![allow(dead_code)] // each test file uses its part
 
+pub mod arm;
 pub mod secure;
 
 use std::net::SocketAddr;

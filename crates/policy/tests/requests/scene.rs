@@ -1,0 +1,99 @@
+//! vla-eval's observations in each robot's own keys, and what RoboArena is told.
+
+use crate::{policy, policy_of};
+use pirouette_policy::config::{from_toml, named};
+use pirouette_policy::{NdArray, Value};
+
+fn scene(images: &[(&str, Value)], state: &[f64]) -> Value {
+    let images = images.iter().map(|(k, v)| (k.to_string(), v.clone())).collect();
+    let state = NdArray::from_f64(vec![state.len()], state).unwrap();
+    Value::Map(vec![
+        ("images".into(), Value::Map(images)),
+        ("task_description".into(), Value::Str("stack the cups".into())),
+        ("states".into(), Value::Array(state)),
+    ])
+}
+
+/// Height 2, width 4, each pixel its own colour.
+fn image(first: u8) -> Value {
+    Value::Array(NdArray::from_u8(vec![2, 4, 3], (first..first + 24).collect::<Vec<_>>()).unwrap())
+}
+
+#[test]
+fn libero_takes_images_in_order_and_droid_divides_the_state() {
+    let seen =
+        scene(&[("agentview", image(0)), ("wrist", image(100)), ("more", image(7))], &[0.5; 8]);
+    let own = policy("pi05_libero").observation_of(seen.clone()).unwrap();
+    assert_eq!(own.get("observation/image"), Some(&image(0)));
+    assert_eq!(own.get("observation/wrist_image"), Some(&image(100)));
+    assert_eq!(own.get("prompt"), Some(&Value::Str("stack the cups".into())));
+    assert!(policy("pi05_libero").prepare(&own).is_ok());
+    let droid = policy("pi05_droid");
+    let own = droid.observation_of(seen).unwrap();
+    let numbers = |key: &str| own.get(key).unwrap().to_array().unwrap().to_f64().unwrap();
+    assert_eq!(numbers("observation/joint_position").len(), 7);
+    assert_eq!(numbers("observation/gripper_position"), [0.5]);
+    assert!(droid.prepare(&own).is_ok());
+    let short = droid.observation_of(scene(&[("a", image(0))], &[0.5; 3])).unwrap_err();
+    assert_eq!(short.message(), "'state' has shape (3,)");
+}
+
+#[test]
+fn aloha_finds_cameras_by_name_and_gets_channels_first() {
+    let aloha = policy("pi0_aloha");
+    let images = [("cam_left_wrist", image(50)), ("cam_high", image(0)), ("x", image(9))];
+    let own = aloha.observation_of(scene(&images, &[0.1; 14])).unwrap();
+    let cameras = own.get("images").unwrap();
+    let Some(Value::Array(high)) = cameras.get("cam_high") else { panic!("an array") };
+    assert_eq!((high.shape.clone(), &high.data[..3]), (vec![3, 2, 4], &[0, 3, 6][..]));
+    let Some(Value::Array(left)) = cameras.get("cam_left_wrist") else { panic!("an array") };
+    assert_eq!(left.data[0], 50);
+    assert!(aloha.prepare(&own).is_ok());
+}
+
+#[test]
+fn what_a_scene_lacks_is_named() {
+    let libero = policy("pi05_libero");
+    let error = libero.observation_of(Value::Map(vec![])).unwrap_err();
+    assert_eq!((error.exception(), error.message()), ("KeyError", "'images'".into()));
+    let flat = Value::Map(vec![("images".into(), image(0))]);
+    assert!(libero.observation_of(flat).unwrap_err().message().contains("must be a dict"));
+    let one_camera = libero.observation_of(scene(&[("agentview", image(0))], &[0.5; 8])).unwrap();
+    let error = libero.prepare(&one_camera).unwrap_err();
+    assert_eq!(error.message(), "'observation/wrist_image'");
+}
+
+#[test]
+fn a_robot_of_ones_own_is_filled_part_by_part() {
+    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/so101.toml"));
+    let config = from_toml(&text.unwrap()).unwrap();
+    let dims = config.robot.state_dims().unwrap();
+    let own = policy_of(config, dims);
+    let observation =
+        own.observation_of(scene(&[("front", image(0)), ("b", image(1))], &vec![0.5; dims]));
+    assert!(own.prepare(&observation.unwrap()).is_ok());
+}
+
+#[test]
+fn roboarena_is_told_cameras_and_actions_of_droids_robot() {
+    let told = |name: &str| policy(name).roboarena();
+    let config = told("pi05_droid").unwrap();
+    let Value::Map(entries) = &config else { panic!("a map") };
+    let keys: Vec<&str> = entries.iter().map(|(key, _)| key.as_str()).collect();
+    assert_eq!(
+        keys,
+        [
+            "image_resolution",
+            "needs_wrist_camera",
+            "n_external_cameras",
+            "needs_stereo_camera",
+            "needs_session_id",
+            "action_space"
+        ]
+    );
+    assert_eq!(config.get("action_space"), Some(&Value::Str("joint_velocity".into())));
+    assert_eq!(config.get("image_resolution"), Some(&Value::List(vec![Value::Int(56); 2])));
+    let jointpos = told("pi05_droid_jointpos_polaris").unwrap();
+    assert_eq!(jointpos.get("action_space"), Some(&Value::Str("joint_position".into())));
+    assert!(told("pi0_aloha").is_none() && named("pi0_aloha").is_ok());
+}
