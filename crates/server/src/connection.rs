@@ -163,7 +163,7 @@ impl Connection {
         received: Instant,
         previous_ms: Option<f64>,
     ) -> Result<Result<Vec<u8>, ServiceError>, End> {
-        let _admission = match self.pass.as_ref().map(|pass| pass.admit(received)).transpose() {
+        let _admission = match self.pass.as_ref().map(|pass| pass.admit(received, 1)).transpose() {
             Ok(admission) => admission,
             Err(error) => return Ok(Err(error)),
         };
