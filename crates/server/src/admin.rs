@@ -73,7 +73,7 @@ pub(crate) async fn answer(
             shared.metrics.refused("admin_unauthorized");
             return unauthorized();
         };
-        let admit = |pass: Pass| match pass.admit(Instant::now()) {
+        let admit = |pass: Pass| match pass.admit(Instant::now(), 1) {
             Ok(admission) => Ok((pass, admission)),
             Err(error) => Err(error.message + "\n"),
         };

@@ -23,9 +23,9 @@ use crate::dialect::openpi::{self, Asked};
 use crate::dialect::{self, Dialect, Frame, vla_eval};
 use crate::msgpack;
 use crate::newest::Session;
-use crate::quota::{Admission, Pass};
+use crate::quota::Pass;
 use crate::serve::Shared;
-use crate::service::{Failure, Reply, RequestContext, ServiceError};
+use crate::service::{Failure, Reply, ServiceError};
 
 /// openpi's own reason, byte for byte.
 const ERROR_REASON: &str = "Internal server error. Traceback included in previous frame.";
@@ -322,9 +322,17 @@ impl Connection {
     ) -> Result<Vec<Result<Reply, ServiceError>>, End> {
         let service = self.shared.service.clone();
         let service = &service;
-        let admitted: Vec<_> = observations.into_iter().map(|asked| self.admit(asked)).collect();
-        let one = |admitted: Result<(Value, RequestContext, _), _>| async move {
-            let (observation, context, _admission) = admitted?;
+        let n = observations.len();
+        let pass = self.pass.as_ref();
+        let _admission = match pass.map(|pass| pass.admit(Instant::now(), n)).transpose() {
+            Ok(admission) => admission,
+            Err(error) => return Ok(vec![Err(error); n]),
+        };
+        let one = |asked: Asked| async move {
+            let (observation, context) = asked?;
+            if context.ticket.as_ref().is_some_and(|ticket| ticket.is_superseded()) {
+                return Err(ServiceError::superseded());
+            }
             // A bug in a service must end like any exception, not with a vanished connection.
             let work = AssertUnwindSafe(service.infer(observation, context)).catch_unwind();
             work.await.unwrap_or_else(|_| {
@@ -333,20 +341,7 @@ impl Connection {
                 Err(failure)
             })
         };
-        self.while_listening(join_all(admitted.into_iter().map(one))).await
-    }
-
-    /// Lets an observation in, unless a newer one of its session or the key's quota forbids it.
-    fn admit(
-        &self,
-        asked: Asked,
-    ) -> Result<(Value, RequestContext, Option<Admission>), ServiceError> {
-        let (observation, context) = asked?;
-        if context.ticket.as_ref().is_some_and(|ticket| ticket.is_superseded()) {
-            return Err(ServiceError::superseded());
-        }
-        let admission = self.pass.as_ref().map(|pass| pass.admit(context.received)).transpose()?;
-        Ok((observation, context, admission))
+        self.while_listening(join_all(observations.into_iter().map(one))).await
     }
 
     /// Counts a request by what became of it, and adds a line to the request log: never what was

@@ -119,8 +119,14 @@ impl Pass {
         }
     }
 
-    /// Lets a request in, or tells which quota is used up and when to try again.
-    pub(crate) fn admit(&self, now: Instant) -> Result<Admission, ServiceError> {
+    /// Lets a request in, or tells which quota is used up and when to try again. It counts as its
+    /// observations: a batch may overdraw a quota that is not used up, and what it overdrew is
+    /// waited for by the next request.
+    pub(crate) fn admit(
+        &self,
+        now: Instant,
+        observations: usize,
+    ) -> Result<Admission, ServiceError> {
         let mut books = self.account.books();
         if let Some(most) = books.quota.in_flight
             && books.in_flight >= most
@@ -145,11 +151,11 @@ impl Pass {
                 let _ = write!(message, " in {} ms", wait.as_millis() + 1);
                 return Err(ServiceError::refusal("quota", message));
             }
-            books.tokens -= 1.0;
+            books.tokens -= observations as f64;
         }
-        books.in_flight += 1;
-        books.admitted += 1;
-        Ok(Admission(self.account.clone()))
+        books.in_flight += observations;
+        books.admitted += observations as u64;
+        Ok(Admission { account: self.account.clone(), observations })
     }
 }
 
@@ -161,11 +167,14 @@ impl Drop for Pass {
 
 /// A request that was let in; its end gives its place in flight back.
 #[derive(Debug)]
-pub(crate) struct Admission(Arc<Account>);
+pub(crate) struct Admission {
+    account: Arc<Account>,
+    observations: usize,
+}
 
 impl Drop for Admission {
     fn drop(&mut self) {
-        self.0.books().in_flight -= 1;
+        self.account.books().in_flight -= self.observations;
     }
 }
 
@@ -207,7 +216,7 @@ mod tests {
         let quota = Quota { rate: Some(10.0), burst: Some(3.0), ..Quota::default() };
         let pass = account(quota).connect().unwrap();
         let start = Instant::now();
-        let at = |ms: u64| pass.admit(start + Duration::from_millis(ms));
+        let at = |ms: u64| pass.admit(start + Duration::from_millis(ms), 1);
         for _ in 0..3 {
             at(0).unwrap();
         }
@@ -232,10 +241,25 @@ mod tests {
         let quota = Quota { rate: Some(0.5), ..Quota::default() };
         let pass = account(quota).connect().unwrap();
         let start = Instant::now();
-        pass.admit(start).unwrap();
-        let message = pass.admit(start).unwrap_err().message;
+        pass.admit(start, 1).unwrap();
+        let message = pass.admit(start, 1).unwrap_err().message;
         assert!(message.contains("0.5 requests a second: try again in 200"), "{message}");
-        pass.admit(start + Duration::from_millis(2001)).unwrap();
+        pass.admit(start + Duration::from_millis(2001), 1).unwrap();
+    }
+
+    #[test]
+    fn a_batch_counts_as_its_observations() {
+        let quota =
+            Quota { rate: Some(10.0), burst: Some(4.0), in_flight: Some(4), ..Quota::default() };
+        let pass = account(quota).connect().unwrap();
+        let start = Instant::now();
+        let batch = pass.admit(start, 14).unwrap();
+        assert!(pass.admit(start, 1).unwrap_err().message.contains("in flight"));
+        drop(batch);
+        // 4 - 14 + 11 = 1.
+        let message = pass.admit(start, 1).unwrap_err().message;
+        assert!(message.ends_with("again in 1101 ms"), "{message}");
+        pass.admit(start + Duration::from_millis(1101), 1).unwrap();
     }
 
     #[test]
@@ -246,11 +270,11 @@ mod tests {
         let second = account.connect().unwrap();
         assert!(account.connect().unwrap_err().contains("all of its 2 connections"));
         let now = Instant::now();
-        let admission = first.admit(now).unwrap();
-        let refused = second.admit(now).unwrap_err().message;
+        let admission = first.admit(now, 1).unwrap();
+        let refused = second.admit(now, 1).unwrap_err().message;
         assert!(refused.contains("1 requests in flight: try again when"), "{refused}");
         drop(admission);
-        second.admit(now).unwrap();
+        second.admit(now, 1).unwrap();
         drop(first);
         account.connect().unwrap();
         let mut out = String::new();
