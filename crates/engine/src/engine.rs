@@ -97,8 +97,8 @@ impl Engine {
             return Err(EngineError::Unavailable(why));
         }
         if let Some(deadline) = deadline {
-            let predicted =
-                state.predict(&self.shared.options, arrived, inputs.bucket, Some(deadline));
+            let rule = &self.shared.options.rule;
+            let predicted = state.predict(rule, arrived, inputs.bucket, Some(deadline));
             let predicted = predicted.unwrap_or_default();
             if arrived + predicted > deadline {
                 return Err(EngineError::deadline(arrived, deadline, predicted));

@@ -10,6 +10,7 @@
 mod bucket;
 mod canary;
 mod engine;
+mod finish;
 mod noise;
 mod null;
 mod options;

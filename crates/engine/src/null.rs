@@ -3,11 +3,15 @@
 //! model costs.
 
 use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use pirouette_model::{BackendError, Device, Executable, Inputs, Program, StageTimes};
+
+/// Longest run that can be asked for: a day.
+const MAX_MS: f64 = 86_400_000.0;
 
 /// Milliseconds of a run by batch size: ascending pairs, interpolated between, extended by the
 /// last step beyond.
@@ -37,6 +41,30 @@ impl NullTimes {
             (None, None) => 0.0,
         };
         Duration::from_secs_f64(ms.max(0.0) / 1e3)
+    }
+}
+
+/// `30` (the same for every batch) or `1:30,8:60` (batch:ms, ascending).
+impl FromStr for NullTimes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = |part: &str| {
+            format!("`{part}` in `{text}`: give milliseconds, or batch:ms pairs as in 1:30,8:60")
+        };
+        let mut table: Vec<(usize, f64)> = Vec::new();
+        for part in text.split(',') {
+            let (batch, ms) = part.split_once(':').unwrap_or(("1", part));
+            let (Ok(batch), Ok(ms)) = (batch.parse::<usize>(), ms.parse::<f64>()) else {
+                return Err(wrong(part));
+            };
+            let ascending = table.last().is_none_or(|(before, _)| *before < batch);
+            if batch == 0 || !ascending || !(0.0..=MAX_MS).contains(&ms) {
+                return Err(wrong(part));
+            }
+            table.push((batch, ms));
+        }
+        Ok(NullTimes(table))
     }
 }
 
@@ -107,7 +135,7 @@ impl NullDevice {
 
 impl Device for NullDevice {
     fn name(&self) -> String {
-        "null".into()
+        "null (no model, made-up actions)".into()
     }
 
     fn compile(&mut self, program: Arc<Program>) -> Result<Box<dyn Executable>, BackendError> {
@@ -178,5 +206,15 @@ mod tests {
         }
         assert_eq!(NullTimes::constant(3.0).of(64), Duration::from_millis(3));
         assert_eq!(NullTimes(vec![]).of(1), Duration::ZERO);
+    }
+
+    #[test]
+    fn tables_are_read_from_text() {
+        assert_eq!("30".parse(), Ok(NullTimes::constant(30.0)));
+        assert_eq!("1:9.5,8:60".parse(), Ok(NullTimes(vec![(1, 9.5), (8, 60.0)])));
+        for wrong in ["", "x", "1:", "0:3", "8:1,1:2", "1:-1", "1:nan", "1:inf", "1:2,", "1:1e9"] {
+            let error = wrong.parse::<NullTimes>().unwrap_err();
+            assert!(error.contains("1:30,8:60"), "{wrong}: {error}");
+        }
     }
 }
