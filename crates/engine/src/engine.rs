@@ -14,13 +14,13 @@ use crate::options::{DeviceFactory, EngineOptions};
 use crate::queue::{Job, JobInputs, Reply};
 use crate::request::{Answer, EngineError, Noise, Request};
 use crate::shared::{Phase, Shared};
-use crate::stats::StatsSnapshot;
+use crate::stats::{Stats, StatsSnapshot};
 use crate::worker;
 
 /// Devices, their threads and the queue in front of them. Dropping it stops the threads after
 /// the batches they are running.
 pub struct Engine {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     watchdog: Option<std::thread::JoinHandle<()>>,
     /// Noise of a seed nobody has asked for yet: drawn while a device is busy, it costs the next
     /// request nothing.
@@ -56,12 +56,21 @@ impl Engine {
     /// # Errors
     /// [`EngineError::Invalid`] when the options contradict themselves.
     pub fn start(devices: Vec<DeviceFactory>, options: EngineOptions) -> Result<Self, EngineError> {
+        Engine::start_with(devices, options, Arc::default())
+    }
+
+    /// The same, with the counts of another engine continued.
+    pub(crate) fn start_with(
+        devices: Vec<DeviceFactory>,
+        options: EngineOptions,
+        stats: Arc<Stats>,
+    ) -> Result<Self, EngineError> {
         options.check()?;
         if devices.is_empty() {
             return Err(EngineError::Invalid("an engine needs at least one device".into()));
         }
         let count = devices.len();
-        let shared = Shared::new(options, devices);
+        let shared = Shared::new(options, devices, stats);
         let thread = |e: std::io::Error| EngineError::Unavailable(format!("no thread: {e}"));
         for index in 0..count {
             worker::spawn(&shared, index, 0).map_err(thread)?;

@@ -53,7 +53,7 @@ pub(crate) fn shortest(devices: &[DeviceState], bucket: Bucket, rule: &BucketRul
 }
 
 impl State {
-    fn ready(&self) -> impl Iterator<Item = &DeviceState> {
+    pub(crate) fn ready(&self) -> impl Iterator<Item = &DeviceState> {
         self.devices.iter().filter(|d| d.phase == Phase::Ready)
     }
 

@@ -65,6 +65,8 @@ pub(crate) struct DeviceState {
     pub(crate) weight_bytes: u64,
     pub(crate) phase: Phase,
     pub(crate) restarts: u64,
+    /// Why it failed last.
+    pub(crate) failure: Option<String>,
     /// What runs take on this device; another card may be slower.
     pub(crate) times: ServiceTimes,
     pub(crate) running: Option<Running>,
@@ -88,7 +90,8 @@ pub(crate) struct State {
 pub(crate) struct Shared {
     pub(crate) options: EngineOptions,
     pub(crate) factories: Vec<DeviceFactory>,
-    pub(crate) stats: Stats,
+    /// Shared with a successor.
+    pub(crate) stats: Arc<Stats>,
     state: Mutex<State>,
     /// Wakes device threads, and whoever drains.
     pub(crate) wake: Condvar,
@@ -99,7 +102,11 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(options: EngineOptions, factories: Vec<DeviceFactory>) -> Arc<Self> {
+    pub(crate) fn new(
+        options: EngineOptions,
+        factories: Vec<DeviceFactory>,
+        stats: Arc<Stats>,
+    ) -> Arc<Self> {
         let devices = factories.iter().map(|_| DeviceState::new(&options)).collect();
         let state = State {
             queue: Queue::new(options.queue_capacity),
@@ -111,7 +118,7 @@ impl Shared {
         Arc::new(Shared {
             options,
             factories,
-            stats: Stats::default(),
+            stats,
             state: Mutex::new(state),
             wake: Condvar::new(),
             stopped: Condvar::new(),
@@ -185,6 +192,7 @@ impl Shared {
         }
         device.phase = Phase::Failed(reason.into());
         device.restarts += 1;
+        device.failure = Some(reason.into());
         device.last_canary = None;
         let replies = device.running.take().map(|r| r.replies).unwrap_or_default();
         for waiter in device.canary_waiters.drain(..) {
@@ -213,6 +221,7 @@ impl DeviceState {
             weight_bytes: 0,
             phase: Phase::Opening,
             restarts: 0,
+            failure: None,
             times: ServiceTimes::default(),
             running: None,
             last_canary: None,
