@@ -90,6 +90,7 @@ type FaultPlan = Arc<dyn Fn(u64) -> Option<Fault> + Send + Sync>;
 pub struct NullDevice {
     times: NullTimes,
     faults: Option<FaultPlan>,
+    sensitive: bool,
     runs: Arc<AtomicU64>,
 }
 
@@ -102,13 +103,19 @@ impl fmt::Debug for NullDevice {
 impl NullDevice {
     /// A device with these run times.
     pub fn new(times: NullTimes) -> Self {
-        NullDevice { times, faults: None, runs: Arc::default() }
+        NullDevice { times, faults: None, sensitive: false, runs: Arc::default() }
     }
 
     /// With faults: the plan is asked at every run, which it is told the number of (from 0,
     /// counted across clones, that is, across restarts).
     pub fn with_faults(self, plan: impl Fn(u64) -> Option<Fault> + Send + Sync + 'static) -> Self {
         NullDevice { faults: Some(Arc::new(plan)), ..self }
+    }
+
+    /// With answers that depend on the program's shape too, in the last bits, as those of real
+    /// kernels do.
+    pub fn sensitive_to_shape(self) -> Self {
+        NullDevice { sensitive: true, ..self }
     }
 
     /// The actions of one sample: half its noise plus a number in [0, 1) that depends on every
@@ -178,6 +185,10 @@ impl Executable for NullExecutable {
                 &inputs.noise[b * row..][..row],
                 actions,
             );
+        }
+        if self.device.sensitive {
+            let slots = shape.batch * 31 + shape.prompt_tokens * 7 + shape.cameras;
+            actions.iter_mut().for_each(|a| *a += slots as f32 * 1e-6);
         }
         std::thread::sleep(self.device.times.of(shape.batch).saturating_sub(started.elapsed()));
         match fault {
