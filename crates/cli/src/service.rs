@@ -1,29 +1,71 @@
 //! Observation → policy → engine → policy → answer: the service behind the server.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pirouette_engine::{Engine, Noise, Request};
-use pirouette_policy::{Policy, PolicyError, Value, contract};
+use anyhow::Result;
+use pirouette_engine::{Noise, Request};
+use pirouette_policy::{PolicyError, Value, contract};
 use pirouette_server::{
-    Reply, RequestContext, Service, ServiceError, ServiceFuture, render_engine,
+    Method, Page, PageRequest, Reply, RequestContext, Service, ServiceError, ServiceFuture,
+    render_engine,
 };
+
+use tokio::sync::Semaphore;
+
+use crate::model::{Model, Served};
 
 /// A policy over an engine.
 pub struct PolicyService {
-    policy: Arc<Policy>,
-    engine: Engine,
+    served: Arc<Served>,
+    /// One permit per core: more observations at once would only slow each other down.
+    preparing: Semaphore,
+    /// Whether the actions are made up.
+    null: bool,
 }
 
 impl PolicyService {
-    /// Joins the two.
-    pub fn new(policy: Policy, engine: Engine) -> Self {
-        PolicyService { policy: Arc::new(policy), engine }
+    /// Puts a service before a model.
+    pub fn new(served: Served) -> Result<Self> {
+        let null = served.plan().is_null()?;
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let preparing = Semaphore::new(cores);
+        Ok(PolicyService { served: Arc::new(served), preparing, null })
     }
 
-    /// The engine, for readiness and the drain.
-    pub fn engine(&self) -> &Engine {
-        &self.engine
+    /// The policy and the engine of this moment.
+    pub fn model(&self) -> Arc<Model> {
+        self.served.model()
+    }
+
+    /// `POST /swap`: other weights, with their statistics and tokenizer, for what is served.
+    async fn swap(&self, body: &[u8]) -> Page {
+        let body = if body.is_empty() { b"{}" } else { body };
+        let wanted: SwapRequest = match serde_json::from_slice(body) {
+            Ok(wanted) => wanted,
+            Err(error) => {
+                let text = format!("the body must be {{\"checkpoint\": \"DIR\"}}: {error}\n");
+                return Page::text(400, text);
+            }
+        };
+        let served = Arc::clone(&self.served);
+        let swap = move || served.swap(wanted.checkpoint);
+        match tokio::task::spawn_blocking(swap).await {
+            Ok(Ok(report)) => {
+                let (devices, changed) = (report.devices, report.changed);
+                let seconds = report.took.as_secs_f64();
+                let done = serde_json::json!({
+                    "devices": devices, "other_weights": changed, "seconds": seconds,
+                });
+                Page::json(200, done.to_string() + "\n")
+            }
+            Ok(Err(why)) => {
+                tracing::error!("not swapped, the old checkpoint serves on: {why:#}");
+                Page::text(409, format!("not swapped, the old checkpoint serves on: {why:#}\n"))
+            }
+            Err(_) => Page::text(500, "not swapped: a bug, see the log\n"),
+        }
     }
 
     async fn answer(
@@ -31,19 +73,24 @@ impl PolicyService {
         observation: Value,
         context: RequestContext,
     ) -> Result<Reply, ServiceError> {
+        // Statistics, tokenizer and weights of one checkpoint, from beginning to end.
+        let model = self.model();
+        model.engine.admit(context.deadline)?;
         // Resizing takes milliseconds: not on the socket's threads.
-        let policy = Arc::clone(&self.policy);
-        let prepared = tokio::task::spawn_blocking(move || policy.prepare(&observation))
+        let preparing = Arc::clone(&model);
+        let permit = self.preparing.acquire().await;
+        let prepared = tokio::task::spawn_blocking(move || preparing.policy.prepare(&observation))
             .await
             .map_err(|_| ServiceError::exception("RuntimeError", "preprocessing failed"))?
             .map_err(refused)?;
+        drop(permit);
         if prepared.dropped_tokens > 0 {
             tracing::warn!(dropped = prepared.dropped_tokens, "the prompt was cut at its end");
         }
         let drawn = context.seed.is_none() && context.noise.is_none();
         let noise = match (&context.noise, context.seed) {
             (Some(given), _) => {
-                let c = self.policy.config();
+                let c = model.policy.config();
                 if given.shape != [c.horizon, c.action_dim] {
                     let message = format!(
                         "noise has shape {:?}, the model takes [{}, {}]",
@@ -57,7 +104,7 @@ impl PolicyService {
             (None, None) => Noise::Drawn,
         };
         let input = prepared.input.clone();
-        let pending = self.engine.submit(Request {
+        let pending = model.engine.submit(Request {
             images: input.images,
             tokens: input.tokens,
             state: input.state,
@@ -66,15 +113,23 @@ impl PolicyService {
             deadline: context.deadline,
         })?;
         let answer = pending.await?;
-        let actions = self.policy.finish(&prepared, &answer.actions).map_err(refused)?;
+        let actions = model.policy.finish(&prepared, &answer.actions).map_err(refused)?;
         // The seed the server drew: with it the same request gives the same actions again.
         let seed = answer.seed.filter(|_| drawn).map(|s| ("seed".into(), Value::Int(s.into())));
-        Ok(Reply {
-            actions,
-            model_ms: answer.timing.run.total_ms,
-            extras: seed.into_iter().collect(),
-        })
+        let mut extras: Vec<(String, Value)> = seed.into_iter().collect();
+        if self.null {
+            extras.push(("null_device".into(), Value::Bool(true)));
+        }
+        Ok(Reply { actions, model_ms: answer.timing.run.total_ms, extras })
     }
+}
+
+/// Body of `POST /swap`.
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SwapRequest {
+    /// Without one, the checkpoint that is served is read again.
+    checkpoint: Option<PathBuf>,
 }
 
 fn refused(error: PolicyError) -> ServiceError {
@@ -87,14 +142,14 @@ fn refused(error: PolicyError) -> ServiceError {
 impl Service for PolicyService {
     fn warm(&self) -> ServiceFuture<'_, ()> {
         Box::pin(async {
-            while self.engine.wait_ready().await.is_err() {
+            while self.model().engine.wait_ready().await.is_err() {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         })
     }
 
     fn metadata(&self) -> Value {
-        Value::Map(self.policy.config().metadata.clone())
+        Value::Map(self.model().policy.config().metadata.clone())
     }
 
     fn infer(
@@ -106,14 +161,27 @@ impl Service for PolicyService {
     }
 
     fn readiness(&self) -> ServiceFuture<'_, Result<(), String>> {
-        Box::pin(self.engine.readiness())
+        Box::pin(async { self.model().engine.readiness().await })
     }
 
     fn contract(&self) -> String {
-        serde_json::to_string_pretty(&contract(self.policy.config())).unwrap_or_default()
+        let mut card = serde_json::json!(contract(self.model().policy.config()));
+        if self.null {
+            card["null_device"] = "no model runs: the actions are made up".into();
+        }
+        serde_json::to_string_pretty(&card).unwrap_or_default()
     }
 
     fn metrics(&self, out: &mut String) {
-        render_engine(&self.engine.stats(), out);
+        render_engine(&self.model().engine.stats(), out);
+    }
+
+    fn page(&self, request: PageRequest) -> ServiceFuture<'_, Option<Page>> {
+        Box::pin(async move {
+            match (request.method, request.path.as_str()) {
+                (Method::Post, "/swap") => Some(self.swap(&request.body).await),
+                _ => None,
+            }
+        })
     }
 }

@@ -88,6 +88,20 @@ impl Engine {
         &self.shared.options
     }
 
+    /// Whether a request with this deadline would be let in now, before any work is done for it:
+    /// judged as one of the shape that is warm, so never stricter than [`Engine::submit`] with a
+    /// request of another.
+    ///
+    /// # Errors
+    /// What `submit` would say.
+    pub fn admit(&self, deadline: Option<Instant>) -> Result<(), EngineError> {
+        let options = &self.shared.options;
+        let usual = options.bucket(1, 1);
+        let bucket = options.warm.first().copied().unwrap_or(usual);
+        let admitted = self.shared.lock().admit(&options.rule, Instant::now(), bucket, deadline);
+        admitted.inspect_err(|error| self.shared.stats.error(error))
+    }
+
     /// Puts a request into the queue, or refuses it on the spot.
     pub fn submit(&self, request: Request) -> Result<Pending, EngineError> {
         self.try_submit(request).inspect_err(|error| self.shared.stats.error(error))
@@ -99,20 +113,7 @@ impl Engine {
         let (inputs, seed) = self.prepare(request)?;
         let (sender, receiver) = oneshot::channel();
         let mut state = self.shared.lock();
-        if state.draining || state.stop {
-            return Err(EngineError::Draining);
-        }
-        if let Some(why) = state.unready() {
-            return Err(EngineError::Unavailable(why));
-        }
-        if let Some(deadline) = deadline {
-            let rule = &self.shared.options.rule;
-            let predicted = state.predict(rule, arrived, inputs.bucket, Some(deadline));
-            let predicted = predicted.unwrap_or_default();
-            if arrived + predicted > deadline {
-                return Err(EngineError::deadline(arrived, deadline, predicted));
-            }
-        }
+        state.admit(&self.shared.options.rule, arrived, inputs.bucket, deadline)?;
         let capacity = state.queue.capacity();
         let job = Job { inputs, deadline, reply: Reply { arrived, seed, sender } };
         state.queue.push(job).map_err(|_| EngineError::Overloaded { capacity })?;

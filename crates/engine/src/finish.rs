@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::bucket::{Bucket, BucketRule};
+use crate::request::EngineError;
 use crate::shared::{DeviceState, Phase, State};
 
 /// A device must be sooner by this much before another leaves it work: differences below are
@@ -60,6 +61,28 @@ impl State {
     /// Ready devices that do nothing.
     pub(crate) fn idle(&self) -> usize {
         self.ready().filter(|d| d.running.is_none()).count()
+    }
+
+    /// Whether a request entering now can be answered in time.
+    pub(crate) fn admit(
+        &self,
+        rule: &BucketRule,
+        now: Instant,
+        bucket: Bucket,
+        deadline: Option<Instant>,
+    ) -> Result<(), EngineError> {
+        if self.draining || self.stop {
+            return Err(EngineError::Draining);
+        }
+        if let Some(why) = self.unready() {
+            return Err(EngineError::Unavailable(why));
+        }
+        let Some(deadline) = deadline else { return Ok(()) };
+        let predicted = self.predict(rule, now, bucket, Some(deadline)).unwrap_or_default();
+        if now + predicted > deadline {
+            return Err(EngineError::deadline(now, deadline, predicted));
+        }
+        Ok(())
     }
 
     /// Predicted time until a request entering now would have its answer: what runs, what is

@@ -164,13 +164,7 @@ fn arguments() -> Result<Arguments, Box<dyn std::error::Error>> {
                 a.serve.keepalive_timeout = a.serve.keepalive_interval;
             }
             "--api-key-file" => a.serve.api_keys = Some(ApiKeys::read(value.as_ref())?),
-            "--times" => {
-                let pair = |t: &str| {
-                    let (batch, ms) = t.split_once(':').unwrap_or(("1", t));
-                    Ok::<_, Box<dyn std::error::Error>>((batch.parse()?, ms.parse()?))
-                };
-                a.times = NullTimes(value.split(',').map(pair).collect::<Result<_, _>>()?);
-            }
+            "--times" => a.times = value.parse()?,
             _ => return Err(USAGE.into()),
         }
     }
