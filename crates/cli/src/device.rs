@@ -69,13 +69,19 @@ pub fn target(args: &DeviceArgs) -> Result<Target> {
     }
 }
 
+fn numbered(number: &str) -> Result<String> {
+    let parsed = number.trim().parse::<usize>();
+    let ordinal = parsed.with_context(|| format!("--gpus: `{number}` is no number of a GPU"))?;
+    Ok(format!("cuda:{ordinal}"))
+}
+
 /// The devices of a server, one engine thread each: those of `--gpus`, of a `--device` that
 /// lists several, or `replicas` of a null device.
 pub fn targets(args: &DeviceArgs, gpus: Option<&str>, replicas: usize) -> Result<Vec<DeviceArgs>> {
     let count = || -> Result<usize> { Ok(Driver::open().context("--gpus")?.device_count()) };
     let named = match gpus {
         Some("all") => (0..count()?).map(|n| format!("cuda:{n}")).collect(),
-        Some(list) => list.split(',').map(|n| format!("cuda:{}", n.trim())).collect(),
+        Some(list) => list.split(',').map(numbered).collect::<Result<Vec<_>>>()?,
         None if args.device.starts_with("cuda") => {
             args.device.split(',').map(|d| d.trim().to_string()).collect()
         }

@@ -12,7 +12,7 @@ use rig::request;
 fn varied(i: usize) -> Request {
     let mut request = request(i);
     request.tokens = (0..1 + i * 7 % 48).map(|t| (t % 100) as u32).collect();
-    if i % 3 == 0 {
+    if i.is_multiple_of(3) {
         request.images.push(request.images[0].clone());
     }
     request
