@@ -64,7 +64,7 @@ pub fn target(args: &DeviceArgs) -> Result<Target> {
         other => match other.strip_prefix("cuda").map(|n| n.trim_start_matches(':')) {
             Some("") => Ok(Target::Cuda(0)),
             Some(n) if n.parse::<usize>().is_ok() => Ok(Target::Cuda(n.parse()?)),
-            _ => bail!("`--device {other}`: use auto, cpu, cuda:N or null:TABLE"),
+            _ => bail!("`--device {other}`: use auto, cpu or cuda:N (or null:TABLE to serve)"),
         },
     }
 }

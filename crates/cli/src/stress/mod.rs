@@ -27,7 +27,7 @@ pub struct StressArgs {
     /// Only these rows.
     #[arg(long, value_delimiter = ',')]
     pub only: Vec<String>,
-    /// Seconds of overload (default 600; 5 in the short form).
+    /// Seconds of overload (default 600; 10 in the short form).
     #[arg(long)]
     pub overload_seconds: Option<u64>,
     /// Write the results as JSON to this file (`-` for standard output).
@@ -52,7 +52,7 @@ impl Scale {
 
     /// Seconds of the overload row.
     pub fn overload(&self) -> Duration {
-        Duration::from_secs(self.overload_seconds.unwrap_or(self.of(600, 5)))
+        Duration::from_secs(self.overload_seconds.unwrap_or(self.of(600, 10)))
     }
 
     /// Samples per second of the measured table at a batch size.

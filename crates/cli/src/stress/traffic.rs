@@ -10,6 +10,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use super::server::Server;
 use super::{Check, Outcome, Scale};
 
+fn slowed(times: &NullTimes, by: f64) -> NullTimes {
+    NullTimes(times.0.iter().map(|(batch, ms)| (*batch, ms * by)).collect())
+}
+
 /// A server stopped by SIGTERM must drain and say so.
 async fn drained(server: Server) -> Result<Check> {
     Ok(Check::exactly("clean exit on SIGTERM", 1, server.stop().await?.into()))
@@ -51,11 +55,14 @@ pub async fn overhead(scale: &Scale) -> Outcome {
 /// Twice what can be served: what is answered, how fast the rest is told, memory.
 pub async fn overload(scale: &Scale) -> Outcome {
     const BATCH: usize = 16;
-    let capacity = scale.capacity(BATCH);
-    let server = Server::start(&scale.times, BATCH, &[]).await?;
+    // The short form is slower by this: it must hold on a machine that has other things to do.
+    let slower = scale.of(1, 4);
+    let times = slowed(&scale.times, slower.into());
+    let capacity = scale.capacity(BATCH) / f64::from(slower);
+    let server = Server::start(&times, BATCH, &[]).await?;
     let mut options = server.load(128, scale.overload().as_secs_f64()).await?;
     options.rate = Some(2.0 * capacity);
-    options.deadline = Some(Duration::from_millis(400));
+    options.deadline = Some(Duration::from_millis(400) * slower);
     let load = tokio::spawn(async move { run(&options).await });
     let mut memory = Vec::new();
     while !load.is_finished() {
@@ -76,7 +83,7 @@ pub async fn overload(scale: &Scale) -> Outcome {
             report.goodput() / capacity,
         ),
         Check::some("refusals", refused),
-        Check::at_most("p99 until refused, ms", scale.of(5.0, 250.0), report.refusal.p99_ms),
+        Check::at_most("p99 until refused, ms", scale.of(5.0, 1000.0), report.refusal.p99_ms),
         Check::exactly("other errors", 0, others),
         Check::at_most("memory growth, MiB", scale.of(4.0, 64.0), (last - second) / 1048576.0),
         drained(server).await?,
@@ -86,7 +93,7 @@ pub async fn overload(scale: &Scale) -> Outcome {
 /// The same load on one engine and on two.
 pub async fn replicas(scale: &Scale) -> Outcome {
     // Slower than measured, so that the clients are not what is measured.
-    let times = NullTimes(scale.times.0.iter().map(|(b, ms)| (*b, ms * 2.0)).collect());
+    let times = slowed(&scale.times, 2.0);
     let mut rates = Vec::new();
     for count in ["1", "2"] {
         let server = Server::start(&times, 8, &["--replicas", count]).await?;
