@@ -88,17 +88,17 @@ impl Engine {
         &self.shared.options
     }
 
-    /// Whether a request with this deadline would be let in now, before any work is done for it:
-    /// judged as one of the shape that is warm, so never stricter than [`Engine::submit`] with a
-    /// request of another.
+    /// Whether a request with this deadline could be let in now, before any work is done for it:
+    /// judged as one of the fastest shape that ran, so what [`Engine::submit`] would take passes.
     ///
     /// # Errors
     /// What `submit` would say.
     pub fn admit(&self, deadline: Option<Instant>) -> Result<(), EngineError> {
         let options = &self.shared.options;
-        let usual = options.bucket(1, 1);
-        let bucket = options.warm.first().copied().unwrap_or(usual);
-        let admitted = self.shared.lock().admit(&options.rule, Instant::now(), bucket, deadline);
+        let state = self.shared.lock();
+        let bucket = state.fastest(&options.rule).unwrap_or_else(|| options.bucket(1, 1));
+        let admitted = state.admit(&options.rule, Instant::now(), bucket, deadline);
+        drop(state);
         admitted.inspect_err(|error| self.shared.stats.error(error))
     }
 

@@ -63,6 +63,16 @@ impl State {
         self.ready().filter(|d| d.running.is_none()).count()
     }
 
+    /// The shape that some ready device runs fastest.
+    pub(crate) fn fastest(&self, rule: &BucketRule) -> Option<Bucket> {
+        let smallest = rule.batches[0];
+        let timed = self.ready().filter_map(|d| {
+            let bucket = d.times.fastest(smallest)?;
+            Some((d.times.measured(bucket, smallest)?, bucket))
+        });
+        timed.min_by_key(|(took, _)| *took).map(|(_, bucket)| bucket)
+    }
+
     /// Whether a request entering now can be answered in time.
     pub(crate) fn admit(
         &self,

@@ -75,6 +75,9 @@ async fn a_deadline_only_the_fast_device_can_meet_is_accepted_and_met() {
     all_ready(&engine).await;
     let answer = engine.submit(rig::due(1, 1000)).unwrap().await.unwrap();
     assert_eq!(answer.timing.device, 1);
+    let soon = |ms| Some(std::time::Instant::now() + Duration::from_millis(ms));
+    assert_eq!(engine.admit(soon(1000)), Ok(()));
+    assert!(matches!(engine.admit(soon(5)), Err(EngineError::Deadline { .. })), "before any work");
     let refused = engine.submit(rig::due(1, 5)).unwrap_err();
     assert!(matches!(refused, EngineError::Deadline { .. }), "{refused:?}");
 }
