@@ -3,7 +3,6 @@
 //! `cargo run --release -p pirouette-fuzz -- SECONDS [TARGET…]`. The seed is printed; a finding is
 //! written to `target/fuzz/` and replayed with `-- --replay TARGET FILE`.
 
-mod mutate;
 mod targets;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::mutate::Mutator;
 use crate::targets::{TARGETS, Target};
+use pirouette_testing::mutate::Mutator;
 
 fn main() -> ExitCode {
     match run(&std::env::args().skip(1).collect::<Vec<_>>()) {

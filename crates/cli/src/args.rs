@@ -33,6 +33,10 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Compare a device with openpi's recorded answers.
     Golden(GoldenArgs),
+    /// Ask a server as many clients would: latencies, goodput, refusals.
+    Load(crate::load::LoadArgs),
+    /// Prove what the server promises under stress: overload, faults, swaps, hostile clients.
+    Stress(crate::stress::StressArgs),
     /// Compare this backend at its precision with the F32 reference, step by step.
     Verify(VerifyArgs),
     /// Say what this machine offers, each line with its fix.
@@ -76,7 +80,8 @@ impl Precision {
 /// Where and how to run.
 #[derive(Args, Clone, Debug)]
 pub struct DeviceArgs {
-    /// `auto` (a GPU if there is one), `cpu`, or `cuda:N`.
+    /// `auto` (a GPU if there is one), `cpu`, or `cuda:N`; `serve` also takes `cuda:0,cuda:1` and
+    /// `null:1:30,8:60`: no model, made-up actions after these milliseconds (batch:ms).
     #[arg(long, default_value = "auto")]
     pub device: String,
     /// Precision of the weights.
@@ -180,6 +185,9 @@ pub struct BenchArgs {
     /// Batch sizes, each measured.
     #[arg(long, value_delimiter = ',', default_value = "1")]
     pub batch: Vec<usize>,
+    /// What one request costs under `serve --deterministic --max-batch N`, N being this.
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "8")]
+    pub deterministic: Option<usize>,
     /// Measured runs of each batch size (default: 200 on a GPU, 5 on the CPU).
     #[arg(long)]
     pub runs: Option<usize>,

@@ -6,7 +6,9 @@ use anyhow::{Result, bail};
 use pirouette_cuda::gauge::Gauge;
 use pirouette_cuda::{CudaDevice, CudaExecutable};
 use pirouette_engine::standard_normal;
-use pirouette_model::{Config, Executable, Inputs, Shape, StageTimes, WeightTable, record_with};
+use pirouette_model::{
+    Config, Executable, Family, Inputs, Shape, StageTimes, WeightTable, record_with,
+};
 use serde::Serialize;
 
 use crate::args::BenchArgs;
@@ -25,6 +27,17 @@ struct Report {
     weight_bytes: u64,
     clock: &'static str,
     results: Vec<Row>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    deterministic: Option<Deterministic>,
+}
+
+/// One request in the one program of `serve --deterministic`, and in its own.
+#[derive(Serialize)]
+struct Deterministic {
+    alone: Row,
+    fixed: Row,
+    /// Of the medians.
+    times_as_long: f64,
 }
 
 #[derive(Serialize)]
@@ -51,8 +64,8 @@ const CLOCK: &str = "inputs in host memory to actions in host memory";
 
 /// Measures every batch size asked for.
 pub fn run(args: &BenchArgs) -> Result<()> {
-    if args.batch.is_empty() || args.runs == Some(0) {
-        bail!("nothing to measure: --batch and --runs must be at least 1");
+    if args.batch.is_empty() || args.runs == Some(0) || args.deterministic == Some(0) {
+        bail!("nothing to measure: --batch, --runs and --deterministic must be at least 1");
     }
     let weights = Weights::open(&args.weights)?;
     let config = weights.config;
@@ -71,11 +84,11 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         weight_bytes,
         clock: CLOCK,
         results: vec![],
+        deterministic: None,
     };
     eprintln!("{} · {} · {}", report.model, report.device, report.weights);
     let table = Arc::new(WeightTable::new(config, args.shape.steps));
-    for &batch in &args.batch {
-        let shape = args.shape.shape(batch);
+    let mut measure = |shape: Shape| -> Result<Row> {
         let program = Arc::new(record_with(Arc::clone(&table), shape)?);
         let sample = RandomInputs::new(&config, shape, 1);
         let measured = match &mut opened {
@@ -89,7 +102,17 @@ pub fn run(args: &BenchArgs) -> Result<()> {
                 Measured { gpu: Some(gpu(cuda, &mut executable, runs.len())?), runs }
             }
         };
-        report.results.push(row(shape, &measured));
+        Ok(row(shape, &measured))
+    };
+    for &batch in &args.batch {
+        report.results.push(measure(args.shape.shape(batch))?);
+    }
+    if let Some(slots) = args.deterministic {
+        let prompt_tokens = longest_prompt(config.family);
+        let alone = measure(args.shape.shape(1))?;
+        let fixed = measure(Shape { prompt_tokens, ..args.shape.shape(slots) })?;
+        let times_as_long = fixed.p50_ms / alone.p50_ms;
+        report.deterministic = Some(Deterministic { alone, fixed, times_as_long });
     }
     match &args.json {
         Some(path) => write_json(path, &report),
@@ -97,6 +120,14 @@ pub fn run(args: &BenchArgs) -> Result<()> {
             print(&report);
             Ok(())
         }
+    }
+}
+
+/// Prompt slots of openpi's configurations.
+fn longest_prompt(family: Family) -> usize {
+    match family {
+        Family::Pi0 => 48,
+        Family::Pi05 => 200,
     }
 }
 
@@ -295,6 +326,13 @@ fn print(report: &Report) {
     println!("milliseconds, {}\n", report.clock);
     let header = ["batch", "p50", "mean", "p99", "vision", "prefill", "denoise", "samples/s"];
     print!("{}", table(&header, &rows));
+    if let Some(d) = &report.deterministic {
+        println!(
+            "\none request: {:.2} ms by itself; {:.2} ms in the program of `serve --deterministic` \
+             ({} slots, {} prompt tokens): {:.2} times as long, for the same bits in any company",
+            d.alone.p50_ms, d.fixed.p50_ms, d.fixed.batch, d.fixed.prompt_tokens, d.times_as_long
+        );
+    }
     for r in &report.results {
         let Some(g) = &r.gpu else { continue };
         println!(

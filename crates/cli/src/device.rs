@@ -3,11 +3,12 @@
 use std::io::IsTerminal;
 use std::sync::Arc;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 use pirouette_cpu::{CpuDevice, Options};
 use pirouette_cuda::CudaDevice;
 use pirouette_cuda::driver::Driver;
+use pirouette_engine::{NullDevice, NullTimes};
 use pirouette_model::{Config, Device, TensorSource, WeightTable};
 
 use crate::args::{DeviceArgs, Precision};
@@ -39,13 +40,23 @@ impl Opened {
 }
 
 /// What `--device` means on this machine.
-enum Target {
+#[derive(Clone, Debug, PartialEq)]
+pub enum Target {
+    /// The CPU.
     Cpu,
+    /// A GPU by its number.
     Cuda(usize),
+    /// Nothing: made-up actions after a given time.
+    Null(NullTimes),
 }
 
 /// Reads `--device`; `auto` takes the first GPU if there is one that can be used in bf16.
-fn target(args: &DeviceArgs) -> Result<Target> {
+pub fn target(args: &DeviceArgs) -> Result<Target> {
+    if let Some(table) = args.device.strip_prefix("null") {
+        let table = table.strip_prefix(':').unwrap_or(if table.is_empty() { "0" } else { table });
+        let times = table.parse().map_err(|e| anyhow!("`--device {}`: {e}", args.device))?;
+        return Ok(Target::Null(times));
+    }
     match args.device.as_str() {
         "cpu" => Ok(Target::Cpu),
         "auto" if args.precision == Precision::F32 => Ok(Target::Cpu),
@@ -53,18 +64,82 @@ fn target(args: &DeviceArgs) -> Result<Target> {
         other => match other.strip_prefix("cuda").map(|n| n.trim_start_matches(':')) {
             Some("") => Ok(Target::Cuda(0)),
             Some(n) if n.parse::<usize>().is_ok() => Ok(Target::Cuda(n.parse()?)),
-            _ => bail!("`--device {other}`: use auto, cpu or cuda:N"),
+            _ => bail!("`--device {other}`: use auto, cpu or cuda:N (or null:TABLE to serve)"),
         },
     }
 }
 
-fn has_gpu() -> bool {
-    Driver::open().is_ok_and(|driver| driver.device_count() > 0)
+fn numbered(number: &str) -> Result<String> {
+    let parsed = number.trim().parse::<usize>();
+    let ordinal = parsed.with_context(|| format!("--gpus: `{number}` is no number of a GPU"))?;
+    Ok(format!("cuda:{ordinal}"))
 }
 
-/// Whether the flags name a GPU (or `auto` finds one); an error when they name nothing.
-pub fn is_gpu(args: &DeviceArgs) -> Result<bool> {
-    Ok(matches!(target(args)?, Target::Cuda(_)))
+/// The devices of a server, one engine thread each: those of `--gpus`, of a `--device` that
+/// lists several, or `replicas` of a null device.
+pub fn targets(args: &DeviceArgs, gpus: Option<&str>, replicas: usize) -> Result<Vec<DeviceArgs>> {
+    let count = || -> Result<usize> { Ok(Driver::open().context("--gpus")?.device_count()) };
+    let named = match gpus {
+        Some("all") => (0..count()?).map(|n| format!("cuda:{n}")).collect(),
+        Some(list) => list.split(',').map(numbered).collect::<Result<Vec<_>>>()?,
+        None if args.device.starts_with("cuda") => {
+            args.device.split(',').map(|d| d.trim().to_string()).collect()
+        }
+        None => vec![args.device.clone()],
+    };
+    if named.is_empty() {
+        bail!("--gpus all: the driver shows no GPU; check `nvidia-smi` and CUDA_VISIBLE_DEVICES");
+    }
+    let each = |device: String| DeviceArgs { device, ..args.clone() };
+    let mut all: Vec<DeviceArgs> = named.into_iter().map(each).collect();
+    let mut targets = all.iter().map(target).collect::<Result<Vec<_>>>()?;
+    if replicas > 1 && !matches!(targets[..], [Target::Null(_)]) {
+        bail!("--replicas is for one null device: name several GPUs with --gpus all or --gpus 0,1");
+    }
+    let gpu = |t: &Target| matches!(t, Target::Cuda(_));
+    if targets.iter().any(gpu) && args.precision == Precision::F32 {
+        bail!("GPUs run in bf16: use `--precision bf16`, or `--device cpu` for f32");
+    }
+    while let Some(last) = targets.pop() {
+        if targets.contains(&last) {
+            bail!("{last:?} is named twice");
+        }
+    }
+    all.resize(all.len().max(replicas), all[0].clone());
+    Ok(all)
+}
+
+/// A null device, where the flags name one.
+pub fn null(args: &DeviceArgs) -> Result<Option<NullDevice>> {
+    Ok(match target(args)? {
+        Target::Null(times) => Some(NullDevice::new(times)),
+        Target::Cpu | Target::Cuda(_) => None,
+    })
+}
+
+/// Bytes free where a device keeps its weights; `None` where nothing is kept or nothing is known.
+pub fn free_bytes(args: &DeviceArgs) -> Result<Option<u64>> {
+    Ok(match target(args)? {
+        Target::Null(_) => None,
+        Target::Cpu => available_memory(),
+        Target::Cuda(ordinal) => {
+            let context = Driver::open()?.context(ordinal)?;
+            context.make_current()?;
+            Some(context.memory_info()?.0)
+        }
+    })
+}
+
+/// What Linux says can be had without swapping.
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+    Some(kib * 1024)
+}
+
+fn has_gpu() -> bool {
+    Driver::open().is_ok_and(|driver| driver.device_count() > 0)
 }
 
 /// Loads weights for `steps` Euler steps onto the device the flags name.
@@ -79,6 +154,7 @@ pub fn open(
         Target::Cuda(_) if args.precision == Precision::F32 => {
             bail!("GPUs run in bf16: use `--precision bf16`, or `--device cpu` for f32")
         }
+        Target::Null(_) => bail!("a null device has no model: it is for `pirouette serve`"),
         Target::Cuda(ordinal) => {
             let table = Arc::new(WeightTable::new(config, steps));
             Ok(Opened::Cuda(Box::new(CudaDevice::open(ordinal, table, source)?)))
@@ -162,5 +238,74 @@ pub fn gpu_findings() -> Vec<(String, Option<String>)> {
             Some("check `nvidia-smi` and CUDA_VISIBLE_DEVICES".into()),
         )],
         n => (0..n).map(device).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(device: &str) -> DeviceArgs {
+        DeviceArgs { device: device.into(), precision: Precision::Bf16, threads: None }
+    }
+
+    fn names(device: &str, gpus: Option<&str>, replicas: usize) -> Result<Vec<String>> {
+        Ok(targets(&args(device), gpus, replicas)?.into_iter().map(|a| a.device).collect())
+    }
+
+    #[test]
+    fn devices_are_named_in_lists_and_never_twice() {
+        assert_eq!(names("auto", Some("0,2"), 1).unwrap(), ["cuda:0", "cuda:2"]);
+        assert_eq!(names("cuda:1,cuda:3", None, 1).unwrap(), ["cuda:1", "cuda:3"]);
+        assert_eq!(names("cpu", None, 1).unwrap(), ["cpu"]);
+        assert_eq!(names("null:1:9,8:60", None, 2).unwrap(), ["null:1:9,8:60"; 2]);
+        for (device, gpus, replicas) in [
+            ("auto", Some("0,0"), 1),
+            ("auto", Some("x"), 1),
+            ("auto", Some(""), 1),
+            ("cuda:0,cuda:", None, 1),
+            ("cpu", None, 2),
+            ("cuda:0", None, 2),
+            ("gpu", None, 1),
+        ] {
+            assert!(names(device, gpus, replicas).is_err(), "{device} {gpus:?} {replicas}");
+        }
+    }
+
+    #[test]
+    fn a_null_device_is_named_with_its_times() {
+        assert_eq!(target(&args("null")).unwrap(), Target::Null(NullTimes::constant(0.0)));
+        assert_eq!(target(&args("null:30")).unwrap(), Target::Null(NullTimes::constant(30.0)));
+        let table = NullTimes(vec![(1, 9.5), (8, 60.0)]);
+        assert_eq!(target(&args("null:1:9.5,8:60")).unwrap(), Target::Null(table));
+        for wrong in ["null:", "null:x", "nullx", "null:8:1,1:2"] {
+            assert!(target(&args(wrong)).is_err(), "{wrong}");
+        }
+        assert!(null(&args("cpu")).unwrap().is_none());
+        assert!(open(&args("null"), Config::pi0(), 10, &Nothing).is_err(), "only serve has one");
+    }
+
+    struct Nothing;
+
+    impl TensorSource for Nothing {
+        fn origin(&self) -> String {
+            "nothing".into()
+        }
+
+        fn names(&self) -> Vec<String> {
+            vec![]
+        }
+
+        fn shape(&self, _: &str) -> Option<Vec<usize>> {
+            None
+        }
+
+        fn load(
+            &self,
+            name: &str,
+        ) -> Result<pirouette_model::Tensor<'_>, pirouette_model::SourceError> {
+            let (name, origin) = (name.to_string(), self.origin());
+            Err(pirouette_model::SourceError::Missing { name, origin })
+        }
     }
 }

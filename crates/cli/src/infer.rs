@@ -12,7 +12,7 @@ use crate::args::{DeviceArgs, WeightArgs};
 use crate::setup::{self, PolicyArgs};
 use crate::text::write_json;
 use crate::weights::Weights;
-use crate::{device, npz, serve};
+use crate::{device, model, npz};
 
 /// Arguments of `infer`.
 #[derive(clap::Args)]
@@ -86,8 +86,10 @@ pub fn run(args: &InferArgs) -> Result<()> {
     options.rule = BucketRule::cpu(1);
     options.watchdog = std::time::Duration::from_secs(3600);
     drop(weights);
-    device::is_gpu(&args.device)?;
-    let factory = serve::factory(args.device.clone(), weight_args, steps);
+    if device::null(&args.device)?.is_some() {
+        bail!("`--device {}` has no model: it is for `pirouette serve`", args.device.device);
+    }
+    let factory = model::factory(args.device.clone(), weight_args, steps);
     let engine = Engine::start(vec![factory], options)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(engine.wait_ready()).map_err(|why| anyhow::anyhow!("{why}"))?;

@@ -10,7 +10,9 @@ mod infer;
 mod inspect;
 mod ladder;
 mod lerobot;
+mod load;
 mod log;
+mod model;
 mod npz;
 mod plan;
 mod profile;
@@ -18,6 +20,7 @@ mod report;
 mod serve;
 mod service;
 mod setup;
+mod stress;
 mod text;
 mod verify;
 mod weights;
@@ -46,9 +49,11 @@ fn run(cli: args::Cli) -> anyhow::Result<()> {
         args::Command::Serve(a) => serve::run(&a),
         args::Command::Inspect(a) => inspect::run(&a),
         args::Command::Ladder(a) => ladder::run(&a),
+        args::Command::Load(a) => load::run(&a),
         args::Command::Plan(a) => plan::run(&a),
         args::Command::Profile(a) => profile::run(&a),
         args::Command::Report(a) => report::run(&a),
+        args::Command::Stress(a) => stress::run(&a),
         args::Command::Verify(a) => verify::run(&a),
     }
 }

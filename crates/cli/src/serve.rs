@@ -9,20 +9,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use pirouette_engine::{BucketRule, DeviceFactory, Engine, EngineOptions};
-use pirouette_model::{BackendError, WeightTable};
 use pirouette_policy::config::environment;
 use pirouette_server::{
     ApiKeys, Dialect, Doors, ServeOptions, Tls, check_admin_exposure, check_exposure,
 };
 
-use crate::args::{DeviceArgs, WeightArgs};
+use crate::args::DeviceArgs;
 use crate::descriptors;
 use crate::device;
 use crate::log::{self, LogFormat};
+use crate::model::{ModelPlan, Served};
 use crate::service::PolicyService;
-use crate::setup::{self, PolicyArgs};
-use crate::weights::Weights;
+use crate::setup::PolicyArgs;
 
 /// Arguments of `serve`.
 #[derive(clap::Args)]
@@ -94,6 +92,20 @@ pub struct ServeArgs {
     /// Euler steps (default: the configuration's).
     #[arg(long)]
     pub steps: Option<usize>,
+    /// Serve from several GPUs on one port: `all`, or their numbers as in `0,2`.
+    #[arg(long, conflicts_with = "device")]
+    pub gpus: Option<String>,
+    /// Engines of a null device.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
+    pub replicas: u8,
+    /// One program for everybody, of --max-batch slots and the longest prompt: a seed gives the
+    /// same bits alone and in any batch. `bench --deterministic` tells what it costs.
+    #[arg(long)]
+    pub deterministic: bool,
+    /// Milliseconds a free device waits for more requests before it runs a batch that is not
+    /// full.
+    #[arg(long, default_value_t = 0.0, value_parser = window)]
+    pub window_ms: f64,
     /// Form of the log on standard error; PIROUETTE_LOG chooses what is told (default `info`;
     /// `info,pirouette::request=debug` for every request).
     #[arg(long, value_enum, default_value = "text")]
@@ -101,6 +113,12 @@ pub struct ServeArgs {
     /// openpi's flag; nothing is recorded.
     #[arg(long)]
     pub record: bool,
+}
+
+/// Reads `--window-ms`: a second is more than any robot waits.
+fn window(text: &str) -> Result<f64, String> {
+    let ms = text.parse().map_err(|_| format!("`{text}` is no number of milliseconds"))?;
+    if (0.0..=1000.0).contains(&ms) { Ok(ms) } else { Err("it must be from 0 to 1000".into()) }
 }
 
 /// Serves until SIGTERM or Ctrl-C.
@@ -115,46 +133,31 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     // Also the admin port's connections and the checkpoint's files.
     descriptors::raise((serve.max_connections + serve.max_handshakes + 256) as u64);
 
-    let family = match &name {
-        Some(name) => setup::policy_config(name)?.family,
-        None => pirouette_model::Family::Pi0,
+    let plan = ModelPlan {
+        name,
+        policy: args.policy.clone(),
+        devices: device::targets(&args.device, args.gpus.as_deref(), args.replicas.into())?,
+        max_batch: args.max_batch,
+        steps: args.steps,
+        deterministic: args.deterministic,
+        window: Duration::from_secs_f64(args.window_ms / 1e3),
     };
-    let weight_args = WeightArgs::for_family(checkpoint, family);
-    let weights = Weights::open(&weight_args)?;
-    let config = setup::choose(name.as_deref(), weights.checkpoint())?;
-    let steps = args.steps.unwrap_or(config.steps);
-    let model = weights.config;
-    let (policy, warnings) = setup::policy(config, &model, weights.checkpoint(), &args.policy)?;
-    for warning in &warnings {
-        tracing::warn!("{warning}");
-    }
-    tracing::info!("{}; {}", setup::describe(&policy), weights.origin);
-    if args.dialect == Dialect::Roboarena && policy.roboarena().is_none() {
-        bail!(
-            "RoboArena's robot is DROID's, {} is for another one ({}): leave --dialect out",
-            policy.config().name,
-            policy.config().robot.name()
+    if plan.is_null()? {
+        tracing::warn!(
+            "NULL DEVICE: no model runs and the actions are MADE UP. Do not connect a robot."
         );
     }
-    drop(weights);
-
-    let on_gpu = device::is_gpu(&args.device)?;
-    let most = args.max_batch.unwrap_or(if on_gpu { 8 } else { 1 });
-    let c = policy.config();
-    let table = Arc::new(WeightTable::new(model, steps));
-    let mut options = EngineOptions::new(vec![table], c.horizon, c.max_token_len);
-    options.rule = if on_gpu { BucketRule::gpu(most) } else { BucketRule::cpu(most) };
-    if on_gpu {
-        let cameras = c.robot.cameras().min(3);
-        let prompts = (1..=6).map(|i| 16 * i).filter(|p| *p <= c.max_token_len.max(16));
-        options.warm = prompts.map(|p| options.bucket(cameras, p)).collect();
-    } else {
-        // A request on a CPU takes seconds, on two cores tens of them.
-        options.watchdog = Duration::from_secs(600);
+    let parts = plan.open(checkpoint.clone())?;
+    if args.dialect == Dialect::Roboarena && parts.policy.roboarena().is_none() {
+        bail!(
+            "RoboArena's robot is DROID's, {} is for another one ({}): leave --dialect out",
+            parts.policy.config().name,
+            parts.policy.config().robot.name()
+        );
     }
-    let engine = Engine::start(vec![factory(args.device.clone(), weight_args, steps)], options)?;
+    let service = PolicyService::new(Served::new(plan, checkpoint, parts.start()?))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(listen(doors, PolicyService::new(policy, engine), serve))
+    runtime.block_on(listen(doors, service, serve))
 }
 
 /// The addresses to listen on.
@@ -231,16 +234,6 @@ fn local(uri: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// Opens the device and its weights, on the engine's thread and again after every failure.
-pub fn factory(args: DeviceArgs, weights: WeightArgs, steps: usize) -> DeviceFactory {
-    Arc::new(move || {
-        let unavailable = |e: anyhow::Error| BackendError::Unavailable(format!("{e:#}"));
-        let weights = Weights::open(&weights).map_err(unavailable)?;
-        let opened = device::open(&args, weights.config, steps, weights.source());
-        Ok(opened.map_err(unavailable)?.boxed())
-    })
-}
-
 async fn listen(
     doors: Doors<SocketAddr>,
     service: PolicyService,
@@ -267,7 +260,7 @@ async fn listen(
     let (failed, failure) = tokio::sync::oneshot::channel();
     tokio::spawn(async move {
         let started = std::time::Instant::now();
-        match watched.engine().wait_ready().await {
+        match watched.model().engine.wait_ready().await {
             Ok(()) => tracing::info!("ready after {:.1} s", started.elapsed().as_secs_f64()),
             // The first load failed: nobody is served yet, so say it and leave.
             Err(why) => drop(failed.send(why)),
@@ -284,7 +277,8 @@ async fn listen(
         pirouette_server::serve_doors(listeners, Arc::clone(&service) as _, options, shutdown)
             .await;
     let engine = Arc::clone(&service);
-    tokio::task::spawn_blocking(move || engine.engine().drain(Duration::from_secs(10))).await?;
+    tokio::task::spawn_blocking(move || engine.model().engine.drain(Duration::from_secs(10)))
+        .await?;
     match cause {
         Some(why) => bail!("the model could not be loaded: {why}"),
         None if served.drained => tracing::info!("drained"),

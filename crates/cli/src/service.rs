@@ -1,31 +1,67 @@
 //! Observation → policy → engine → policy → answer: the service behind the server.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pirouette_engine::{Engine, Noise, Request};
-use pirouette_policy::{Policy, PolicyError, Value, contract};
+use anyhow::Result;
+use pirouette_engine::{Noise, Request};
+use pirouette_policy::{PolicyError, Value, contract};
 use pirouette_server::{
-    Preparation, Reply, RequestContext, Service, ServiceError, ServiceFuture, Spans, render_engine,
-    timing,
+    Method, Page, PageRequest, Preparation, Reply, RequestContext, Service, ServiceError,
+    ServiceFuture, Spans, render_engine, timing,
 };
+
+use crate::model::{Model, Served};
 
 /// A policy over an engine.
 pub struct PolicyService {
-    policy: Arc<Policy>,
-    engine: Engine,
+    served: Arc<Served>,
     preparation: Preparation,
+    /// Whether the actions are made up.
+    null: bool,
 }
 
 impl PolicyService {
-    /// Joins the two.
-    pub fn new(policy: Policy, engine: Engine) -> Self {
-        PolicyService { policy: Arc::new(policy), engine, preparation: Preparation::per_core() }
+    /// Puts a service before a model.
+    pub fn new(served: Served) -> Result<Self> {
+        let null = served.plan().is_null()?;
+        let preparation = Preparation::per_core();
+        Ok(PolicyService { served: Arc::new(served), preparation, null })
     }
 
-    /// The engine, for readiness and the drain.
-    pub fn engine(&self) -> &Engine {
-        &self.engine
+    /// The policy and the engine of this moment.
+    pub fn model(&self) -> Arc<Model> {
+        self.served.model()
+    }
+
+    /// `POST /swap`: other weights, with their statistics and tokenizer, for what is served.
+    async fn swap(&self, body: &[u8]) -> Page {
+        let body = if body.is_empty() { b"{}" } else { body };
+        let wanted: SwapRequest = match serde_json::from_slice(body) {
+            Ok(wanted) => wanted,
+            Err(error) => {
+                let text = format!("the body must be {{\"checkpoint\": \"DIR\"}}: {error}\n");
+                return Page::text(400, text);
+            }
+        };
+        let served = Arc::clone(&self.served);
+        let swap = move || served.swap(wanted.checkpoint);
+        match tokio::task::spawn_blocking(swap).await {
+            Ok(Ok(report)) => {
+                let (devices, changed) = (report.devices, report.changed);
+                let seconds = report.took.as_secs_f64();
+                let done = serde_json::json!({
+                    "devices": devices, "other_weights": changed, "seconds": seconds,
+                });
+                Page::json(200, done.to_string() + "\n")
+            }
+            Ok(Err(why)) => {
+                tracing::error!("not swapped, the old checkpoint serves on: {why:#}");
+                Page::text(409, format!("not swapped, the old checkpoint serves on: {why:#}\n"))
+            }
+            Err(_) => Page::text(500, "not swapped: a bug, see the log\n"),
+        }
     }
 
     async fn answer(
@@ -33,11 +69,17 @@ impl PolicyService {
         observation: Value,
         context: RequestContext,
     ) -> Result<Reply, ServiceError> {
+        // Statistics, tokenizer and weights of one checkpoint, from beginning to end.
+        let model = self.model();
+        model.engine.admit(context.deadline)?;
         // Decoding and resizing images take milliseconds: not on the socket's threads.
-        let (policy, scene) = (Arc::clone(&self.policy), context.scene);
-        let work = move || match scene {
-            true => policy.observation_of(observation).and_then(|own| policy.prepare(&own)),
-            false => policy.prepare(&observation),
+        let (preparing, scene) = (Arc::clone(&model), context.scene);
+        let work = move || {
+            let policy = &preparing.policy;
+            match scene {
+                true => policy.observation_of(observation).and_then(|own| policy.prepare(&own)),
+                false => policy.prepare(&observation),
+            }
         };
         let preparing = self.preparation.run(&context, work).await?;
         let (waited, took) = (preparing.waited, preparing.took);
@@ -48,7 +90,7 @@ impl PolicyService {
         let drawn = context.seed.is_none() && context.noise.is_none();
         let noise = match (&context.noise, context.seed) {
             (Some(given), _) => {
-                let c = self.policy.config();
+                let c = model.policy.config();
                 if given.shape != [c.horizon, c.action_dim] {
                     let message = format!(
                         "noise has shape {:?}, the model takes [{}, {}]",
@@ -62,7 +104,7 @@ impl PolicyService {
             (None, None) => Noise::Drawn,
         };
         let input = prepared.input.clone();
-        let pending = self.engine.submit(Request {
+        let pending = model.engine.submit(Request {
             images: input.images,
             tokens: input.tokens,
             state: input.state,
@@ -72,17 +114,28 @@ impl PolicyService {
         })?;
         let answer = context.answer(pending).await?;
         let finishing = Instant::now();
-        let actions = self.policy.finish(&prepared, &answer.actions).map_err(refused)?;
+        let actions = model.policy.finish(&prepared, &answer.actions).map_err(refused)?;
         // The seed the server drew: with it the same request gives the same actions again.
         let seed = answer.seed.filter(|_| drawn).map(|s| ("seed".into(), Value::Int(s.into())));
-        let mut extras: Vec<_> = seed.into_iter().collect();
+        let mut extras: Vec<(String, Value)> = seed.into_iter().collect();
         if context.explain {
             let finish = finishing.elapsed();
             let spans = Spans { prepare_wait: waited, prepare: took, finish };
             extras.push(timing(&context, &spans, &answer.timing));
         }
+        if self.null {
+            extras.push(("null_device".into(), Value::Bool(true)));
+        }
         Ok(Reply { actions, model_ms: answer.timing.run.total_ms, extras })
     }
+}
+
+/// Body of `POST /swap`.
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SwapRequest {
+    /// Without one, the checkpoint that is served is read again.
+    checkpoint: Option<PathBuf>,
 }
 
 fn refused(error: PolicyError) -> ServiceError {
@@ -95,14 +148,14 @@ fn refused(error: PolicyError) -> ServiceError {
 impl Service for PolicyService {
     fn warm(&self) -> ServiceFuture<'_, ()> {
         Box::pin(async {
-            while self.engine.wait_ready().await.is_err() {
+            while self.model().engine.wait_ready().await.is_err() {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         })
     }
 
     fn metadata(&self) -> Value {
-        Value::Map(self.policy.config().metadata.clone())
+        Value::Map(self.model().policy.config().metadata.clone())
     }
 
     fn infer(
@@ -114,18 +167,31 @@ impl Service for PolicyService {
     }
 
     fn readiness(&self) -> ServiceFuture<'_, Result<(), String>> {
-        Box::pin(self.engine.readiness())
+        Box::pin(async { self.model().engine.readiness().await })
     }
 
     fn roboarena(&self) -> Option<Value> {
-        self.policy.roboarena()
+        self.model().policy.roboarena()
     }
 
     fn contract(&self) -> String {
-        serde_json::to_string_pretty(&contract(self.policy.config())).unwrap_or_default()
+        let mut card = serde_json::json!(contract(self.model().policy.config()));
+        if self.null {
+            card["null_device"] = "no model runs: the actions are made up".into();
+        }
+        serde_json::to_string_pretty(&card).unwrap_or_default()
     }
 
     fn metrics(&self, out: &mut String) {
-        render_engine(&self.engine.stats(), out);
+        render_engine(&self.model().engine.stats(), out);
+    }
+
+    fn page(&self, request: PageRequest) -> ServiceFuture<'_, Option<Page>> {
+        Box::pin(async move {
+            match (request.method, request.path.as_str()) {
+                (Method::Post, "/swap") => Some(self.swap(&request.body).await),
+                _ => None,
+            }
+        })
     }
 }

@@ -35,6 +35,8 @@ pub struct BucketRule {
     pub prompt_multiple: usize,
     /// Whether requests of different prompt buckets may share a batch (in the largest of them).
     pub mix_prompts: bool,
+    /// Cameras every request is given room for, where that is fixed.
+    pub cameras: Option<usize>,
     /// Batch sizes, ascending.
     pub batches: Vec<usize>,
 }
@@ -42,12 +44,27 @@ pub struct BucketRule {
 impl BucketRule {
     /// For a GPU: prompts to multiples of 16, batches 1, 2, 4, … `max_batch`.
     pub fn gpu(max_batch: usize) -> Self {
-        BucketRule { prompt_multiple: 16, mix_prompts: true, batches: powers(max_batch) }
+        let batches = powers(max_batch);
+        BucketRule { prompt_multiple: 16, mix_prompts: true, cameras: None, batches }
     }
 
     /// For a CPU: exact prompts, no mixing.
     pub fn cpu(max_batch: usize) -> Self {
-        BucketRule { prompt_multiple: 1, mix_prompts: false, batches: powers(max_batch) }
+        let batches = powers(max_batch);
+        BucketRule { prompt_multiple: 1, mix_prompts: false, cameras: None, batches }
+    }
+
+    /// One program for everybody: always `slots` slots, room for `cameras` cameras and for the
+    /// longest prompt. The same kernels run on the same shapes whoever asks and whoever else is
+    /// there, and no kernel lets one sample's values reach another's: a request's actions have
+    /// the same bits alone and in any slot of any batch.
+    pub fn deterministic(slots: usize, cameras: usize, max_prompt_tokens: usize) -> Self {
+        BucketRule {
+            prompt_multiple: max_prompt_tokens.max(1),
+            mix_prompts: false,
+            cameras: Some(cameras),
+            batches: vec![slots.max(1)],
+        }
     }
 
     /// The prompt slots of a prompt of `len` tokens, at most `limit`.

@@ -14,13 +14,13 @@ use crate::options::{DeviceFactory, EngineOptions};
 use crate::queue::{Job, JobInputs, Reply};
 use crate::request::{Answer, EngineError, Noise, Request};
 use crate::shared::{Phase, Shared};
-use crate::stats::StatsSnapshot;
+use crate::stats::{Stats, StatsSnapshot};
 use crate::worker;
 
 /// Devices, their threads and the queue in front of them. Dropping it stops the threads after
 /// the batches they are running.
 pub struct Engine {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     watchdog: Option<std::thread::JoinHandle<()>>,
     /// Noise of a seed nobody has asked for yet: drawn while a device is busy, it costs the next
     /// request nothing.
@@ -62,12 +62,21 @@ impl Engine {
     /// # Errors
     /// [`EngineError::Invalid`] when the options contradict themselves.
     pub fn start(devices: Vec<DeviceFactory>, options: EngineOptions) -> Result<Self, EngineError> {
+        Engine::start_with(devices, options, Arc::default())
+    }
+
+    /// The same, with the counts of another engine continued.
+    pub(crate) fn start_with(
+        devices: Vec<DeviceFactory>,
+        options: EngineOptions,
+        stats: Arc<Stats>,
+    ) -> Result<Self, EngineError> {
         options.check()?;
         if devices.is_empty() {
             return Err(EngineError::Invalid("an engine needs at least one device".into()));
         }
         let count = devices.len();
-        let shared = Shared::new(options, devices);
+        let shared = Shared::new(options, devices, stats);
         let thread = |e: std::io::Error| EngineError::Unavailable(format!("no thread: {e}"));
         for index in 0..count {
             worker::spawn(&shared, index, 0).map_err(thread)?;
@@ -85,6 +94,20 @@ impl Engine {
         &self.shared.options
     }
 
+    /// Whether a request with this deadline could be let in now, before any work is done for it:
+    /// judged as one of the fastest shape that ran, so what [`Engine::submit`] would take passes.
+    ///
+    /// # Errors
+    /// What `submit` would say.
+    pub fn admit(&self, deadline: Option<Instant>) -> Result<(), EngineError> {
+        let options = &self.shared.options;
+        let state = self.shared.lock();
+        let bucket = state.fastest(&options.rule).unwrap_or_else(|| options.bucket(1, 1));
+        let admitted = state.admit(&options.rule, Instant::now(), bucket, deadline);
+        drop(state);
+        admitted.inspect_err(|error| self.shared.stats.error(error))
+    }
+
     /// Puts a request into the queue, or refuses it on the spot.
     pub fn submit(&self, request: Request) -> Result<Pending, EngineError> {
         self.try_submit(request).inspect_err(|error| self.shared.stats.error(error))
@@ -96,20 +119,7 @@ impl Engine {
         let (inputs, seed) = self.prepare(request)?;
         let (sender, receiver) = oneshot::channel();
         let mut state = self.shared.lock();
-        if state.draining || state.stop {
-            return Err(EngineError::Draining);
-        }
-        if let Some(why) = state.unready() {
-            return Err(EngineError::Unavailable(why));
-        }
-        if let Some(deadline) = deadline {
-            let predicted =
-                state.predict(&self.shared.options, arrived, inputs.bucket, Some(deadline));
-            let predicted = predicted.unwrap_or_default();
-            if arrived + predicted > deadline {
-                return Err(EngineError::deadline(arrived, deadline, predicted));
-            }
-        }
+        state.admit(&self.shared.options.rule, arrived, inputs.bucket, deadline)?;
         let capacity = state.queue.capacity();
         let started = Arc::new(AtomicBool::new(false));
         let reply = Reply { arrived, seed, sender, started: started.clone() };

@@ -10,6 +10,7 @@
 mod bucket;
 mod canary;
 mod engine;
+mod finish;
 mod noise;
 mod null;
 mod options;
@@ -19,6 +20,7 @@ mod session;
 mod shared;
 mod staging;
 mod stats;
+mod swap;
 mod times;
 mod worker;
 
@@ -31,3 +33,4 @@ pub use options::{DeviceFactory, EngineOptions};
 pub use request::{Answer, EngineError, Noise, Request, Timing};
 pub use shared::{DeviceStatus, Phase};
 pub use stats::{HISTOGRAM_BOUNDS_MS, Histogram, Stage, StatsSnapshot};
+pub use swap::{SwapError, SwapReport};

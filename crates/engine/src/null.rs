@@ -3,11 +3,15 @@
 //! model costs.
 
 use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use pirouette_model::{BackendError, Device, Executable, Inputs, Program, StageTimes};
+
+/// Longest run that can be asked for: a day.
+const MAX_MS: f64 = 86_400_000.0;
 
 /// Milliseconds of a run by batch size: ascending pairs, interpolated between, extended by the
 /// last step beyond.
@@ -40,6 +44,30 @@ impl NullTimes {
     }
 }
 
+/// `30` (the same for every batch) or `1:30,8:60` (batch:ms, ascending).
+impl FromStr for NullTimes {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = |part: &str| {
+            format!("`{part}` in `{text}`: give milliseconds, or batch:ms pairs as in 1:30,8:60")
+        };
+        let mut table: Vec<(usize, f64)> = Vec::new();
+        for part in text.split(',') {
+            let (batch, ms) = part.split_once(':').unwrap_or(("1", part));
+            let (Ok(batch), Ok(ms)) = (batch.parse::<usize>(), ms.parse::<f64>()) else {
+                return Err(wrong(part));
+            };
+            let ascending = table.last().is_none_or(|(before, _)| *before < batch);
+            if batch == 0 || !ascending || !(0.0..=MAX_MS).contains(&ms) {
+                return Err(wrong(part));
+            }
+            table.push((batch, ms));
+        }
+        Ok(NullTimes(table))
+    }
+}
+
 /// What goes wrong in a run.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Fault {
@@ -62,6 +90,7 @@ type FaultPlan = Arc<dyn Fn(u64) -> Option<Fault> + Send + Sync>;
 pub struct NullDevice {
     times: NullTimes,
     faults: Option<FaultPlan>,
+    sensitive: bool,
     runs: Arc<AtomicU64>,
 }
 
@@ -74,13 +103,19 @@ impl fmt::Debug for NullDevice {
 impl NullDevice {
     /// A device with these run times.
     pub fn new(times: NullTimes) -> Self {
-        NullDevice { times, faults: None, runs: Arc::default() }
+        NullDevice { times, faults: None, sensitive: false, runs: Arc::default() }
     }
 
     /// With faults: the plan is asked at every run, which it is told the number of (from 0,
     /// counted across clones, that is, across restarts).
     pub fn with_faults(self, plan: impl Fn(u64) -> Option<Fault> + Send + Sync + 'static) -> Self {
         NullDevice { faults: Some(Arc::new(plan)), ..self }
+    }
+
+    /// With answers that depend on the program's shape too, in the last bits, as those of real
+    /// kernels do.
+    pub fn sensitive_to_shape(self) -> Self {
+        NullDevice { sensitive: true, ..self }
     }
 
     /// The actions of one sample: half its noise plus a number in [0, 1) that depends on every
@@ -107,7 +142,7 @@ impl NullDevice {
 
 impl Device for NullDevice {
     fn name(&self) -> String {
-        "null".into()
+        "null (no model, made-up actions)".into()
     }
 
     fn compile(&mut self, program: Arc<Program>) -> Result<Box<dyn Executable>, BackendError> {
@@ -151,6 +186,10 @@ impl Executable for NullExecutable {
                 actions,
             );
         }
+        if self.device.sensitive {
+            let slots = shape.batch * 31 + shape.prompt_tokens * 7 + shape.cameras;
+            actions.iter_mut().for_each(|a| *a += slots as f32 * 1e-6);
+        }
         std::thread::sleep(self.device.times.of(shape.batch).saturating_sub(started.elapsed()));
         match fault {
             Some(Fault::Panic) => panic!("the null device was told to"),
@@ -178,5 +217,15 @@ mod tests {
         }
         assert_eq!(NullTimes::constant(3.0).of(64), Duration::from_millis(3));
         assert_eq!(NullTimes(vec![]).of(1), Duration::ZERO);
+    }
+
+    #[test]
+    fn tables_are_read_from_text() {
+        assert_eq!("30".parse(), Ok(NullTimes::constant(30.0)));
+        assert_eq!("1:9.5,8:60".parse(), Ok(NullTimes(vec![(1, 9.5), (8, 60.0)])));
+        for wrong in ["", "x", "1:", "0:3", "8:1,1:2", "1:-1", "1:nan", "1:inf", "1:2,", "1:1e9"] {
+            let error = wrong.parse::<NullTimes>().unwrap_err();
+            assert!(error.contains("1:30,8:60"), "{wrong}: {error}");
+        }
     }
 }

@@ -71,7 +71,7 @@ impl EngineOptions {
     /// The bucket of the default steps for that many cameras and prompt tokens.
     pub fn bucket(&self, cameras: usize, prompt_len: usize) -> Bucket {
         Bucket {
-            cameras,
+            cameras: self.rule.cameras.map_or(cameras, |room| room.max(cameras)),
             prompt_tokens: self.rule.prompt_tokens(prompt_len, self.max_prompt_tokens),
             horizon: self.horizon,
             steps: self.tables.first().map_or(0, |t| t.steps),

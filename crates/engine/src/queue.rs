@@ -123,12 +123,11 @@ impl Queue {
     }
 
     /// Removes what is not worth running: requests nobody waits for, and those that would be late
-    /// even if they ran alone from now on.
-    pub(crate) fn sweep(&mut self, now: Instant, times: &ServiceTimes, rule: &BucketRule) -> Swept {
+    /// even if they ran from now on in the time `needs` tells of their bucket.
+    pub(crate) fn sweep(&mut self, now: Instant, needs: impl Fn(Bucket) -> Duration) -> Swept {
         let mut swept = Swept::default();
-        let smallest = rule.batches.first().copied().unwrap_or(1);
         let unwanted = |job: &Job| {
-            let needs = times.predict(job.inputs.bucket, smallest).unwrap_or_default();
+            let needs = needs(job.inputs.bucket);
             match job.deadline {
                 _ if job.reply.sender.is_closed() => Some(None),
                 Some(d) if now + needs > d => Some(Some(EngineError::deadline(now, d, needs))),
@@ -146,32 +145,37 @@ impl Queue {
         swept
     }
 
-    /// Arrival of the head, and how many requests could join its batch (itself included).
-    pub(crate) fn head(&self, rule: &BucketRule) -> Option<(&Job, usize)> {
-        let head = self.jobs.values().next()?;
+    /// The first request after `skip` others, and how many of those behind it could join its
+    /// batch (itself included).
+    pub(crate) fn head(&self, skip: usize, rule: &BucketRule) -> Option<(&Job, usize)> {
+        let head = self.jobs.values().nth(skip)?;
         let mates = self
             .jobs
             .values()
+            .skip(skip)
             .filter(|job| rule.compatible(&head.inputs.bucket, &job.inputs.bucket))
             .take(rule.max_batch())
             .count();
         Some((head, mates))
     }
 
-    /// Takes the batch to run now: the head, and as many compatible requests, in deadline order,
-    /// as raise throughput without making the head late. `max_batch` bounds it further.
+    /// Takes the batch to run now: the head after `skip` others, and as many compatible requests,
+    /// in deadline order, as raise throughput without making the head late. `max_batch` bounds it
+    /// further.
     pub(crate) fn take(
         &mut self,
+        skip: usize,
         now: Instant,
         times: &ServiceTimes,
         rule: &BucketRule,
         max_batch: usize,
     ) -> Option<Batch> {
-        let head = self.jobs.values().next()?;
+        let head = self.jobs.values().nth(skip)?;
         let (mut bucket, deadline) = (head.inputs.bucket, head.deadline);
         let keys: Vec<(Instant, u64)> = self
             .jobs
             .iter()
+            .skip(skip)
             .filter(|(_, job)| rule.compatible(&bucket, &job.inputs.bucket))
             .map(|(key, _)| *key)
             .take(rule.max_batch().min(max_batch.max(1)))
@@ -278,7 +282,7 @@ mod tests {
             filled(now, &[Some(900), None, Some(100), Some(20_000), Some(500)]);
         let rule = BucketRule { batches: vec![1], ..BucketRule::cpu(1) };
         let mut order = Vec::new();
-        while let Some(batch) = queue.take(now, &ServiceTimes::default(), &rule, 64) {
+        while let Some(batch) = queue.take(0, now, &ServiceTimes::default(), &rule, 64) {
             assert_eq!((batch.jobs.len(), batch.slots), (1, 1));
             order.push(batch.jobs[0].deadline.map(|d| (d - now).as_millis()));
         }
@@ -305,7 +309,7 @@ mod tests {
         let now = Instant::now();
         let (mut queue, mut receivers) = filled(now, &[Some(5), Some(50), None]);
         drop(receivers.pop());
-        let swept = queue.sweep(now, &times(&[(1, 20)]), &BucketRule::gpu(4));
+        let swept = queue.sweep(now, |_| Duration::from_millis(20));
         assert_eq!((swept.late.len(), swept.cancelled, queue.len()), (1, 1, 1));
         assert!(matches!(swept.late[0].1, EngineError::Deadline { deadline_ms, .. }
             if (deadline_ms - 5.0).abs() < 0.1));
@@ -316,7 +320,7 @@ mod tests {
         let now = Instant::now();
         let sizes = |table: &[(usize, u64)], deadlines: &[Option<u64>]| {
             let (mut queue, _receivers) = filled(now, deadlines);
-            let batch = queue.take(now, &times(table), &BucketRule::gpu(8), 64).unwrap();
+            let batch = queue.take(0, now, &times(table), &BucketRule::gpu(8), 64).unwrap();
             (batch.jobs.len(), batch.slots)
         };
         let gpu = [(1, 20), (2, 24), (4, 32), (8, 48)];
@@ -343,10 +347,10 @@ mod tests {
         }
         let (other, _r) = job(now, None, Bucket { cameras: 2, ..BUCKET });
         queue.push(other).unwrap();
-        assert_eq!(queue.head(&BucketRule::gpu(8)).unwrap().1, 3);
-        let batch = queue.take(now, &ServiceTimes::default(), &BucketRule::gpu(2), 64).unwrap();
+        assert_eq!(queue.head(0, &BucketRule::gpu(8)).unwrap().1, 3);
+        let batch = queue.take(0, now, &ServiceTimes::default(), &BucketRule::gpu(2), 64).unwrap();
         assert_eq!((batch.jobs.len(), batch.bucket.prompt_tokens), (2, 48));
-        let batch = queue.take(now, &ServiceTimes::default(), &BucketRule::cpu(8), 64).unwrap();
+        let batch = queue.take(0, now, &ServiceTimes::default(), &BucketRule::cpu(8), 64).unwrap();
         assert_eq!((batch.jobs.len(), batch.bucket.prompt_tokens), (1, 32));
         assert_eq!(queue.len(), 1);
     }

@@ -8,6 +8,7 @@ use pirouette_model::{BackendError, Device, Executable, StageTimes, record_with}
 
 use crate::bucket::Bucket;
 use crate::canary;
+use crate::finish::shortest;
 use crate::queue::{Batch, JobInputs, Reply};
 use crate::request::{Answer, EngineError, Timing, ms};
 use crate::shared::{CanaryWaiter, Phase, Running, Shared, State};
@@ -19,6 +20,9 @@ const QUICK: Duration = Duration::from_secs(1);
 
 /// Longest sleep of an idle device thread between looks at the queue.
 const IDLE: Duration = Duration::from_secs(1);
+
+/// Longest sleep while requests wait that are left to a faster device.
+const RECONSIDER: Duration = Duration::from_millis(2);
 
 /// What a device thread does next.
 enum Work {
@@ -120,7 +124,7 @@ impl Session {
                 return Err("given up".into());
             }
             if attempt == 1 || took > QUICK {
-                self.shared.lock().times.record(bucket, slots, took);
+                self.shared.lock().devices[self.index].times.record(bucket, slots, took);
                 break;
             }
         }
@@ -166,24 +170,31 @@ impl Session {
             }
             let now = Instant::now();
             self.sweep(&mut state, now);
-            let Some((head, mates)) = state.queue.head(rule) else {
-                if state.draining {
+            let skip = state.leave_to_faster(self.index, now, rule);
+            let Some((head, mates)) = state.queue.head(skip, rule) else {
+                if state.draining && state.queue.is_empty() {
                     return Work::Stop;
                 }
-                state = shared.wait(state, IDLE);
+                // What is left to a faster device is looked at again soon: it may be late.
+                let at_most = if state.queue.is_empty() { IDLE } else { RECONSIDER };
+                state = shared.wait(state, at_most);
                 continue;
             };
             let mut close_at = head.reply.arrived + shared.options.window;
             if let Some(deadline) = head.deadline {
-                let run = state.times.predict(head.inputs.bucket, mates).unwrap_or_default();
+                let times = &state.devices[self.index].times;
+                let run = times.predict(head.inputs.bucket, mates).unwrap_or_default();
                 close_at = close_at.min(deadline.checked_sub(run * 2).unwrap_or(now));
             }
             if mates < rule.max_batch().min(self.max_batch) && now < close_at && !state.draining {
                 state = shared.wait(state, close_at - now);
                 continue;
             }
-            let State { queue, times, .. } = &mut *state;
-            if let Some(batch) = queue.take(now, times, rule, self.max_batch) {
+            // Idle devices share what waits: each is done sooner.
+            let share = mates.div_ceil(state.idle().max(1)).min(self.max_batch);
+            let State { queue, devices, .. } = &mut *state;
+            let times = &devices[self.index].times;
+            if let Some(batch) = queue.take(skip, now, times, rule, share) {
                 return Work::Run(self.start(&mut state, batch, looking_since, now));
             }
         }
@@ -194,9 +205,10 @@ impl Session {
     fn start(&self, state: &mut State, batch: Batch, looking_since: Instant, at: Instant) -> Taken {
         let Batch { jobs, bucket, slots } = batch;
         let options = &self.shared.options;
-        let measured = state.times.measured(bucket, slots);
+        let times = &state.devices[self.index].times;
+        let measured = times.measured(bucket, slots);
         let limit = measured.map_or(options.watchdog_first, |t| options.watchdog.max(t * 10));
-        let predicted = state.times.predict(bucket, slots).unwrap_or_default();
+        let predicted = times.predict(bucket, slots).unwrap_or_default();
         jobs.iter().for_each(|job| job.reply.started.store(true, Relaxed));
         let (inputs, replies) = jobs.into_iter().map(|job| (job.inputs, job.reply)).unzip();
         let running = Running { started: at, predicted, limit, replies };
@@ -205,8 +217,9 @@ impl Session {
     }
 
     fn sweep(&self, state: &mut State, now: Instant) {
-        let State { queue, times, .. } = state;
-        let swept = queue.sweep(now, times, &self.shared.options.rule);
+        let rule = &self.shared.options.rule;
+        let State { queue, devices, .. } = state;
+        let swept = queue.sweep(now, |bucket| shortest(devices, bucket, rule));
         self.shared.stats.cancelled.fetch_add(swept.cancelled as u64, Relaxed);
         for (job, error) in swept.late {
             self.shared.refuse([job.reply], &error);
@@ -231,7 +244,8 @@ impl Session {
         };
         let done = Instant::now();
         let Some(running) = self.end() else { return Ok(()) };
-        self.shared.lock().times.record(bucket, slots, done - gathering);
+        let took = done - gathering;
+        self.shared.lock().devices[self.index].times.record(bucket, slots, took);
         self.shared.stats.batch(running.replies.len());
         let timing = Timing {
             gather_ms: ms(started - gathering),

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, oneshot};
 
-use crate::bucket::Bucket;
 use crate::options::{DeviceFactory, EngineOptions};
 use crate::queue::{Queue, Reply};
 use crate::request::EngineError;
@@ -66,6 +65,10 @@ pub(crate) struct DeviceState {
     pub(crate) weight_bytes: u64,
     pub(crate) phase: Phase,
     pub(crate) restarts: u64,
+    /// Why it failed last.
+    pub(crate) failure: Option<String>,
+    /// What runs take on this device; another card may be slower.
+    pub(crate) times: ServiceTimes,
     pub(crate) running: Option<Running>,
     pub(crate) last_canary: Option<Instant>,
     pub(crate) canary_waiters: Vec<CanaryWaiter>,
@@ -76,7 +79,6 @@ pub(crate) struct DeviceState {
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) queue: Queue,
-    pub(crate) times: ServiceTimes,
     pub(crate) devices: Vec<DeviceState>,
     /// No new requests; device threads end when the queue is empty.
     pub(crate) draining: bool,
@@ -88,7 +90,8 @@ pub(crate) struct State {
 pub(crate) struct Shared {
     pub(crate) options: EngineOptions,
     pub(crate) factories: Vec<DeviceFactory>,
-    pub(crate) stats: Stats,
+    /// Shared with a successor.
+    pub(crate) stats: Arc<Stats>,
     state: Mutex<State>,
     /// Wakes device threads, and whoever drains.
     pub(crate) wake: Condvar,
@@ -99,11 +102,14 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(options: EngineOptions, factories: Vec<DeviceFactory>) -> Arc<Self> {
+    pub(crate) fn new(
+        options: EngineOptions,
+        factories: Vec<DeviceFactory>,
+        stats: Arc<Stats>,
+    ) -> Arc<Self> {
         let devices = factories.iter().map(|_| DeviceState::new(&options)).collect();
         let state = State {
             queue: Queue::new(options.queue_capacity),
-            times: ServiceTimes::default(),
             devices,
             draining: false,
             stop: false,
@@ -112,7 +118,7 @@ impl Shared {
         Arc::new(Shared {
             options,
             factories,
-            stats: Stats::default(),
+            stats,
             state: Mutex::new(state),
             wake: Condvar::new(),
             stopped: Condvar::new(),
@@ -186,6 +192,7 @@ impl Shared {
         }
         device.phase = Phase::Failed(reason.into());
         device.restarts += 1;
+        device.failure = Some(reason.into());
         device.last_canary = None;
         let replies = device.running.take().map(|r| r.replies).unwrap_or_default();
         for waiter in device.canary_waiters.drain(..) {
@@ -214,6 +221,8 @@ impl DeviceState {
             weight_bytes: 0,
             phase: Phase::Opening,
             restarts: 0,
+            failure: None,
+            times: ServiceTimes::default(),
             running: None,
             last_canary: None,
             canary_waiters: Vec::new(),
@@ -246,43 +255,5 @@ impl State {
             Phase::Ready | Phase::Stopped => "stopped".to_string(),
         };
         Some(self.devices.iter().map(say).collect::<Vec<_>>().join("; "))
-    }
-
-    /// Predicted time until a request entering now would have its answer: what runs, what is
-    /// ahead of it in the best batch size, then its own batch. `None` while nothing is known.
-    pub(crate) fn predict(
-        &self,
-        options: &EngineOptions,
-        now: Instant,
-        bucket: Bucket,
-        deadline: Option<Instant>,
-    ) -> Option<Duration> {
-        let rule = &options.rule;
-        let alone = self.times.predict(bucket, rule.batches[0])?;
-        let (mut per_batch, mut took) = (rule.batches[0], alone);
-        for &slots in &rule.batches {
-            if let Some(t) = self.times.measured(bucket, slots)
-                && t.as_secs_f64() * (per_batch as f64) < took.as_secs_f64() * slots as f64
-            {
-                (per_batch, took) = (slots, self.times.predict(bucket, slots).unwrap_or(t));
-            }
-        }
-        let ready = self.devices.iter().filter(|d| d.phase == Phase::Ready);
-        let mut free: Vec<Duration> = ready
-            .map(|d| match &d.running {
-                Some(r) => (r.started + r.predicted).saturating_duration_since(now),
-                None => Duration::ZERO,
-            })
-            .collect();
-        let ahead = self.queue.ahead_of(deadline, now);
-        for _ in 0..ahead / per_batch {
-            *free.iter_mut().min()? += took;
-        }
-        let mine = ahead % per_batch + 1;
-        let slots = rule.batches.iter().copied().find(|s| *s >= mine).unwrap_or(per_batch);
-        // A quarter of a batch in reserve: a request let in with no slack would force small
-        // batches on everybody when its turn comes.
-        let reserve = if ahead > 0 { took / 4 } else { Duration::ZERO };
-        Some(*free.iter().min()? + self.times.predict(bucket, slots).unwrap_or(alone) + reserve)
     }
 }

@@ -38,6 +38,12 @@ impl ServiceTimes {
         self.estimates.get(&(bucket, batch)).map(|e| millis(e.mean_ms))
     }
 
+    /// The bucket that runs fastest at a batch size, of those that ran.
+    pub(crate) fn fastest(&self, batch: usize) -> Option<Bucket> {
+        let ran = self.estimates.iter().filter(|((_, n), _)| *n == batch);
+        ran.min_by(|a, b| a.1.mean_ms.total_cmp(&b.1.mean_ms)).map(|((bucket, _), _)| *bucket)
+    }
+
     /// A careful prediction: mean plus twice the mean deviation; for a batch size that never ran
     /// scaled up from smaller ones; for a bucket that never ran the slowest of the others.
     /// `None` before the first measurement.
@@ -90,11 +96,14 @@ mod tests {
         assert_eq!(times.measured(BUCKET, 4), None);
         let four = times.predict(BUCKET, 4).unwrap();
         assert!((four.as_secs_f64() / one.as_secs_f64() - 4.0).abs() < 1e-6, "linear bound");
+        assert_eq!((times.fastest(1), times.fastest(4)), (Some(BUCKET), None));
         let other = Bucket { prompt_tokens: 64, ..BUCKET };
         assert_eq!(times.predict(other, 1), Some(one), "another bucket is the best guess");
         for _ in 0..100 {
             times.record(BUCKET, 1, Duration::from_millis(40));
         }
+        times.record(other, 1, Duration::from_millis(30));
+        assert_eq!(times.fastest(1), Some(other));
         assert!(times.measured(BUCKET, 1).unwrap() > Duration::from_millis(39));
     }
 

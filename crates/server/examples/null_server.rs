@@ -188,13 +188,7 @@ fn arguments() -> Result<Arguments, Box<dyn std::error::Error>> {
             "--tls-cert" => a.tls[0] = Some(value),
             "--tls-key" => a.tls[1] = Some(value),
             "--reload-ms" => a.serve.reload_interval = Duration::from_millis(value.parse()?),
-            "--times" => {
-                let pair = |t: &str| {
-                    let (batch, ms) = t.split_once(':').unwrap_or(("1", t));
-                    Ok::<_, Box<dyn std::error::Error>>((batch.parse()?, ms.parse()?))
-                };
-                a.times = NullTimes(value.split(',').map(pair).collect::<Result<_, _>>()?);
-            }
+            "--times" => a.times = value.parse()?,
             _ => return Err(USAGE.into()),
         }
     }

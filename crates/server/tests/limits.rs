@@ -285,6 +285,7 @@ async fn sixty_four_clients_are_all_served() {
         api_key: None,
         clients: 64,
         requests: 20,
+        duration: None,
         warm_up: 1,
         rate: None,
         deadline: None,

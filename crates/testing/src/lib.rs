@@ -2,5 +2,6 @@
 
 pub mod fixture;
 pub mod golden;
+pub mod mutate;
 pub mod parity;
 pub mod plain;

@@ -1,6 +1,7 @@
 //! The other side of the wire: many clients, measured. Speaks openpi's dialect.
 
-mod socket;
+mod observe;
+pub mod socket;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -13,6 +14,11 @@ use tokio::time::{Instant, sleep_until, timeout};
 use self::socket::{Address, Received, Socket, frame};
 use crate::msgpack;
 
+pub use self::observe::observation_of;
+
+/// How long a server may take to tell its contract.
+const CONTRACT_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// What to send, and how hard.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
@@ -22,8 +28,10 @@ pub struct LoadOptions {
     pub api_key: Option<String>,
     /// Connections, each with at most one request in flight, as a robot has.
     pub clients: usize,
-    /// Requests per client that are measured.
+    /// Requests per client that are measured, at most.
     pub requests: usize,
+    /// No request is begun after this long.
+    pub duration: Option<Duration>,
     /// Requests per client before that, not counted.
     pub warm_up: usize,
     /// Requests per second of all clients together, at fixed times, latencies counted from the
@@ -51,13 +59,16 @@ pub enum LoadError {
     /// The observation can't be sent.
     #[error("the observation must be a map that msgpack can hold")]
     Observation,
+    /// The server does not tell what it takes.
+    #[error("the server's /contract: {0}")]
+    Contract(String),
     /// No client got through.
     #[error("no request was answered; first error: {0}")]
     Nothing(String),
 }
 
 /// Percentiles of a set of durations, in milliseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Percentiles {
     /// Median.
     pub p50_ms: f64,
@@ -74,7 +85,7 @@ pub struct Percentiles {
 }
 
 /// What was measured.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct LoadReport {
     /// Requests sent.
     pub sent: u64,
@@ -122,6 +133,21 @@ impl Percentiles {
             max_ms,
             mean_ms: values.iter().sum::<f64>() / values.len() as f64,
         }
+    }
+}
+
+/// Asks a server for its contract card, JSON text.
+///
+/// # Errors
+/// When there is no such server, or it is one without a contract (openpi's own).
+pub async fn contract(url: &str, api_key: Option<&str>) -> Result<String, LoadError> {
+    let address =
+        Address::parse(url).map_err(|error| LoadError::Url { url: url.to_owned(), error })?;
+    let asked = timeout(CONTRACT_TIMEOUT, socket::get(&address, "/contract", api_key)).await;
+    match asked {
+        Ok(Ok(text)) => Ok(text),
+        Ok(Err(error)) => Err(LoadError::Contract(error.to_string())),
+        Err(_) => Err(LoadError::Contract(format!("no answer within {CONTRACT_TIMEOUT:?}"))),
     }
 }
 
@@ -175,16 +201,21 @@ pub async fn run(options: &LoadOptions) -> Result<LoadReport, LoadError> {
             }
             barrier.wait().await;
             let start = *began.get_or_init(async || Instant::now()).await;
-            let mut outcomes = Vec::with_capacity(options.requests);
+            let mut outcomes = Vec::new();
+            let end = options.duration.map(|d| start + d);
             for i in 0..options.requests {
                 let due = options.rate.map(|rate| {
                     let place = (i * options.clients.max(1) + index) as f64;
                     start + Duration::from_secs_f64(place / rate.max(1e-6))
                 });
-                if let Some(due) = due {
-                    sleep_until(due).await;
+                let begins = due.unwrap_or_else(Instant::now);
+                if end.is_some_and(|end| begins >= end) {
+                    break;
                 }
-                outcomes.push(client.ask(due.unwrap_or_else(Instant::now)).await);
+                if options.rate.is_some() {
+                    sleep_until(begins).await;
+                }
+                outcomes.push(client.ask(begins).await);
             }
             let seconds = start.elapsed().as_secs_f64();
             client.goodbye().await;

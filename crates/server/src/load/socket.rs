@@ -12,22 +12,32 @@ use tokio::net::TcpStream;
 const MAX_HEAD: usize = 64 << 10;
 const MAX_FRAME: u64 = 1 << 30;
 
+/// Longest page that is read.
+const MAX_PAGE: u64 = 4 << 20;
+
 /// A data frame from the server.
-pub(super) enum Received {
+pub enum Received {
+    /// A binary frame: metadata or actions.
     Answer(Bytes),
+    /// A text frame: why there are none.
     Refusal(String),
 }
 
 /// `ws://host[:port][/path]` taken apart.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Address {
+pub struct Address {
     /// `host:port`.
-    pub(super) authority: String,
-    pub(super) path: String,
+    pub authority: String,
+    /// `/` and what follows.
+    pub path: String,
 }
 
 impl Address {
-    pub(super) fn parse(url: &str) -> Result<Self, &'static str> {
+    /// Takes an address apart.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn parse(url: &str) -> Result<Self, &'static str> {
         let rest = url.strip_prefix("ws://").ok_or("it must start with ws://")?;
         let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
         let plain = |s: &str| s.bytes().all(|b| b.is_ascii_graphic());
@@ -42,7 +52,7 @@ impl Address {
 }
 
 /// A client's frame: final, masked.
-pub(super) fn frame(opcode: u8, payload: &[u8], mask: [u8; 4]) -> Bytes {
+pub fn frame(opcode: u8, payload: &[u8], mask: [u8; 4]) -> Bytes {
     let mut out = Vec::with_capacity(payload.len() + 14);
     out.push(0x80 | opcode);
     match payload.len() {
@@ -61,14 +71,40 @@ pub(super) fn frame(opcode: u8, payload: &[u8], mask: [u8; 4]) -> Bytes {
     out.into()
 }
 
-pub(super) struct Socket {
+/// A plain GET: the body of a 200.
+///
+/// # Errors
+/// Any other answer, or none.
+pub async fn get(address: &Address, path: &str, api_key: Option<&str>) -> io::Result<String> {
+    let mut stream = TcpStream::connect(&address.authority).await?;
+    let key = api_key.map_or(String::new(), |k| format!("Authorization: Api-Key {k}\r\n"));
+    let authority = &address.authority;
+    let request =
+        format!("GET {path} HTTP/1.1\r\nHost: {authority}\r\n{key}Connection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    let mut answer = Vec::new();
+    stream.take(MAX_PAGE).read_to_end(&mut answer).await?;
+    let answer = String::from_utf8_lossy(&answer);
+    let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| bad("no HTTP answer"))?;
+    let status = head.lines().next().unwrap_or_default();
+    if !status.starts_with("HTTP/1.1 200") {
+        return Err(bad(status));
+    }
+    Ok(body.to_owned())
+}
+
+/// An open websocket.
+pub struct Socket {
     stream: TcpStream,
     buffer: BytesMut,
 }
 
 impl Socket {
     /// Connects and shakes hands; the metadata is the first thing to receive.
-    pub(super) async fn connect(address: &Address, api_key: Option<&str>) -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// Nobody listens, or not to websockets.
+    pub async fn connect(address: &Address, api_key: Option<&str>) -> io::Result<Self> {
         let mut stream = TcpStream::connect(&address.authority).await?;
         stream.set_nodelay(true)?;
         let key = api_key.map_or(String::new(), |k| format!("Authorization: Api-Key {k}\r\n"));
@@ -97,12 +133,18 @@ impl Socket {
     }
 
     /// Sends a frame made by [`frame`].
-    pub(super) async fn send(&mut self, frame: &Bytes) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub async fn send(&mut self, frame: &Bytes) -> io::Result<()> {
         self.stream.write_all(frame).await
     }
 
     /// The next data frame. Pings are answered on the way.
-    pub(super) async fn receive(&mut self) -> io::Result<Received> {
+    ///
+    /// # Errors
+    /// The connection ended, or was closed; the text says with what reason.
+    pub async fn receive(&mut self) -> io::Result<Received> {
         loop {
             let (opcode, payload) = self.next().await?;
             match opcode {
@@ -115,6 +157,23 @@ impl Socket {
                 9 => self.send(&frame(10, &payload, [0; 4])).await?,
                 _ => {}
             }
+        }
+    }
+
+    /// Says that nothing more will be sent.
+    ///
+    /// # Errors
+    /// The connection is gone.
+    pub async fn finish(&mut self) -> io::Result<()> {
+        self.stream.shutdown().await
+    }
+
+    /// Ends the connection as a process that dies does: with a reset, if data is left unread or
+    /// `abruptly`.
+    pub fn kill(self, abruptly: bool) {
+        if abruptly {
+            // Where it can't be set the connection ends a little more gently.
+            let _ = self.stream.set_zero_linger();
         }
     }
 

@@ -25,7 +25,8 @@ impl Mutator {
         Mutator { state: seed | 1 }
     }
 
-    fn below(&mut self, n: usize) -> usize {
+    /// A number below `n`; 0 for none.
+    pub fn below(&mut self, n: usize) -> usize {
         self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
         let high = (self.state >> 33) as usize;
         if n == 0 { 0 } else { high % n }

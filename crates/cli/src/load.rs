@@ -1,0 +1,179 @@
+//! `pirouette load`: many clients against a server → latencies, goodput, refusals.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use pirouette_policy::sample_observation;
+use pirouette_server::load::{self, LoadOptions, LoadReport, Percentiles};
+use serde::Serialize;
+
+use crate::setup;
+use crate::text::{table, today, write_json};
+
+/// Arguments of `load`.
+#[derive(clap::Args)]
+pub struct LoadArgs {
+    /// The server: `ws://HOST:PORT`.
+    #[arg(default_value = "ws://127.0.0.1:8000")]
+    pub url: String,
+    /// Connections, each with at most one request in flight, as a robot has.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    pub clients: u16,
+    /// Requests per second of all clients together, at fixed times, latencies counted from when a
+    /// request was due (default: each client asks as soon as it has its answer).
+    #[arg(long)]
+    pub rate: Option<f64>,
+    /// `deadline_ms` of every request; later answers do not count as good.
+    #[arg(long)]
+    pub deadline_ms: Option<f64>,
+    /// Seconds to run (default 10, unless --requests is given).
+    #[arg(long)]
+    pub seconds: Option<f64>,
+    /// Requests per client.
+    #[arg(long)]
+    pub requests: Option<usize>,
+    /// Requests per client before that, not counted.
+    #[arg(long, default_value_t = 3)]
+    pub warm_up: usize,
+    /// Send what this configuration takes (default: what the server's contract asks for).
+    #[arg(long)]
+    pub config: Option<String>,
+    /// Side of the images, in pixels.
+    #[arg(long, default_value_t = 224, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub side: u16,
+    /// Send this JPEG or PNG file for every camera instead of pixels.
+    #[arg(long, conflicts_with = "config")]
+    pub image: Option<PathBuf>,
+    /// File whose first key is sent as `Authorization: Api-Key …`.
+    #[arg(long)]
+    pub api_key_file: Option<PathBuf>,
+    /// Seconds after which a request without an answer counts as failed.
+    #[arg(long, default_value_t = 30.0)]
+    pub timeout: f64,
+    /// Write the results as JSON to this file (`-` for standard output).
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    version: &'static str,
+    date: String,
+    url: &'a str,
+    clients: u16,
+    rate: Option<f64>,
+    deadline_ms: Option<f64>,
+    request_bytes: usize,
+    goodput_per_s: f64,
+    #[serde(flatten)]
+    measured: &'a LoadReport,
+}
+
+/// Runs the clients and prints what they saw.
+pub fn run(args: &LoadArgs) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(measure(args))
+}
+
+async fn measure(args: &LoadArgs) -> Result<()> {
+    let options = options(args).await?;
+    let request_bytes = pirouette_server::msgpack::encode(&options.observation)?.len();
+    eprintln!("{} clients · {} · {request_bytes} bytes a request", args.clients, args.url);
+    let measured = load::run(&options).await?;
+    if let Some(path) = &args.json {
+        let report = Report {
+            version: env!("CARGO_PKG_VERSION"),
+            date: today(),
+            url: &args.url,
+            clients: args.clients,
+            rate: args.rate,
+            deadline_ms: args.deadline_ms,
+            request_bytes,
+            goodput_per_s: measured.goodput(),
+            measured: &measured,
+        };
+        return write_json(path, &report);
+    }
+    print(&measured);
+    Ok(())
+}
+
+async fn options(args: &LoadArgs) -> Result<LoadOptions> {
+    let positive = |value: Option<f64>, flag: &str| match value {
+        Some(v) if !(v > 0.0 && v <= 1e6) => bail!("{flag} must be above 0, at most a million"),
+        other => Ok(other),
+    };
+    let rate = positive(args.rate, "--rate")?;
+    let deadline = positive(args.deadline_ms, "--deadline-ms")?;
+    let seconds = positive(args.seconds, "--seconds")?;
+    let timeout = positive(Some(args.timeout), "--timeout")?.unwrap_or(30.0);
+    let api_key = args.api_key_file.as_deref().map(first_key).transpose()?;
+    let observation = match &args.config {
+        Some(name) => sample_observation(&setup::policy_config(name)?, 0),
+        None => {
+            let card = load::contract(&args.url, api_key.as_deref()).await.context(
+                "the server does not say what it takes: name its configuration with --config",
+            )?;
+            let read = |path: &PathBuf| {
+                std::fs::read(path).with_context(|| format!("can't read {}", path.display()))
+            };
+            let image = args.image.as_ref().map(read).transpose()?.map(bytes::Bytes::from);
+            load::observation_of(&card, args.side.into(), image.as_ref())?
+        }
+    };
+    let by_time = args.requests.is_none().then_some(seconds.unwrap_or(10.0));
+    Ok(LoadOptions {
+        url: args.url.clone(),
+        api_key,
+        clients: args.clients.into(),
+        requests: args.requests.unwrap_or(usize::MAX),
+        duration: seconds.or(by_time).map(Duration::from_secs_f64),
+        warm_up: args.warm_up,
+        rate,
+        deadline: deadline.map(|ms| Duration::from_secs_f64(ms / 1e3)),
+        observation,
+        timeout: Duration::from_secs_f64(timeout),
+    })
+}
+
+/// The first line of a key file that is one.
+fn first_key(path: &std::path::Path) -> Result<String> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("can't read the key file {}", path.display()))?;
+    let mut lines = text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#'));
+    let line = lines.next().with_context(|| format!("{} holds no key", path.display()))?;
+    // A key may be followed by its limits.
+    Ok(line.split_whitespace().next().unwrap_or(line).to_string())
+}
+
+fn print(report: &LoadReport) {
+    println!(
+        "{} sent, {} answered, {} good in {:.2} s: {:.1} good answers a second\n",
+        report.sent,
+        report.answered,
+        report.good,
+        report.seconds,
+        report.goodput()
+    );
+    let row = |name: &str, p: &Percentiles| {
+        let values = [p.p50_ms, p.p90_ms, p.p99_ms, p.p999_ms, p.max_ms, p.mean_ms];
+        let cells = values.iter().map(|ms| format!("{ms:.3}"));
+        std::iter::once(name.to_string()).chain(cells).collect::<Vec<_>>()
+    };
+    let mut rows = vec![
+        row("latency", &report.latency),
+        row("over the server's infer_ms", &report.over_server),
+        row("over the model's infer_ms", &report.over_model),
+    ];
+    if report.refusal.max_ms > 0.0 {
+        rows.push(row("until refused", &report.refusal));
+    }
+    print!("{}", table(&["ms", "p50", "p90", "p99", "p99.9", "max", "mean"], &rows));
+    for (kind, count) in &report.errors {
+        println!("{count} × {kind}");
+    }
+    if let Some(error) = &report.first_error {
+        println!("the first: {error}");
+    }
+}

@@ -1,0 +1,350 @@
+//! Flags and a checkpoint → a policy and the engine with its weights, which belong together and
+//! are replaced together.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, TryLockError};
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use pirouette_engine::{BucketRule, DeviceFactory, Engine, EngineOptions, SwapReport};
+use pirouette_model::{BackendError, Device, WeightTable};
+use pirouette_policy::{Policy, contract};
+
+use crate::args::{DeviceArgs, WeightArgs};
+use crate::device;
+use crate::setup::{self, PolicyArgs};
+use crate::weights::Weights;
+
+/// Time a new checkpoint may take to load, warm up and prove itself.
+const SWAP_PATIENCE: Duration = Duration::from_secs(1800);
+
+/// Time requests of the old checkpoint may take to be answered.
+const RETIRE_PATIENCE: Duration = Duration::from_secs(600);
+
+/// A policy and the engine with the weights its statistics and tokenizer belong to.
+pub struct Model {
+    /// Observation → model input, model output → actions.
+    pub policy: Policy,
+    /// Model input → model output.
+    pub engine: Engine,
+}
+
+/// What a model is brought up from; the same again for another checkpoint.
+#[derive(Clone, Debug)]
+pub struct ModelPlan {
+    /// The configuration; without one the checkpoint describes itself.
+    pub name: Option<String>,
+    /// Statistics, tokenizer, prompt.
+    pub policy: PolicyArgs,
+    /// One engine thread each, at least one.
+    pub devices: Vec<DeviceArgs>,
+    /// Most requests in one batch (default: 8 on a GPU, 1 on the CPU).
+    pub max_batch: Option<usize>,
+    /// Euler steps (default: the configuration's).
+    pub steps: Option<usize>,
+    /// One program for everybody.
+    pub deterministic: bool,
+    /// How long a free device waits for company.
+    pub window: Duration,
+}
+
+/// What an engine is started with, and the policy in front of it.
+pub struct Parts {
+    /// From the checkpoint's statistics and tokenizer.
+    pub policy: Policy,
+    /// Open the checkpoint's weights.
+    pub devices: Vec<DeviceFactory>,
+    /// For the engine.
+    pub options: EngineOptions,
+}
+
+impl ModelPlan {
+    /// Whether no model will run.
+    pub fn is_null(&self) -> Result<bool> {
+        Ok(device::null(&self.devices[0])?.is_some())
+    }
+
+    /// Reads what is small of a checkpoint (without one: random weights); the weights themselves
+    /// are read by the devices.
+    pub fn open(&self, checkpoint: Option<PathBuf>) -> Result<Parts> {
+        let family = match &self.name {
+            Some(name) => setup::policy_config(name)?.family,
+            None => pirouette_model::Family::Pi0,
+        };
+        let weight_args = WeightArgs::for_family(checkpoint, family);
+        let weights = Weights::open(&weight_args)?;
+        let config = setup::choose(self.name.as_deref(), weights.checkpoint())?;
+        let steps = self.steps.unwrap_or(config.steps);
+        let model = weights.config;
+        let (policy, warnings) = setup::policy(config, &model, weights.checkpoint(), &self.policy)?;
+        for warning in &warnings {
+            tracing::warn!("{warning}");
+        }
+        tracing::info!("{}; {}", setup::describe(&policy), weights.origin);
+        let options = self.options(&policy, WeightTable::new(model, steps))?;
+        let open = |args: &DeviceArgs| factory(args.clone(), weight_args.clone(), steps);
+        let devices = self.devices.iter().map(open).collect();
+        Ok(Parts { policy, devices, options })
+    }
+
+    fn options(&self, policy: &Policy, table: WeightTable) -> Result<EngineOptions> {
+        let target = device::target(&self.devices[0])?;
+        let on_gpu = target != device::Target::Cpu;
+        let most = self.max_batch.unwrap_or(if on_gpu { 8 } else { 1 });
+        let c = policy.config();
+        let cameras = c.robot.cameras().min(3);
+        let mut options = EngineOptions::new(vec![Arc::new(table)], c.horizon, c.max_token_len);
+        options.window = self.window;
+        options.rule = match (self.deterministic, on_gpu) {
+            (true, _) => BucketRule::deterministic(most, cameras, c.max_token_len),
+            (false, true) => BucketRule::gpu(most),
+            (false, false) => BucketRule::cpu(most),
+        };
+        if let device::Target::Null(_) = target {
+            // Its times do not depend on the prompt: one program of each size is enough.
+            options.rule.prompt_multiple = c.max_token_len;
+        }
+        if on_gpu || self.deterministic {
+            let prompts = (1..=6).map(|i| 16 * i).filter(|p| *p <= c.max_token_len.max(16));
+            options.warm = prompts.map(|p| options.bucket(cameras, p)).collect();
+            options.warm.dedup();
+            // What is warm stays; and some room for the canary and for rare shapes.
+            let warm = options.warm.len() * options.rule.batches.len();
+            options.executables = options.executables.max(warm + 8);
+        }
+        if !on_gpu {
+            // A request on a CPU takes seconds, on two cores tens of them.
+            options.watchdog = Duration::from_secs(600);
+        }
+        Ok(options)
+    }
+
+    /// Whether weights as large as these fit beside those every device holds already.
+    fn check_memory(&self, weight_bytes: u64) -> Result<()> {
+        for device in &self.devices {
+            let Some(free) = device::free_bytes(device)? else { continue };
+            // Activations and packing buffers come on top.
+            let needed = weight_bytes + weight_bytes / 4;
+            if free < needed {
+                bail!(
+                    "{}: a second copy of the weights needs {:.1} GB, {:.1} are free: start \
+                     another server instead",
+                    device.device,
+                    needed as f64 / 1e9,
+                    free as f64 / 1e9
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Parts {
+    /// Starts the engine.
+    pub fn start(self) -> Result<Model> {
+        let engine = Engine::start(self.devices, self.options)?;
+        Ok(Model { policy: self.policy, engine })
+    }
+}
+
+/// Opens the device and its weights, on the engine's thread and again after every failure.
+pub fn factory(args: DeviceArgs, weights: WeightArgs, steps: usize) -> DeviceFactory {
+    let null = device::null(&args).ok().flatten();
+    Arc::new(move || {
+        if let Some(null) = &null {
+            return Ok(Box::new(null.clone()) as Box<dyn Device>);
+        }
+        let unavailable = |e: anyhow::Error| BackendError::Unavailable(format!("{e:#}"));
+        let weights = Weights::open(&weights).map_err(unavailable)?;
+        let opened = device::open(&args, weights.config, steps, weights.source());
+        Ok(opened.map_err(unavailable)?.boxed())
+    })
+}
+
+/// The model that is served, and how it is replaced while it is.
+pub struct Served {
+    plan: ModelPlan,
+    current: RwLock<Arc<Model>>,
+    /// The checkpoint served; held while it is being replaced.
+    checkpoint: Mutex<Option<PathBuf>>,
+}
+
+impl Served {
+    /// Serves a model that was brought up from this plan and checkpoint.
+    pub fn new(plan: ModelPlan, checkpoint: Option<PathBuf>, model: Model) -> Self {
+        let current = RwLock::new(Arc::new(model));
+        Served { plan, current, checkpoint: Mutex::new(checkpoint) }
+    }
+
+    /// What it was brought up from.
+    pub fn plan(&self) -> &ModelPlan {
+        &self.plan
+    }
+
+    /// The model for a request. It keeps this one to its end, whatever is swapped meanwhile.
+    pub fn model(&self) -> Arc<Model> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Replaces the model by another checkpoint (`None`: the same one, read again): loads it
+    /// beside the old one, proves it, sends new requests to it, and lets the old one go when its
+    /// last request is answered. Blocks.
+    ///
+    /// # Errors
+    /// Why the old model serves on.
+    pub fn swap(&self, checkpoint: Option<PathBuf>) -> Result<SwapReport> {
+        let mut served = match self.checkpoint.try_lock() {
+            Ok(served) => served,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => bail!("another swap is under way: try again later"),
+        };
+        let checkpoint = checkpoint.or_else(|| served.clone());
+        let old = self.model();
+        let parts = self.plan.open(checkpoint.clone())?;
+        if contract(parts.policy.config()) != contract(old.policy.config()) {
+            bail!("the new checkpoint asks for other observations or gives other actions");
+        }
+        let weights = old.engine.stats().devices.iter().map(|d| d.weight_bytes).max();
+        self.plan.check_memory(weights.unwrap_or(0))?;
+        let (engine, report) = old.engine.successor(parts.devices, parts.options, SWAP_PATIENCE)?;
+        let new = Arc::new(Model { policy: parts.policy, engine });
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = new;
+        *served = checkpoint;
+        retire(old);
+        tracing::info!(
+            devices = report.devices,
+            other_weights = report.changed,
+            "swapped after {:.1} s",
+            report.took.as_secs_f64()
+        );
+        Ok(report)
+    }
+}
+
+/// Waits until no request holds the old model, then ends it, which frees its memory.
+fn retire(old: Arc<Model>) {
+    let until = Instant::now() + RETIRE_PATIENCE;
+    let mut held = Some(old);
+    while let Some(model) = held.take() {
+        if Instant::now() > until {
+            tracing::warn!("requests of the old checkpoint never ended; it is cut off");
+            model.engine.drain(Duration::ZERO);
+            return;
+        }
+        held = Arc::try_unwrap(model).err();
+        if held.is_some() {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use pirouette_engine::{Noise, Request};
+    use pirouette_policy::sample_observation;
+    use pirouette_testing::fixture::testdata;
+
+    use super::*;
+    use crate::args::Precision;
+
+    fn plan() -> ModelPlan {
+        let tokenizer = Some(testdata().join("D_preprocess/tokenizer/tok_bpe.model"));
+        let device = "cpu".to_string();
+        ModelPlan {
+            name: Some("pi05_droid".into()),
+            policy: PolicyArgs { tokenizer, norm_stats: None, default_prompt: None },
+            devices: vec![DeviceArgs { device, precision: Precision::F32, threads: Some(1) }],
+            max_batch: None,
+            steps: None,
+            deterministic: false,
+            window: Duration::ZERO,
+        }
+    }
+
+    fn checkpoint(name: &str) -> PathBuf {
+        testdata().join("A_tiny/e2e").join(name).join("checkpoint")
+    }
+
+    fn served(checkpoint: PathBuf) -> Served {
+        let model = plan().open(Some(checkpoint.clone())).unwrap().start().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(model.engine.wait_ready()).unwrap();
+        Served::new(plan(), Some(checkpoint), model)
+    }
+
+    fn actions(served: &Served) -> Vec<f64> {
+        let model = served.model();
+        let prepared = model.policy.prepare(&sample_observation(model.policy.config(), 3)).unwrap();
+        let input = prepared.input.clone();
+        let pending = model.engine.submit(Request {
+            images: input.images,
+            tokens: input.tokens,
+            state: input.state,
+            noise: Noise::Seed(5),
+            steps: None,
+            deadline: None,
+        });
+        let answer = pending.unwrap().wait().unwrap();
+        model.policy.finish(&prepared, &answer.actions).unwrap().to_f64().unwrap()
+    }
+
+    fn copy(from: &Path, to: &Path) {
+        std::fs::create_dir_all(to).unwrap();
+        for entry in std::fs::read_dir(from).unwrap() {
+            let (path, name) = (entry.as_ref().unwrap().path(), entry.unwrap().file_name());
+            if path.is_dir() {
+                copy(&path, &to.join(name));
+            } else {
+                std::fs::copy(&path, to.join(name)).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn statistics_move_with_the_weights_and_what_does_not_fit_is_refused() {
+        let served = served(checkpoint("pi05_droid"));
+        let before = actions(&served);
+        assert!(!served.swap(None).unwrap().changed, "the same weights, read again");
+        assert_eq!(actions(&served), before);
+
+        let folder = tempfile::tempdir().unwrap();
+        copy(&checkpoint("pi05_droid"), folder.path());
+        let stats = folder.path().join("assets/droid/norm_stats.json");
+        let text = std::fs::read_to_string(&stats).unwrap();
+        let mut json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let q99 = json["norm_stats"]["actions"]["q99"].as_array_mut().unwrap();
+        q99.iter_mut().for_each(|v| *v = (v.as_f64().unwrap() + 10.0).into());
+        std::fs::write(&stats, json.to_string()).unwrap();
+        let report = served.swap(Some(folder.path().into())).unwrap();
+        assert!(!report.changed, "the weights are the same, the statistics are not");
+        let after = actions(&served);
+        assert_ne!(after, before);
+        assert_eq!(after, actions(&self::served(folder.path().into())), "as if started with it");
+
+        for other in [checkpoint("pi0_libero"), folder.path().join("missing")] {
+            assert!(served.swap(Some(other)).is_err());
+            assert_eq!(actions(&served), after, "what was served is served on");
+        }
+        let weights = folder.path().join("model.safetensors");
+        let bytes = std::fs::read(&weights).unwrap();
+        std::fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+        assert!(served.swap(None).is_err(), "a truncated file");
+        assert_eq!(actions(&served), after);
+    }
+
+    #[test]
+    fn the_plan_of_a_null_device_is_one_program_of_each_size() {
+        let device = "null:1:5,8:20".to_string();
+        let devices = vec![DeviceArgs { device, ..plan().devices[0].clone() }; 2];
+        let plan = ModelPlan { devices, name: Some("pi05_droid".into()), ..plan() };
+        assert!(plan.is_null().unwrap());
+        let parts = plan.open(None).unwrap();
+        assert_eq!((parts.devices.len(), parts.options.warm.len()), (2, 1));
+        assert_eq!(parts.options.rule.batches, [1, 2, 4, 8]);
+        let fixed = ModelPlan { deterministic: true, ..plan }.open(None).unwrap().options;
+        assert_eq!((fixed.rule.batches, fixed.warm.len()), (vec![8], 1));
+        assert_eq!(fixed.warm[0].prompt_tokens, 200);
+    }
+}

@@ -1,0 +1,304 @@
+//! `pirouette stress`: every promise of the server that needs no GPU, put to the test → a table
+//! of bars and measured values, and a results file.
+//!
+//! Models are null devices whose times come from a table measured on an H200; everything else is
+//! the real thing: `pirouette serve` in a process of its own, loopback sockets, real frames.
+
+mod abuse;
+mod engine;
+mod server;
+mod traffic;
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use pirouette_engine::NullTimes;
+use serde::Serialize;
+
+use crate::text::{table, today, write_json};
+
+/// Arguments of `stress`.
+#[derive(clap::Args)]
+pub struct StressArgs {
+    /// A few seconds for each row, with loose bars for times: machines that run tests are shared.
+    #[arg(long)]
+    pub short: bool,
+    /// Only these rows.
+    #[arg(long, value_delimiter = ',')]
+    pub only: Vec<String>,
+    /// Seconds of overload (default 600; 10 in the short form).
+    #[arg(long)]
+    pub overload_seconds: Option<u64>,
+    /// Write the results as JSON to this file (`-` for standard output).
+    #[arg(long)]
+    pub json: Option<PathBuf>,
+}
+
+/// How much of everything.
+pub struct Scale {
+    /// The short form.
+    pub short: bool,
+    overload_seconds: Option<u64>,
+    /// Milliseconds of a batch as measured on an H200.
+    pub times: NullTimes,
+}
+
+impl Scale {
+    /// The full count, or the short one.
+    pub fn of<T>(&self, full: T, short: T) -> T {
+        if self.short { short } else { full }
+    }
+
+    /// Seconds of the overload row.
+    pub fn overload(&self) -> Duration {
+        Duration::from_secs(self.overload_seconds.unwrap_or(self.of(600, 10)))
+    }
+
+    /// Samples per second of the measured table at a batch size.
+    pub fn capacity(&self, batch: usize) -> f64 {
+        batch as f64 / self.times.of(batch).as_secs_f64()
+    }
+}
+
+/// One promise: a bar, what was measured, and whether it holds.
+#[derive(Debug, Serialize)]
+pub struct Check {
+    what: String,
+    bar: String,
+    measured: String,
+    holds: bool,
+}
+
+impl Check {
+    /// `measured` must be at least `bar`.
+    pub fn at_least(what: &str, bar: f64, measured: f64) -> Check {
+        Check::new(what, format!(">= {bar:.3}"), format!("{measured:.3}"), measured >= bar)
+    }
+
+    /// `measured` must be at most `bar`.
+    pub fn at_most(what: &str, bar: f64, measured: f64) -> Check {
+        Check::new(what, format!("<= {bar:.3}"), format!("{measured:.3}"), measured <= bar)
+    }
+
+    /// A count that must be exactly this.
+    pub fn exactly(what: &str, bar: u64, measured: u64) -> Check {
+        Check::new(what, bar.to_string(), measured.to_string(), measured == bar)
+    }
+
+    /// A count of something that must have happened, or the row shows nothing.
+    pub fn some(what: &str, measured: u64) -> Check {
+        Check::new(what, "> 0".into(), measured.to_string(), measured > 0)
+    }
+
+    fn new(what: &str, bar: String, measured: String, holds: bool) -> Check {
+        Check { what: what.into(), bar, measured, holds }
+    }
+}
+
+#[derive(Serialize)]
+struct Row {
+    name: &'static str,
+    what: &'static str,
+    passed: bool,
+    seconds: f64,
+    checks: Vec<Check>,
+    error: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Report {
+    version: &'static str,
+    date: String,
+    commit: Option<String>,
+    machine: Machine,
+    command: String,
+    optimised: bool,
+    short: bool,
+    batch_ms: Vec<(usize, f64)>,
+    rows: Vec<Row>,
+}
+
+#[derive(Serialize)]
+struct Machine {
+    cpu: Option<String>,
+    cores: usize,
+    memory_bytes: Option<u64>,
+    load_average: Option<String>,
+}
+
+type Outcome = Result<Vec<Check>>;
+
+struct Promise {
+    name: &'static str,
+    what: &'static str,
+    run: fn(&tokio::runtime::Runtime, &Scale) -> Outcome,
+}
+
+const PROMISES: &[Promise] = &[
+    Promise {
+        name: "throughput",
+        what: "64 clients against offline batches of 64",
+        run: |rt, scale| rt.block_on(traffic::throughput(scale)),
+    },
+    Promise {
+        name: "overhead",
+        what: "one client, three 224x224 images: everything but the model",
+        run: |rt, scale| rt.block_on(traffic::overhead(scale)),
+    },
+    Promise {
+        name: "overload",
+        what: "twice the capacity, 128 clients with deadlines",
+        run: |rt, scale| rt.block_on(traffic::overload(scale)),
+    },
+    Promise {
+        name: "replicas",
+        what: "two engines against one",
+        run: |rt, scale| rt.block_on(traffic::replicas(scale)),
+    },
+    Promise {
+        name: "frames",
+        what: "mutated frames over TCP, a good client beside them",
+        run: |rt, scale| rt.block_on(abuse::frames(scale)),
+    },
+    Promise {
+        name: "kills",
+        what: "clients that connect and die",
+        run: |rt, scale| rt.block_on(abuse::kills(scale)),
+    },
+    Promise {
+        name: "half_open",
+        what: "1000 half-open sockets beside 64 good clients",
+        run: |rt, scale| rt.block_on(abuse::half_open(scale)),
+    },
+    Promise {
+        name: "faults",
+        what: "engines killed under load",
+        run: |rt, scale| rt.block_on(engine::faults(scale)),
+    },
+    Promise {
+        name: "one_of_two",
+        what: "one of two engines killed under load",
+        run: |rt, scale| rt.block_on(engine::one_of_two(scale)),
+    },
+    Promise {
+        name: "swaps",
+        what: "checkpoints swapped at 80 % load",
+        run: |rt, scale| rt.block_on(traffic::swaps(scale)),
+    },
+    Promise {
+        name: "interleavings",
+        what: "deterministic mode: the same bits in any company",
+        run: |rt, scale| rt.block_on(engine::interleavings(scale)),
+    },
+];
+
+/// Runs the rows; an error when one does not hold.
+pub fn run(args: &StressArgs) -> Result<()> {
+    for name in &args.only {
+        if !PROMISES.iter().any(|p| p.name == name) {
+            let names: Vec<&str> = PROMISES.iter().map(|p| p.name).collect();
+            bail!("no row `{name}`: {}", names.join(", "));
+        }
+    }
+    raise_file_limit();
+    // Engines are killed by panics here; their words would drown the table.
+    std::panic::set_hook(Box::new(|_| {}));
+    let times = measured_times()?;
+    let scale = Scale { short: args.short, overload_seconds: args.overload_seconds, times };
+    let mut report = Report {
+        version: env!("CARGO_PKG_VERSION"),
+        date: today(),
+        commit: commit(),
+        machine: machine(),
+        command: std::iter::once("pirouette".into())
+            .chain(std::env::args().skip(1))
+            .collect::<Vec<String>>()
+            .join(" "),
+        optimised: !cfg!(debug_assertions),
+        short: args.short,
+        batch_ms: scale.times.0.clone(),
+        rows: vec![],
+    };
+    for promise in PROMISES {
+        if args.only.is_empty() || args.only.iter().any(|n| n == promise.name) {
+            report.rows.push(row(promise, &scale));
+        }
+    }
+    if let Some(path) = &args.json {
+        write_json(path, &report)?;
+    }
+    let failed: Vec<&str> = report.rows.iter().filter(|r| !r.passed).map(|r| r.name).collect();
+    if !failed.is_empty() {
+        bail!("not held: {}", failed.join(", "));
+    }
+    Ok(())
+}
+
+fn row(promise: &Promise, scale: &Scale) -> Row {
+    eprintln!("{}: {} …", promise.name, promise.what);
+    let began = Instant::now();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let outcome = match &runtime {
+        Ok(runtime) => (promise.run)(runtime, scale),
+        Err(error) => Err(anyhow::anyhow!("no runtime: {error}")),
+    };
+    let (checks, error) = match outcome {
+        Ok(checks) => (checks, None),
+        Err(error) => (vec![], Some(format!("{error:#}"))),
+    };
+    let passed = error.is_none() && checks.iter().all(|c| c.holds);
+    let seconds = began.elapsed().as_secs_f64();
+    println!("{} {} ({seconds:.1} s)", if passed { "held  " } else { "FAILED" }, promise.name);
+    let cells = |c: &Check| {
+        let mark = if c.holds { "" } else { "<- not held" };
+        vec![format!("  {}", c.what), c.bar.clone(), c.measured.clone(), mark.into()]
+    };
+    let rows: Vec<Vec<String>> = checks.iter().map(cells).collect();
+    print!("{}", table(&["", "bar", "measured", ""], &rows));
+    if let Some(error) = &error {
+        println!("  {error}");
+    }
+    Row { name: promise.name, what: promise.what, passed, seconds, checks, error }
+}
+
+/// Batch → milliseconds, from the benchmark kept in the repository.
+fn measured_times() -> Result<NullTimes> {
+    let text = include_str!("../../../../benchmarks/h200/pi0-batch.json");
+    let report: serde_json::Value = serde_json::from_str(text)?;
+    let rows = report["results"].as_array().context("the benchmark has no results")?;
+    let pair =
+        |row: &serde_json::Value| Some((row["batch"].as_u64()? as usize, row["p50_ms"].as_f64()?));
+    let table: Option<Vec<_>> = rows.iter().map(pair).collect();
+    Ok(NullTimes(table.context("a row has no batch or no median")?))
+}
+
+/// A thousand sockets need as many descriptors, at both ends.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // Where it can't be raised, the rows that need it say what they lacked.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
+
+fn commit() -> Option<String> {
+    let git = std::process::Command::new("git").args(["rev-parse", "HEAD"]).output().ok()?;
+    let text = String::from_utf8(git.stdout).ok()?;
+    git.status.success().then(|| text.trim().to_string())
+}
+
+fn machine() -> Machine {
+    let line = |file: &str, key: &str| {
+        let text = std::fs::read_to_string(file).ok()?;
+        let line = text.lines().find(|l| l.starts_with(key))?.split_once(':')?.1.trim().to_string();
+        Some(line)
+    };
+    let kib = line("/proc/meminfo", "MemTotal");
+    let memory = kib.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok());
+    Machine {
+        cpu: line("/proc/cpuinfo", "model name"),
+        cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
+        memory_bytes: memory.map(|kib| kib * 1024),
+        load_average: std::fs::read_to_string("/proc/loadavg").ok().map(|l| l.trim().to_string()),
+    }
+}

@@ -1,0 +1,152 @@
+//! Devices at work and requests waiting → who would finish what, and when.
+
+use std::time::{Duration, Instant};
+
+use crate::bucket::{Bucket, BucketRule};
+use crate::request::EngineError;
+use crate::shared::{DeviceState, Phase, State};
+
+/// A device must be sooner by this much before another leaves it work: differences below are
+/// noise between equal cards.
+const SOONER: f64 = 0.8;
+
+/// One ready device as the prediction sees it.
+struct Lane {
+    /// Until it is free.
+    free: Duration,
+    /// Time of one batch in its best size, and that size.
+    took: Duration,
+    per_batch: usize,
+}
+
+impl DeviceState {
+    /// The batch size with the most requests per second, and its careful time.
+    fn best_batch(&self, bucket: Bucket, rule: &BucketRule) -> Option<(usize, Duration)> {
+        let alone = self.times.predict(bucket, rule.batches[0])?;
+        let (mut per_batch, mut took) = (rule.batches[0], alone);
+        for &slots in &rule.batches {
+            if let Some(t) = self.times.measured(bucket, slots)
+                && t.as_secs_f64() * (per_batch as f64) < took.as_secs_f64() * slots as f64
+            {
+                (per_batch, took) = (slots, self.times.predict(bucket, slots).unwrap_or(t));
+            }
+        }
+        Some((per_batch, took))
+    }
+
+    fn lane(&self, now: Instant, bucket: Bucket, rule: &BucketRule) -> Option<Lane> {
+        let (per_batch, took) = self.best_batch(bucket, rule)?;
+        Some(Lane { free: self.free_in(now), took, per_batch })
+    }
+
+    /// Predicted time until it is free.
+    fn free_in(&self, now: Instant) -> Duration {
+        let until = self.running.as_ref().map(|r| r.started + r.predicted);
+        until.map_or(Duration::ZERO, |at| at.saturating_duration_since(now))
+    }
+}
+
+/// Time of a request that runs at once on the fastest device; zero while nothing is known.
+pub(crate) fn shortest(devices: &[DeviceState], bucket: Bucket, rule: &BucketRule) -> Duration {
+    let ready = devices.iter().filter(|d| d.phase == Phase::Ready);
+    let times = ready.map(|d| d.times.predict(bucket, rule.batches[0]).unwrap_or_default());
+    times.min().unwrap_or_default()
+}
+
+impl State {
+    pub(crate) fn ready(&self) -> impl Iterator<Item = &DeviceState> {
+        self.devices.iter().filter(|d| d.phase == Phase::Ready)
+    }
+
+    /// Ready devices that do nothing.
+    pub(crate) fn idle(&self) -> usize {
+        self.ready().filter(|d| d.running.is_none()).count()
+    }
+
+    /// The shape that some ready device runs fastest.
+    pub(crate) fn fastest(&self, rule: &BucketRule) -> Option<Bucket> {
+        let smallest = rule.batches[0];
+        let timed = self.ready().filter_map(|d| {
+            let bucket = d.times.fastest(smallest)?;
+            Some((d.times.measured(bucket, smallest)?, bucket))
+        });
+        timed.min_by_key(|(took, _)| *took).map(|(_, bucket)| bucket)
+    }
+
+    /// Whether a request entering now can be answered in time.
+    pub(crate) fn admit(
+        &self,
+        rule: &BucketRule,
+        now: Instant,
+        bucket: Bucket,
+        deadline: Option<Instant>,
+    ) -> Result<(), EngineError> {
+        if self.draining || self.stop {
+            return Err(EngineError::Draining);
+        }
+        if let Some(why) = self.unready() {
+            return Err(EngineError::Unavailable(why));
+        }
+        let Some(deadline) = deadline else { return Ok(()) };
+        let predicted = self.predict(rule, now, bucket, Some(deadline)).unwrap_or_default();
+        if now + predicted > deadline {
+            return Err(EngineError::deadline(now, deadline, predicted));
+        }
+        Ok(())
+    }
+
+    /// Predicted time until a request entering now would have its answer: what runs, what is
+    /// ahead of it in the best batch sizes, then its own batch, each on the device that finishes
+    /// it first. `None` while nothing is known.
+    pub(crate) fn predict(
+        &self,
+        rule: &BucketRule,
+        now: Instant,
+        bucket: Bucket,
+        deadline: Option<Instant>,
+    ) -> Option<Duration> {
+        let lanes: Vec<(&DeviceState, Lane)> =
+            self.ready().filter_map(|d| Some((d, d.lane(now, bucket, rule)?))).collect();
+        let mut free: Vec<Duration> = lanes.iter().map(|(_, lane)| lane.free).collect();
+        let mut ahead = self.queue.ahead_of(deadline, now);
+        let behind_others = ahead > 0;
+        loop {
+            let finish = |i: &usize| free[*i] + lanes[*i].1.took;
+            let first = (0..lanes.len()).min_by_key(finish)?;
+            let Lane { took, per_batch, .. } = lanes[first].1;
+            if ahead < per_batch {
+                break;
+            }
+            ahead -= per_batch;
+            free[first] += took;
+        }
+        let slots = rule.batches.iter().copied().find(|s| *s > ahead);
+        let finish = lanes.iter().zip(free).map(|((device, lane), free)| {
+            let run = device.times.predict(bucket, slots.unwrap_or(lane.per_batch));
+            // A quarter of a batch in reserve: a request let in with no slack would force small
+            // batches on everybody when its turn comes.
+            let reserve = if behind_others { lane.took / 4 } else { Duration::ZERO };
+            free + run.unwrap_or(lane.took) + reserve
+        });
+        finish.min()
+    }
+
+    /// How many of the waiting requests device `index` should leave to faster ones, because they
+    /// would finish them before it could finish a batch. Zero among equal devices.
+    pub(crate) fn leave_to_faster(&self, index: usize, now: Instant, rule: &BucketRule) -> usize {
+        let Some((head, mates)) = self.queue.head(0, rule) else { return 0 };
+        let bucket = head.inputs.bucket;
+        let Some(own) = self.devices[index].times.predict(bucket, mates) else { return 0 };
+        let others = self.devices.iter().enumerate().filter(|(i, d)| {
+            // One that is overdue may be hung: nobody waits for it.
+            let on_time = d.running.as_ref().is_none_or(|r| r.started + r.predicted > now);
+            *i != index && d.phase == Phase::Ready && on_time
+        });
+        let finished = others.map(|(_, device)| {
+            let Some(each) = device.times.predict(bucket, mates) else { return 0 };
+            let until = own.as_secs_f64() * SOONER - device.free_in(now).as_secs_f64();
+            (until / each.as_secs_f64().max(1e-6)).max(0.0) as usize * mates
+        });
+        finished.sum()
+    }
+}
