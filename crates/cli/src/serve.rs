@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use pirouette_engine::{BucketRule, DeviceFactory, Engine, EngineOptions};
 use pirouette_model::{BackendError, WeightTable};
 use pirouette_policy::config::environment;
-use pirouette_server::{ApiKeys, ServeOptions, check_exposure};
+use pirouette_server::{ApiKeys, Doors, ServeOptions, check_admin_exposure, check_exposure};
 
 use crate::args::{DeviceArgs, WeightArgs};
 use crate::device;
@@ -53,6 +53,15 @@ pub struct ServeArgs {
     /// Serve other machines without keys.
     #[arg(long)]
     pub insecure: bool,
+    /// Port for metrics, the contract and changes: the public one keeps to robots and health.
+    #[arg(long)]
+    pub admin_port: Option<u16>,
+    /// Address of the admin port. Anything but loopback needs --admin-key-file or --insecure.
+    #[arg(long, default_value = "127.0.0.1", requires = "admin_port")]
+    pub admin_host: IpAddr,
+    /// File with the keys of the admin port, as --api-key-file.
+    #[arg(long, requires = "admin_port")]
+    pub admin_key_file: Option<PathBuf>,
     /// Largest message accepted, MiB.
     #[arg(long, default_value_t = 64)]
     pub max_frame_mib: usize,
@@ -80,9 +89,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         tracing::warn!("--record is accepted for openpi's sake; nothing is recorded");
     }
     let (name, checkpoint) = what_to_serve(args)?;
-    let keys = args.api_key_file.as_deref().map(ApiKeys::read).transpose()?;
-    let address = SocketAddr::new(args.host, args.port);
-    check_exposure(address, keys.is_some(), args.insecure)?;
+    let doors = doors(args);
+    let serve = serve_options(args, &doors)?;
 
     let family = match &name {
         Some(name) => setup::policy_config(name)?.family,
@@ -115,13 +123,28 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         options.watchdog = Duration::from_secs(600);
     }
     let engine = Engine::start(vec![factory(args.device.clone(), weight_args, steps)], options)?;
-    let serve = ServeOptions {
-        max_frame_bytes: args.max_frame_mib.clamp(1, 4096) << 20,
-        api_keys: keys,
-        ..ServeOptions::default()
-    };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(listen(address, PolicyService::new(policy, engine), serve))
+    runtime.block_on(listen(doors, PolicyService::new(policy, engine), serve))
+}
+
+/// The addresses to listen on.
+fn doors(args: &ServeArgs) -> Doors<SocketAddr> {
+    Doors {
+        public: SocketAddr::new(args.host, args.port),
+        admin: args.admin_port.map(|port| SocketAddr::new(args.admin_host, port)),
+    }
+}
+
+/// What is known of the server before the model is: keys, limits, who may reach it.
+fn serve_options(args: &ServeArgs, doors: &Doors<SocketAddr>) -> Result<ServeOptions> {
+    let keys = |file: &Option<PathBuf>| file.as_deref().map(ApiKeys::read).transpose();
+    let (api_keys, admin_keys) = (keys(&args.api_key_file)?, keys(&args.admin_key_file)?);
+    check_exposure(doors.public, api_keys.is_some(), args.insecure)?;
+    if let Some(admin) = doors.admin {
+        check_admin_exposure(admin, admin_keys.is_some(), args.insecure)?;
+    }
+    let max_frame_bytes = args.max_frame_mib.clamp(1, 4096) << 20;
+    Ok(ServeOptions { max_frame_bytes, api_keys, admin_keys, ..ServeOptions::default() })
 }
 
 /// The configuration's name (none: the checkpoint describes itself) and the checkpoint.
@@ -175,11 +198,26 @@ pub fn factory(args: DeviceArgs, weights: WeightArgs, steps: usize) -> DeviceFac
     })
 }
 
-async fn listen(address: SocketAddr, service: PolicyService, options: ServeOptions) -> Result<()> {
-    let listener = pirouette_server::bind(address).await.with_context(|| {
-        format!("can't listen on {address}: choose another --port, or end what listens there")
-    })?;
-    tracing::info!("listening on ws://{address}; clients wait until the model is warm");
+async fn listen(
+    doors: Doors<SocketAddr>,
+    service: PolicyService,
+    options: ServeOptions,
+) -> Result<()> {
+    let bind = async |address: SocketAddr, flag: &str| {
+        pirouette_server::bind(address).await.with_context(|| {
+            format!("can't listen on {address}: choose another {flag}, or end what listens there")
+        })
+    };
+    let public = bind(doors.public, "--port").await?;
+    let admin = match doors.admin {
+        Some(address) => Some(bind(address, "--admin-port").await?),
+        None => None,
+    };
+    tracing::info!("listening on ws://{}; clients wait until the model is warm", doors.public);
+    if let Some(address) = doors.admin {
+        tracing::info!("admin pages on http://{address}");
+    }
+    let listeners = Doors { public, admin };
     let service = Arc::new(service);
     let watched = Arc::clone(&service);
     let (failed, failure) = tokio::sync::oneshot::channel();
@@ -199,7 +237,8 @@ async fn listen(address: SocketAddr, service: PolicyService, options: ServeOptio
         }
     };
     let served =
-        pirouette_server::serve(listener, Arc::clone(&service) as _, options, shutdown).await;
+        pirouette_server::serve_doors(listeners, Arc::clone(&service) as _, options, shutdown)
+            .await;
     let engine = Arc::clone(&service);
     tokio::task::spawn_blocking(move || engine.engine().drain(Duration::from_secs(10))).await?;
     match cause {

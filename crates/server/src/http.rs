@@ -6,11 +6,13 @@ use std::sync::atomic::Ordering::Relaxed;
 use axum::body::Body;
 use axum::extract::ws::WebSocketUpgrade;
 use axum::extract::{FromRequestParts, Request};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header, request};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header, request};
 use axum::response::Response;
+use bytes::Bytes;
 use tokio::sync::watch;
 
 use crate::connection;
+use crate::pages::{self, Method, Page, PageRequest};
 use crate::serve::{Shared, WeakLife};
 
 /// What may wait to be taken by one client. A client that sends pings and never reads would pile
@@ -26,7 +28,7 @@ pub(crate) async fn answer(
 ) -> Response {
     let (mut parts, _body) = request.into_parts();
     let path = parts.uri.path_and_query().map_or("/", |p| p.as_str()).to_owned();
-    if parts.method != Method::GET {
+    if parts.method != axum::http::Method::GET {
         let mut response = plain(StatusCode::METHOD_NOT_ALLOWED, "only GET is known here\n");
         response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
         return response;
@@ -50,22 +52,25 @@ pub(crate) async fn answer(
             return unauthorized();
         }
     }
-    match (fault, path.as_str()) {
-        (None, _) => upgrade(&mut parts, shared, draining, lives).await,
-        (Some(_), "/metrics") => {
-            let mut text = String::with_capacity(16 << 10);
-            shared.metrics.render(shared.open_websockets(), &mut text);
-            shared.service.metrics(&mut text);
-            typed(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", text)
+    let Some((status, why)) = fault else {
+        return upgrade(&mut parts, shared, draining, lives).await;
+    };
+    if !shared.admin {
+        let request = page_request(Method::Get, &parts.uri, Bytes::new());
+        if let Some(page) = pages::page(&shared, request).await {
+            return rendered(page);
         }
-        (Some(_), "/contract") => {
-            typed(StatusCode::OK, "application/json", shared.service.contract())
-        }
-        (Some((status, why)), _) => refuse_handshake(status, &why),
     }
+    refuse_handshake(status, &why)
 }
 
-async fn readiness(shared: &Shared, draining: &watch::Receiver<bool>) -> Response {
+/// A request for a page.
+pub(crate) fn page_request(method: Method, uri: &Uri, body: Bytes) -> PageRequest {
+    let query = uri.query().unwrap_or_default().to_owned();
+    PageRequest { method, path: uri.path().to_owned(), query, body }
+}
+
+pub(crate) async fn readiness(shared: &Shared, draining: &watch::Receiver<bool>) -> Response {
     let no = |why: &str| plain(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n"));
     if *draining.borrow() {
         return no("shutting down");
@@ -158,7 +163,7 @@ fn refuse_handshake(status: StatusCode, why: &str) -> Response {
     response
 }
 
-fn unauthorized() -> Response {
+pub(crate) fn unauthorized() -> Response {
     let mut response = plain(
         StatusCode::UNAUTHORIZED,
         "a key is needed: `Authorization: Api-Key KEY` or `Authorization: Bearer KEY`\n",
@@ -168,16 +173,17 @@ fn unauthorized() -> Response {
     response
 }
 
-fn plain(status: StatusCode, text: impl Into<String>) -> Response {
-    typed(status, "text/plain; charset=utf-8", text.into())
+pub(crate) fn plain(status: StatusCode, text: impl Into<String>) -> Response {
+    rendered(Page::text(status.as_u16(), text.into()))
 }
 
 /// Every plain answer ends its connection, as with openpi's server.
-fn typed(status: StatusCode, content_type: &'static str, text: String) -> Response {
-    let mut response = Response::new(Body::from(text));
-    *response.status_mut() = status;
+pub(crate) fn rendered(page: Page) -> Response {
+    let mut response = Response::new(Body::from(page.body));
+    *response.status_mut() =
+        StatusCode::from_u16(page.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(page.content_type));
     headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     response
 }

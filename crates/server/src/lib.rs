@@ -4,11 +4,12 @@
 //! actions of that, and they go back in the bytes openpi's own server would send. [`serve`] runs
 //! it over any listener; [`load`] is the other side of the wire, for measurements.
 //!
-//! Plain HTTP on the same port: `/healthz` (as openpi's), `/livez`, `/readyz`, `/metrics`,
-//! `/contract`; everything else asks for an upgrade.
+//! Plain HTTP on the same port: `/healthz` (as openpi's), `/livez`, `/readyz`, and the pages of
+//! [`Page`] unless they have a listener of their own; everything else asks for an upgrade.
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
 
+mod admin;
 mod connection;
 mod fields;
 mod http;
@@ -17,14 +18,16 @@ pub mod load;
 mod metrics;
 pub mod msgpack;
 mod options;
+mod pages;
 mod render;
 mod serve;
 mod service;
 
 pub use keys::{ApiKeys, KeyFileError};
-pub use options::{ExposureError, ServeOptions, check_exposure};
+pub use options::{ExposureError, ServeOptions, check_admin_exposure, check_exposure};
+pub use pages::{Method, Page, PageRequest};
 pub use render::render_engine;
-pub use serve::{Served, bind, serve, termination};
+pub use serve::{Doors, Served, bind, serve, serve_doors, termination};
 pub use service::{
     Failure, GivenNoise, Reply, RequestContext, Service, ServiceError, ServiceFuture,
 };

@@ -37,6 +37,8 @@ pub struct ServeOptions {
     pub readiness_timeout: Duration,
     /// Keys; without them everybody who reaches the port is served.
     pub api_keys: Option<ApiKeys>,
+    /// Keys of the admin listener; without them everybody who reaches it may use it.
+    pub admin_keys: Option<ApiKeys>,
 }
 
 impl Default for ServeOptions {
@@ -55,30 +57,59 @@ impl Default for ServeOptions {
             drain_timeout: Duration::from_secs(10),
             readiness_timeout: Duration::from_secs(5),
             api_keys: None,
+            admin_keys: None,
         }
     }
 }
 
 /// A server that anyone on the network could use.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{address} can be reached from other machines and no keys are set: name a key file with \
-     --api-key-file, or say --insecure if that is what you want"
-)]
-pub struct ExposureError {
-    /// The address asked for.
-    pub address: SocketAddr,
+pub enum ExposureError {
+    /// The robots' port.
+    #[error(
+        "{0} can be reached from other machines and neither keys nor TLS are set: name a key file \
+         with --api-key-file, a certificate with --tls-cert and --tls-key, or say --insecure if \
+         that is what you want"
+    )]
+    Public(SocketAddr),
+    /// The admin listener.
+    #[error(
+        "the admin listener on {0} can be reached from other machines and has no keys: name a key \
+         file with --admin-key-file, or say --insecure if that is what you want"
+    )]
+    Admin(SocketAddr),
 }
 
-/// Loopback is open; any other address needs keys, or `insecure` said out loud.
+/// Loopback is open; any other address needs a `guard` (keys, or TLS), or `insecure` said out
+/// loud.
+///
+/// # Errors
+/// [`ExposureError::Public`].
 pub fn check_exposure(
+    address: SocketAddr,
+    guard: bool,
+    insecure: bool,
+) -> Result<(), ExposureError> {
+    let open = is_loopback(address) || guard || insecure;
+    if open { Ok(()) } else { Err(ExposureError::Public(address)) }
+}
+
+/// The same of the admin listener. Only keys guard it: TLS alone would let anybody change things.
+///
+/// # Errors
+/// [`ExposureError::Admin`].
+pub fn check_admin_exposure(
     address: SocketAddr,
     keys: bool,
     insecure: bool,
 ) -> Result<(), ExposureError> {
-    // An IPv4-mapped loopback (`::ffff:127.0.0.1`) is one too.
-    let loopback = address.ip().to_canonical().is_loopback();
-    if loopback || keys || insecure { Ok(()) } else { Err(ExposureError { address }) }
+    let open = is_loopback(address) || keys || insecure;
+    if open { Ok(()) } else { Err(ExposureError::Admin(address)) }
+}
+
+/// An IPv4-mapped loopback (`::ffff:127.0.0.1`) is one too.
+fn is_loopback(address: SocketAddr) -> bool {
+    address.ip().to_canonical().is_loopback()
 }
 
 #[cfg(test)]
@@ -96,6 +127,10 @@ mod tests {
             assert!(error.to_string().contains("--insecure"), "{address}");
             assert!(check(address, true, false).is_ok());
             assert!(check(address, false, true).is_ok());
+            let admin = |keys| check_admin_exposure(address.parse().unwrap(), keys, false);
+            assert!(admin(true).is_ok());
+            assert!(admin(false).unwrap_err().to_string().contains("--admin-key-file"));
         }
+        assert!(check_admin_exposure("127.0.0.1:1".parse().unwrap(), false, false).is_ok());
     }
 }

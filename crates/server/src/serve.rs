@@ -12,9 +12,10 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::{Instant, sleep_until};
 
+use crate::admin;
 use crate::http;
 use crate::metrics::Metrics;
 use crate::options::ServeOptions;
@@ -27,6 +28,8 @@ pub(crate) struct Shared {
     pub(crate) metrics: Metrics,
     /// One permit per open websocket.
     pub(crate) slots: Arc<Semaphore>,
+    /// Whether the pages have a listener of their own.
+    pub(crate) admin: bool,
 }
 
 impl Shared {
@@ -40,6 +43,22 @@ impl Shared {
 /// What a websocket gets its life from; upgrading fails once the drain is over. The last life
 /// gone ends the drain.
 pub(crate) type WeakLife = mpsc::WeakSender<()>;
+
+/// Where the server is reached.
+#[derive(Debug)]
+pub struct Doors<L> {
+    /// Websockets and health; the pages too if they have no listener of their own.
+    pub public: L,
+    /// The pages, and all that changes something.
+    pub admin: Option<L>,
+}
+
+/// By which of them a connection came.
+#[derive(Clone)]
+pub(crate) enum Door {
+    Public(WeakLife),
+    Admin,
+}
 
 /// How serving ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,21 +105,36 @@ pub async fn termination() {
     }
 }
 
-/// Serves until `shutdown` resolves, then drains: not ready, no new websockets, requests in
-/// flight are answered, every connection is closed with 1001. Connections that do not end within
-/// `drain_timeout` are dropped.
+/// [`serve_doors`] with one listener for everything.
 pub async fn serve<L: Listener>(
-    mut listener: L,
+    listener: L,
     service: Arc<dyn Service>,
     options: ServeOptions,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Served {
+    serve_doors(Doors { public: listener, admin: None }, service, options, shutdown).await
+}
+
+/// Serves until `shutdown` resolves, then drains: not ready, no new websockets, requests in
+/// flight are answered, every connection is closed with 1001. Connections that do not end within
+/// `drain_timeout` are dropped.
+pub async fn serve_doors<L: Listener>(
+    doors: Doors<L>,
+    service: Arc<dyn Service>,
+    options: ServeOptions,
+    shutdown: impl Future<Output = ()> + Send,
+) -> Served {
+    let Doors { public: mut listener, admin } = doors;
     let slots = Arc::new(Semaphore::new(options.max_connections.min(Semaphore::MAX_PERMITS)));
     let handshakes = Arc::new(Semaphore::new(options.max_handshakes.min(Semaphore::MAX_PERMITS)));
-    let shared = Arc::new(Shared { service, options, metrics: Metrics::default(), slots });
+    let metrics = Metrics::default();
+    let shared = Arc::new(Shared { service, options, metrics, slots, admin: admin.is_some() });
     let (drain, draining) = watch::channel(false);
     let (life, mut lives) = mpsc::channel::<()>(1);
     let mut tasks = tokio::task::JoinSet::new();
+    if let Some(listener) = admin {
+        tasks.spawn(admin::listen(listener, shared.clone(), draining.clone()));
+    }
     tokio::pin!(shutdown);
     let weak = life.downgrade();
     let mut life = Some(life);
@@ -120,7 +154,8 @@ pub async fn serve<L: Listener>(
                     shared.metrics.refused("handshakes");
                     continue;
                 };
-                tasks.spawn(converse(io, shared.clone(), draining.clone(), weak.clone(), permit));
+                let door = Door::Public(weak.clone());
+                tasks.spawn(converse(io, shared.clone(), draining.clone(), door, permit));
             }
             Some(_) = tasks.join_next() => {}
         }
@@ -135,34 +170,52 @@ async fn at(instant: Option<Instant>) {
 }
 
 /// The HTTP part of a connection. After an upgrade the websocket lives on in a task of its own.
-async fn converse<Io>(
+pub(crate) async fn converse<Io>(
     io: Io,
     shared: Arc<Shared>,
     draining: watch::Receiver<bool>,
-    lives: WeakLife,
+    door: Door,
     _permit: OwnedSemaphorePermit,
 ) where
     Io: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
 {
-    let timeout = shared.options.handshake_timeout;
+    let ServeOptions { handshake_timeout, write_timeout, .. } = shared.options;
+    let answered = Arc::new(Notify::new());
+    let taken_late = {
+        let answered = answered.clone();
+        async move {
+            answered.notified().await;
+            tokio::time::sleep(write_timeout).await;
+        }
+    };
     let answer = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
-        let (shared, draining, lives) = (shared.clone(), draining.clone(), lives.clone());
+        let (shared, draining, door) = (shared.clone(), draining.clone(), door.clone());
+        let answered = answered.clone();
         async move {
             let request: Request = request.map(axum::body::Body::new);
-            let mut response = http::answer(request, shared, draining, lives).await;
+            let mut response = match door {
+                Door::Public(lives) => http::answer(request, shared, draining, lives).await,
+                Door::Admin => admin::answer(request, &shared, &draining).await,
+            };
             let name = HeaderValue::from_static(concat!("pirouette/", env!("CARGO_PKG_VERSION")));
             response.headers_mut().insert(header::SERVER, name);
+            answered.notify_one();
             Ok::<_, Infallible>(response)
         }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(timeout)
+        .header_read_timeout(handshake_timeout)
         .max_buf_size(32 << 10)
         .title_case_headers(true)
         .serve_connection(TokioIo::new(io), answer)
         .with_upgrades();
-    if let Err(error) = connection.await {
-        tracing::debug!(%error, "connection ended before a websocket was open");
+    tokio::select! {
+        ended = connection => {
+            if let Err(error) = ended {
+                tracing::debug!(%error, "connection ended before a websocket was open");
+            }
+        }
+        () = taken_late => tracing::debug!("connection dropped: its answer was not read in time"),
     }
 }

@@ -7,6 +7,8 @@ use std::time::Instant;
 use pirouette_engine::EngineError;
 use pirouette_policy::{NdArray, Value};
 
+use crate::pages::{Page, PageRequest};
+
 /// A boxed future, so that services can be trait objects.
 pub type ServiceFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -37,6 +39,12 @@ pub trait Service: Send + Sync + 'static {
 
     /// Appends its own metrics in Prometheus text form.
     fn metrics(&self, _out: &mut String) {}
+
+    /// A page of the service's own, or `None` for a path it does not know. Keys are checked
+    /// before; a [`Method::Post`](crate::Method) came through the admin listener.
+    fn page(&self, _request: PageRequest) -> ServiceFuture<'_, Option<Page>> {
+        Box::pin(async { None })
+    }
 }
 
 /// What came with a request besides the observation.

@@ -3,15 +3,15 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use pirouette_policy::{NdArray, Scalar, Value};
 use pirouette_server::{
-    Reply, RequestContext, ServeOptions, Served, Service, ServiceError, ServiceFuture, msgpack,
-    serve,
+    Doors, Method, Page, PageRequest, Reply, RequestContext, ServeOptions, Served, Service,
+    ServiceError, ServiceFuture, msgpack, serve_doors,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -29,6 +29,7 @@ pub struct Script {
     pub running: AtomicUsize,
     pub withdrawn: AtomicUsize,
     pub ready: Result<(), String>,
+    pub note: Mutex<Bytes>,
 }
 
 /// Counts an inference as withdrawn unless it ends.
@@ -107,11 +108,28 @@ impl Service for Script {
     fn contract(&self) -> String {
         r#"{"config":"script"}"#.into()
     }
+
+    /// `/note` keeps what is posted to it.
+    fn page(&self, request: PageRequest) -> ServiceFuture<'_, Option<Page>> {
+        Box::pin(async move {
+            let mut note = self.note.lock().unwrap();
+            match (request.method, request.path.as_str()) {
+                (Method::Get, "/note") => Some(Page::text(200, note.clone())),
+                (Method::Post, "/note") => {
+                    *note = request.body.clone();
+                    let tag = request.parameter("tag").unwrap_or("none").to_owned();
+                    Some(Page::json(202, format!(r#"{{"tag":"{tag}"}}"#)))
+                }
+                _ => None,
+            }
+        })
+    }
 }
 
 /// A server on a port of its own.
 pub struct Server {
     pub address: SocketAddr,
+    pub admin_address: SocketAddr,
     pub script: Arc<Script>,
     pub warm: watch::Sender<bool>,
     shutdown: Option<oneshot::Sender<()>>,
@@ -120,6 +138,15 @@ pub struct Server {
 
 impl Server {
     pub async fn start(metadata: Value, warm: bool, options: ServeOptions) -> Server {
+        Server::with_doors(metadata, warm, options, false).await
+    }
+
+    /// With an admin listener.
+    pub async fn with_admin(options: ServeOptions) -> Server {
+        Server::with_doors(Value::Map(vec![]), true, options, true).await
+    }
+
+    async fn with_doors(metadata: Value, warm: bool, options: ServeOptions, admin: bool) -> Server {
         let (sender, receiver) = watch::channel(warm);
         let script = Arc::new(Script {
             metadata,
@@ -127,15 +154,19 @@ impl Server {
             running: AtomicUsize::new(0),
             withdrawn: AtomicUsize::new(0),
             ready: Ok(()),
+            note: Mutex::default(),
         });
-        let listener = pirouette_server::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let bind = || pirouette_server::bind("127.0.0.1:0".parse().unwrap());
+        let (listener, admin_listener) = (bind().await.unwrap(), bind().await.unwrap());
         let address = axum::serve::Listener::local_addr(&listener).unwrap();
+        let admin_address = axum::serve::Listener::local_addr(&admin_listener).unwrap();
+        let doors = Doors { public: listener, admin: admin.then_some(admin_listener) };
         let (shutdown, stop) = oneshot::channel();
         let service: Arc<dyn Service> = script.clone();
-        let task = tokio::spawn(serve(listener, service, options, async move {
+        let task = tokio::spawn(serve_doors(doors, service, options, async move {
             let _ = stop.await;
         }));
-        Server { address, script, warm: sender, shutdown: Some(shutdown), task }
+        Server { address, admin_address, script, warm: sender, shutdown: Some(shutdown), task }
     }
 
     /// Warm, without metadata.
@@ -177,7 +208,20 @@ impl Server {
 
     /// A plain GET: status line, header lines, body.
     pub async fn get(&self, request: &str) -> (String, Vec<String>, String) {
-        let mut raw = Raw(self.tcp().await);
+        self.plain_http(self.address, request).await
+    }
+
+    /// The same through the admin listener.
+    pub async fn admin(&self, request: &str) -> (String, Vec<String>, String) {
+        self.plain_http(self.admin_address, request).await
+    }
+
+    async fn plain_http(
+        &self,
+        address: SocketAddr,
+        request: &str,
+    ) -> (String, Vec<String>, String) {
+        let mut raw = Raw(TcpStream::connect(address).await.unwrap());
         raw.write(request.as_bytes()).await;
         raw.response().await
     }

@@ -1,0 +1,96 @@
+//! A plain HTTP request → a page: `/metrics`, `/contract`, and whatever the service adds.
+//!
+//! Pages are answered on the public port, or, once there is an admin listener, on that alone.
+//! Whatever changes something is a `POST`, and those are known to the admin listener only.
+
+use bytes::Bytes;
+
+use crate::serve::Shared;
+
+/// The two methods pages are asked with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// Reads; answered on the public port too when there is no admin listener.
+    Get,
+    /// Changes; answered by the admin listener alone.
+    Post,
+}
+
+/// What is asked for. The keys of the listener have been checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageRequest {
+    /// Reading or changing.
+    pub method: Method,
+    /// Without the query: `/trace`.
+    pub path: String,
+    /// What follows the `?`: `seconds=2`; empty if nothing does.
+    pub query: String,
+    /// Of a `POST`, at most 64 KiB.
+    pub body: Bytes,
+}
+
+impl PageRequest {
+    /// The value of a parameter of the query, as it was sent (nothing is unescaped).
+    pub fn parameter(&self, name: &str) -> Option<&str> {
+        let pairs = self.query.split('&').filter_map(|pair| pair.split_once('='));
+        pairs.filter(|(key, _)| *key == name).map(|(_, value)| value).next()
+    }
+}
+
+/// An answer. It must hold no secrets; paths only where `--admin-port` is the only way to it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Page {
+    /// HTTP's: 200, 400, 404, 409, ….
+    pub status: u16,
+    /// MIME type.
+    pub content_type: &'static str,
+    /// The text.
+    pub body: Bytes,
+}
+
+impl Page {
+    /// Plain text.
+    pub fn text(status: u16, body: impl Into<Bytes>) -> Self {
+        Page { status, content_type: "text/plain; charset=utf-8", body: body.into() }
+    }
+
+    /// JSON.
+    pub fn json(status: u16, body: impl Into<Bytes>) -> Self {
+        Page { status, content_type: "application/json", body: body.into() }
+    }
+
+    /// A page for people.
+    pub fn html(body: impl Into<Bytes>) -> Self {
+        Page { status: 200, content_type: "text/html; charset=utf-8", body: body.into() }
+    }
+}
+
+/// Answers a request, or `None` when nobody knows the path: the server's own pages come first.
+pub(crate) async fn page(shared: &Shared, request: PageRequest) -> Option<Page> {
+    match (request.method, request.path.as_str()) {
+        (Method::Get, "/metrics") => {
+            let mut text = String::with_capacity(16 << 10);
+            shared.metrics.render(shared.open_websockets(), &mut text);
+            shared.service.metrics(&mut text);
+            let content_type = "text/plain; version=0.0.4; charset=utf-8";
+            Some(Page { status: 200, content_type, body: text.into() })
+        }
+        (Method::Get, "/contract") => Some(Page::json(200, shared.service.contract())),
+        _ => shared.service.page(request).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_of_a_query() {
+        let query = "seconds=2&x=&seconds=3&flag&=4".to_string();
+        let (path, body) = ("/trace".to_string(), Bytes::new());
+        let request = PageRequest { method: Method::Get, path, query, body };
+        assert_eq!(request.parameter("seconds"), Some("2"));
+        assert_eq!(request.parameter("x"), Some(""));
+        assert_eq!((request.parameter("flag"), request.parameter("second")), (None, None));
+    }
+}
