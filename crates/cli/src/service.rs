@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pirouette_engine::{Engine, Noise, Request};
+use pirouette_engine::{BatchRecord, Engine, Noise, Request, StatsSnapshot};
 use pirouette_policy::{Policy, PolicyError, Value, contract};
 use pirouette_server::{
     Reply, RequestContext, Service, ServiceError, ServiceFuture, render_engine,
@@ -72,6 +72,7 @@ impl PolicyService {
         Ok(Reply {
             actions,
             model_ms: answer.timing.run.total_ms,
+            timing: Some(answer.timing),
             extras: seed.into_iter().collect(),
         })
     }
@@ -115,5 +116,13 @@ impl Service for PolicyService {
 
     fn metrics(&self, out: &mut String) {
         render_engine(&self.engine.stats(), out);
+    }
+
+    fn stats(&self) -> Option<StatsSnapshot> {
+        Some(self.engine.stats())
+    }
+
+    fn batches_after(&self, id: u64) -> (Vec<BatchRecord>, u64) {
+        self.engine.batches_after(id)
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use pirouette_model::{BackendError, Device, Executable, StageTimes, record_with};
 
+use crate::batches::BatchRecord;
 use crate::bucket::Bucket;
 use crate::canary;
 use crate::queue::{Batch, JobInputs, Reply};
@@ -232,12 +233,24 @@ impl Session {
         let Some(running) = self.end() else { return Ok(()) };
         self.shared.lock().times.record(bucket, slots, done - gathering);
         self.shared.stats.batch(running.replies.len());
+        let batch_id = self.shared.stats.recent.0.push(|id| BatchRecord {
+            id,
+            device: self.index,
+            requests: running.replies.len(),
+            slots,
+            bucket,
+            taken: taken.at,
+            started,
+            done,
+            run,
+        });
         let timing = Timing {
             gather_ms: ms(started - gathering),
             run,
             batch: running.replies.len(),
             slots,
             device: self.index,
+            batch_id,
             ..Timing::default()
         };
         self.answer(&taken, running.replies, timing);

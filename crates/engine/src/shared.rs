@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
 
 use crate::bucket::Bucket;
+use crate::canary;
 use crate::options::{DeviceFactory, EngineOptions};
 use crate::queue::{Queue, Reply};
 use crate::request::EngineError;
@@ -44,6 +45,9 @@ pub struct DeviceStatus {
     pub canary_age: Option<Duration>,
     /// Whether a batch runs right now.
     pub busy: bool,
+    /// Hash of the canary's known answer, bit for bit: another number says that the weights, the
+    /// precision or the arithmetic is another. `None` before the first forward.
+    pub fingerprint: Option<u64>,
 }
 
 pub(crate) type CanaryWaiter = oneshot::Sender<Result<(), String>>;
@@ -229,6 +233,7 @@ impl DeviceState {
             weight_bytes: self.weight_bytes,
             canary_age: self.last_canary.map(|at| at.elapsed()),
             busy: self.running.is_some(),
+            fingerprint: self.reference.as_deref().map(canary::fingerprint),
         }
     }
 }

@@ -6,6 +6,7 @@
 use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use axum::extract::ws::{CloseFrame, Message, WebSocket};
@@ -18,6 +19,7 @@ use tokio_tungstenite::tungstenite;
 
 use crate::fields;
 use crate::msgpack;
+use crate::recent::RequestRecord;
 use crate::serve::Shared;
 use crate::service::{Failure, Reply, ServiceError};
 
@@ -40,6 +42,15 @@ enum Frame {
     Text,
 }
 
+impl Frame {
+    fn bytes(&self) -> usize {
+        match self {
+            Frame::Binary(bytes) => bytes.len(),
+            Frame::Text => 0,
+        }
+    }
+}
+
 /// Why a connection ends.
 enum End {
     /// The peer closed, or the transport broke: nothing more can be said.
@@ -57,15 +68,18 @@ struct Connection {
     last_heard: Instant,
     last_request: Instant,
     pinged: Option<Instant>,
+    /// Number of the connection.
+    id: u64,
 }
 
 /// Runs a connection to its end.
 pub(crate) async fn run(socket: WebSocket, shared: Arc<Shared>, draining: watch::Receiver<bool>) {
+    let id = shared.metrics.opened.fetch_add(1, Relaxed) + 1;
     let now = Instant::now();
     let (last_heard, last_request) = (now, now);
     let inbox = VecDeque::new();
     let mut connection =
-        Connection { socket, shared, draining, inbox, last_heard, last_request, pinged: None };
+        Connection { socket, shared, draining, inbox, last_heard, last_request, pinged: None, id };
     if let Err(End::Close(code, reason)) = connection.converse().await {
         connection.close(code, reason).await;
     }
@@ -86,15 +100,18 @@ impl Connection {
             let began = Instant::now();
             let (frame, received) = self.next_frame().await?;
             self.last_request = received;
-            match self.answer(frame, received, previous_ms).await? {
+            let mut record = RequestRecord::begin(self.id, frame.bytes(), received);
+            match self.answer(frame, received, previous_ms, &mut record).await? {
                 Ok(bytes) => {
                     self.send(Message::Binary(bytes.into())).await?;
                     self.shared.metrics.stage("total").record_ms(ms(received));
                     self.shared.metrics.outcome("ok");
+                    self.shared.recent.finished(record, "ok");
                 }
                 Err(error) => {
                     self.shared.metrics.outcome(error.reason);
                     self.send(Message::Text(error.text().into())).await?;
+                    self.shared.recent.finished(record, error.reason);
                     if error.failure == Failure::Exception {
                         return Err(End::Close(INTERNAL_ERROR, ERROR_REASON));
                     }
@@ -122,6 +139,7 @@ impl Connection {
         frame: Frame,
         received: Instant,
         previous_ms: Option<f64>,
+        record: &mut RequestRecord,
     ) -> Result<Result<Vec<u8>, ServiceError>, End> {
         let shared = self.shared.clone();
         let decoding = Instant::now();
@@ -132,6 +150,7 @@ impl Connection {
             Err(error) => return Ok(Err(error)),
         };
         shared.metrics.stage("decode").record_ms(ms(decoding));
+        record.decoded = Some(Instant::now());
         let asked = Instant::now();
         // A bug in a service must end like any exception, not with a vanished connection.
         let work = AssertUnwindSafe(shared.service.infer(Value::Map(map), context)).catch_unwind();
@@ -146,6 +165,8 @@ impl Connection {
             Err(error) => return Ok(Err(error)),
         };
         shared.metrics.stage("infer").record_ms(infer_ms);
+        record.inferred = Some(Instant::now());
+        record.timing = reply.timing;
         let encoding = Instant::now();
         let bytes = msgpack::encode(&response(reply, infer_ms, previous_ms)).map_err(|error| {
             let mut failure = ServiceError::exception("ValueError", error.to_string());
@@ -153,6 +174,7 @@ impl Connection {
             failure
         });
         shared.metrics.stage("encode").record_ms(ms(encoding));
+        record.encoded = Some(Instant::now());
         Ok(bytes)
     }
 

@@ -1,7 +1,6 @@
 //! One HTTP request → an upgrade, or one of the plain answers.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 
 use axum::body::Body;
 use axum::extract::ws::WebSocketUpgrade;
@@ -113,7 +112,6 @@ async fn upgrade(
         .max_frame_size(limit)
         .max_write_buffer_size(MAX_UNSENT_BYTES);
     websocket.on_upgrade(async move |socket| {
-        shared.metrics.opened.fetch_add(1, Relaxed);
         connection::run(socket, shared, draining).await;
         drop((slot, life));
     })

@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod chrome_trace;
 mod connection;
 mod fields;
 mod http;
@@ -19,10 +20,13 @@ mod metrics;
 pub mod msgpack;
 mod options;
 mod pages;
+mod recent;
 mod render;
 mod serve;
 mod service;
+mod trace;
 
+pub use chrome_trace::{ChromeTrace, Track};
 pub use keys::{ApiKeys, KeyFileError};
 pub use options::{ExposureError, ServeOptions, check_admin_exposure, check_exposure};
 pub use pages::{Method, Page, PageRequest};

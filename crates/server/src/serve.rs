@@ -19,6 +19,7 @@ use crate::admin;
 use crate::http;
 use crate::metrics::Metrics;
 use crate::options::ServeOptions;
+use crate::recent::Recent;
 use crate::service::Service;
 
 /// What all connections share.
@@ -26,6 +27,9 @@ pub(crate) struct Shared {
     pub(crate) service: Arc<dyn Service>,
     pub(crate) options: ServeOptions,
     pub(crate) metrics: Metrics,
+    pub(crate) recent: Recent,
+    /// One trace at a time.
+    pub(crate) tracing: Semaphore,
     /// One permit per open websocket.
     pub(crate) slots: Arc<Semaphore>,
     /// Whether the pages have a listener of their own.
@@ -127,8 +131,15 @@ pub async fn serve_doors<L: Listener>(
     let Doors { public: mut listener, admin } = doors;
     let slots = Arc::new(Semaphore::new(options.max_connections.min(Semaphore::MAX_PERMITS)));
     let handshakes = Arc::new(Semaphore::new(options.max_handshakes.min(Semaphore::MAX_PERMITS)));
-    let metrics = Metrics::default();
-    let shared = Arc::new(Shared { service, options, metrics, slots, admin: admin.is_some() });
+    let shared = Arc::new(Shared {
+        service,
+        options,
+        metrics: Metrics::default(),
+        recent: Recent::default(),
+        tracing: Semaphore::new(1),
+        slots,
+        admin: admin.is_some(),
+    });
     let (drain, draining) = watch::channel(false);
     let (life, mut lives) = mpsc::channel::<()>(1);
     let mut tasks = tokio::task::JoinSet::new();

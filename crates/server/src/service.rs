@@ -4,7 +4,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Instant;
 
-use pirouette_engine::EngineError;
+use pirouette_engine::{BatchRecord, EngineError, StatsSnapshot, Timing};
 use pirouette_policy::{NdArray, Value};
 
 use crate::pages::{Page, PageRequest};
@@ -45,6 +45,16 @@ pub trait Service: Send + Sync + 'static {
     fn page(&self, _request: PageRequest) -> ServiceFuture<'_, Option<Page>> {
         Box::pin(async { None })
     }
+
+    /// Counts and devices of its engine, if it has one.
+    fn stats(&self) -> Option<StatsSnapshot> {
+        None
+    }
+
+    /// Its engine's [`pirouette_engine::Engine::batches_after`].
+    fn batches_after(&self, _id: u64) -> (Vec<BatchRecord>, u64) {
+        (Vec::new(), 0)
+    }
 }
 
 /// What came with a request besides the observation.
@@ -78,6 +88,8 @@ pub struct Reply {
     pub actions: NdArray,
     /// The model's share of the time, for `policy_timing.infer_ms`.
     pub model_ms: f64,
+    /// The engine's account of it, for those who watch.
+    pub timing: Option<Timing>,
     /// Further keys, after openpi's own. Only scalars, strings and lists of them: openpi's chunk
     /// broker slices every array it finds.
     pub extras: Vec<(String, Value)>,
