@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use pirouette_engine::{BucketRule, DeviceFactory, Engine, EngineOptions};
 use pirouette_model::{BackendError, WeightTable};
 use pirouette_policy::config::environment;
+use pirouette_policy::contract;
 use pirouette_server::{ApiKeys, Doors, ServeOptions, check_admin_exposure, check_exposure};
 
 use crate::args::{DeviceArgs, WeightArgs};
@@ -106,6 +107,9 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         tracing::warn!("{warning}");
     }
     tracing::info!("{}; {}", setup::describe(&policy), weights.origin);
+    for line in contract(policy.config()).lines() {
+        tracing::info!("{line}");
+    }
     drop(weights);
 
     let on_gpu = device::is_gpu(&args.device)?;
