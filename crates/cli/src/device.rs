@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use pirouette_cpu::{CpuDevice, Options};
 use pirouette_cuda::CudaDevice;
 use pirouette_cuda::driver::Driver;
+use pirouette_cuda::gauge::Gauge;
 use pirouette_model::{Config, Device, TensorSource, WeightTable};
 
 use crate::args::{DeviceArgs, Precision};
@@ -65,6 +66,19 @@ fn has_gpu() -> bool {
 /// Whether the flags name a GPU (or `auto` finds one); an error when they name nothing.
 pub fn is_gpu(args: &DeviceArgs) -> Result<bool> {
     Ok(matches!(target(args)?, Target::Cuda(_)))
+}
+
+/// Sensors of the GPU the flags name, with its name; none on a machine without.
+pub fn gauges(args: &DeviceArgs) -> Vec<(String, Gauge)> {
+    let Ok(Target::Cuda(ordinal)) = target(args) else { return Vec::new() };
+    let properties = Driver::open().and_then(|driver| driver.inspect(ordinal));
+    match properties.and_then(|p| Ok((format!("cuda:{ordinal} {}", p.name), Gauge::open(&p)?))) {
+        Ok(gauge) => vec![gauge],
+        Err(error) => {
+            tracing::warn!(%error, "the GPU's sensors can't be read");
+            Vec::new()
+        }
+    }
 }
 
 /// Loads weights for `steps` Euler steps onto the device the flags name.

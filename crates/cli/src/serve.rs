@@ -128,7 +128,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     }
     let engine = Engine::start(vec![factory(args.device.clone(), weight_args, steps)], options)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(listen(doors, PolicyService::new(policy, engine), serve))
+    let service = PolicyService::new(policy, engine).with_gauges(device::gauges(&args.device));
+    runtime.block_on(listen(doors, service, serve))
 }
 
 /// The addresses to listen on.

@@ -3,22 +3,29 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use pirouette_cuda::gauge::Gauge;
 use pirouette_engine::{BatchRecord, Engine, Noise, Request, StatsSnapshot};
 use pirouette_policy::{Policy, PolicyError, Value, contract};
 use pirouette_server::{
-    Reply, RequestContext, Service, ServiceError, ServiceFuture, render_engine,
+    GpuReading, Reply, RequestContext, Service, ServiceError, ServiceFuture, render_engine,
 };
 
 /// A policy over an engine.
 pub struct PolicyService {
     policy: Arc<Policy>,
     engine: Engine,
+    gauges: Vec<(String, Gauge)>,
 }
 
 impl PolicyService {
     /// Joins the two.
     pub fn new(policy: Policy, engine: Engine) -> Self {
-        PolicyService { policy: Arc::new(policy), engine }
+        PolicyService { policy: Arc::new(policy), engine, gauges: Vec::new() }
+    }
+
+    /// With the sensors of the GPUs it works on.
+    pub fn with_gauges(self, gauges: Vec<(String, Gauge)>) -> Self {
+        PolicyService { gauges, ..self }
     }
 
     /// The engine, for readiness and the drain.
@@ -120,6 +127,21 @@ impl Service for PolicyService {
 
     fn stats(&self) -> Option<StatsSnapshot> {
         Some(self.engine.stats())
+    }
+
+    fn gpus(&self) -> Vec<GpuReading> {
+        let read = |(name, gauge): &(String, Gauge)| {
+            let reading = gauge.read();
+            GpuReading {
+                name: name.clone(),
+                power_watts: reading.power_watts,
+                sm_mhz: reading.sm_mhz,
+                memory_mhz: reading.memory_mhz,
+                temperature_celsius: reading.temperature_celsius,
+                memory_used_bytes: reading.memory_used_bytes,
+            }
+        };
+        self.gauges.iter().map(read).collect()
     }
 
     fn batches_after(&self, id: u64) -> (Vec<BatchRecord>, u64) {

@@ -13,8 +13,9 @@ use bytes::Bytes;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::dashboard;
 use crate::http::{page_request, plain, readiness, rendered, unauthorized};
-use crate::pages::{self, Method};
+use crate::pages::{self, Method, Page};
 use crate::serve::{Door, Shared, converse};
 
 /// Connections at once: a scraper, a dashboard, an operator, and some room.
@@ -62,6 +63,9 @@ pub(crate) async fn answer(
         (Method::Get, "/livez") => return plain(StatusCode::OK, "alive\n"),
         (Method::Get, "/readyz") => return readiness(shared, draining).await,
         _ => {}
+    }
+    if method == Method::Get && parts.uri.path() == dashboard::PATH {
+        return rendered(Page::html(dashboard::PAGE));
     }
     if let Some(keys) = &shared.options.admin_keys {
         let given = parts.headers.get(header::AUTHORIZATION).map(|v| v.as_bytes());

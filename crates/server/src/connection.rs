@@ -51,6 +51,22 @@ impl Frame {
     }
 }
 
+/// Counts a request as being answered until it is dropped, however that ends.
+struct Running(Arc<Shared>);
+
+impl Running {
+    fn begin(shared: Arc<Shared>) -> Self {
+        shared.metrics.running.fetch_add(1, Relaxed);
+        Running(shared)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.metrics.running.fetch_sub(1, Relaxed);
+    }
+}
+
 /// Why a connection ends.
 enum End {
     /// The peer closed, or the transport broke: nothing more can be said.
@@ -101,6 +117,7 @@ impl Connection {
             let (frame, received) = self.next_frame().await?;
             self.last_request = received;
             let mut record = RequestRecord::begin(self.id, frame.bytes(), received);
+            let running = Running::begin(self.shared.clone());
             match self.answer(frame, received, previous_ms, &mut record).await? {
                 Ok(bytes) => {
                     self.send(Message::Binary(bytes.into())).await?;
@@ -117,6 +134,7 @@ impl Connection {
                     }
                 }
             }
+            drop(running);
             previous_ms = Some(ms(began));
         }
     }

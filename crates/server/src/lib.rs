@@ -12,6 +12,7 @@
 mod admin;
 mod chrome_trace;
 mod connection;
+mod dashboard;
 mod fields;
 mod http;
 mod keys;
@@ -33,5 +34,5 @@ pub use pages::{Method, Page, PageRequest};
 pub use render::render_engine;
 pub use serve::{Doors, Served, bind, serve, serve_doors, termination};
 pub use service::{
-    Failure, GivenNoise, Reply, RequestContext, Service, ServiceError, ServiceFuture,
+    Failure, GivenNoise, GpuReading, Reply, RequestContext, Service, ServiceError, ServiceFuture,
 };

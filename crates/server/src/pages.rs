@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
+use crate::dashboard;
+use crate::render::render_gpus;
 use crate::serve::Shared;
 use crate::trace;
 
@@ -75,9 +77,11 @@ pub(crate) async fn page(shared: &Shared, request: PageRequest) -> Option<Page> 
             let mut text = String::with_capacity(16 << 10);
             shared.metrics.render(shared.open_websockets(), &mut text);
             shared.service.metrics(&mut text);
+            render_gpus(&dashboard::gpus(shared).await, &mut text);
             let content_type = "text/plain; version=0.0.4; charset=utf-8";
             Some(Page { status: 200, content_type, body: text.into() })
         }
+        (Method::Get, "/stats") => Some(Page::json(200, dashboard::stats(shared).await)),
         (Method::Get, "/trace") => Some(trace(shared, &request).await),
         (Method::Get, "/contract") => Some(Page::json(200, shared.service.contract())),
         _ => shared.service.page(request).await,

@@ -51,10 +51,32 @@ pub trait Service: Send + Sync + 'static {
         None
     }
 
+    /// Sensors of the GPUs it works on. May block for some milliseconds.
+    fn gpus(&self) -> Vec<GpuReading> {
+        Vec::new()
+    }
+
     /// Its engine's [`pirouette_engine::Engine::batches_after`].
     fn batches_after(&self, _id: u64) -> (Vec<BatchRecord>, u64) {
         (Vec::new(), 0)
     }
+}
+
+/// One reading of a GPU's sensors; a sensor that it does not have is `None`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GpuReading {
+    /// `NVIDIA H200`, ….
+    pub name: String,
+    /// Power drawn, watts.
+    pub power_watts: Option<f64>,
+    /// Clock of the multiprocessors, MHz.
+    pub sm_mhz: Option<u32>,
+    /// Clock of the memory, MHz.
+    pub memory_mhz: Option<u32>,
+    /// Temperature of the chip, °C.
+    pub temperature_celsius: Option<u32>,
+    /// Memory used by all processes, bytes.
+    pub memory_used_bytes: Option<u64>,
 }
 
 /// What came with a request besides the observation.

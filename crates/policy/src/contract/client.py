@@ -1,4 +1,5 @@
-# pip install openpi-client
+"""One request to a policy server with openpi's own client (pip install openpi-client)."""
+
 import numpy as np
 from openpi_client import websocket_client_policy
 
