@@ -125,6 +125,21 @@ impl Service for PolicyService {
         render_engine(&self.engine.stats(), out);
     }
 
+    fn identity(&self) -> serde_json::Value {
+        let devices = self.engine.stats().devices.into_iter().map(|device| {
+            let fingerprint = device.fingerprint.map(|f| format!("{f:016x}"));
+            serde_json::json!({ "name": device.name, "fingerprint": fingerprint })
+        });
+        let c = self.policy.config();
+        serde_json::json!({
+            "config": c.name,
+            "family": c.family.name(),
+            "horizon": c.horizon,
+            "steps": self.engine.options().tables[0].steps,
+            "devices": devices.collect::<Vec<_>>(),
+        })
+    }
+
     fn stats(&self) -> Option<StatsSnapshot> {
         Some(self.engine.stats())
     }

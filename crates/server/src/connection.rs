@@ -21,7 +21,7 @@ use crate::fields;
 use crate::msgpack;
 use crate::recent::RequestRecord;
 use crate::serve::Shared;
-use crate::service::{Failure, Reply, ServiceError};
+use crate::service::{Failure, Reply, RequestContext, ServiceError};
 
 /// openpi's own reason, byte for byte.
 const ERROR_REASON: &str = "Internal server error. Traceback included in previous frame.";
@@ -47,6 +47,14 @@ impl Frame {
         match self {
             Frame::Binary(bytes) => bytes.len(),
             Frame::Text => 0,
+        }
+    }
+
+    /// The same bytes, for the recorder; nothing is copied.
+    fn kept(&self) -> Bytes {
+        match self {
+            Frame::Binary(bytes) => bytes.clone(),
+            Frame::Text => Bytes::new(),
         }
     }
 }
@@ -118,17 +126,20 @@ impl Connection {
             self.last_request = received;
             let mut record = RequestRecord::begin(self.id, frame.bytes(), received);
             let running = Running::begin(self.shared.clone());
+            let kept = frame.kept();
             match self.answer(frame, received, previous_ms, &mut record).await? {
                 Ok(bytes) => {
-                    self.send(Message::Binary(bytes.into())).await?;
+                    let bytes = Bytes::from(bytes);
+                    self.send(Message::Binary(bytes.clone())).await?;
                     self.shared.metrics.stage("total").record_ms(ms(received));
                     self.shared.metrics.outcome("ok");
-                    self.shared.recent.finished(record, "ok");
+                    self.shared.finished(record, "ok", kept, bytes);
                 }
                 Err(error) => {
                     self.shared.metrics.outcome(error.reason);
-                    self.send(Message::Text(error.text().into())).await?;
-                    self.shared.recent.finished(record, error.reason);
+                    let text = error.text();
+                    self.send(Message::Text(text.clone().into())).await?;
+                    self.shared.finished(record, error.reason, kept, text.into());
                     if error.failure == Failure::Exception {
                         return Err(End::Close(INTERNAL_ERROR, ERROR_REASON));
                     }
@@ -169,6 +180,7 @@ impl Connection {
         };
         shared.metrics.stage("decode").record_ms(ms(decoding));
         record.decoded = Some(Instant::now());
+        record.seed = context.seed;
         let asked = Instant::now();
         // A bug in a service must end like any exception, not with a vanished connection.
         let work = AssertUnwindSafe(shared.service.infer(Value::Map(map), context)).catch_unwind();
@@ -185,6 +197,7 @@ impl Connection {
         shared.metrics.stage("infer").record_ms(infer_ms);
         record.inferred = Some(Instant::now());
         record.timing = reply.timing;
+        record.seed = record.seed.or(reply.seed());
         let encoding = Instant::now();
         let bytes = msgpack::encode(&response(reply, infer_ms, previous_ms)).map_err(|error| {
             let mut failure = ServiceError::exception("ValueError", error.to_string());
@@ -325,6 +338,17 @@ impl Connection {
         // However it ends, the connection is over.
         let _ = timeout(CLOSE_TIMEOUT, goodbye).await;
     }
+}
+
+/// A frame → what the service is asked.
+pub(crate) fn decode(
+    frame: &Bytes,
+    limits: &msgpack::Limits,
+    received: Instant,
+) -> Result<(Value, RequestContext), ServiceError> {
+    let mut map = observation(Frame::Binary(frame.clone()), limits)?;
+    let context = fields::take(&mut map, received)?;
+    Ok((Value::Map(map), context))
 }
 
 /// Decodes a request; whatever is wrong is what Python would have raised.

@@ -22,6 +22,7 @@ pub mod msgpack;
 mod options;
 mod pages;
 mod recent;
+mod record;
 mod render;
 mod serve;
 mod service;
@@ -31,6 +32,7 @@ pub use chrome_trace::{ChromeTrace, Track};
 pub use keys::{ApiKeys, KeyFileError};
 pub use options::{ExposureError, ServeOptions, check_admin_exposure, check_exposure};
 pub use pages::{Method, Page, PageRequest};
+pub use record::{RecordOptions, Recorded, Recorder, Recording, RecordingError};
 pub use render::render_engine;
 pub use serve::{Doors, Served, bind, serve, serve_doors, termination};
 pub use service::{

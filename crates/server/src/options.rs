@@ -1,10 +1,12 @@
 //! Settings of the server, and who may reach it.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::keys::ApiKeys;
 use crate::msgpack::Limits;
+use crate::record::Recorder;
 
 /// Settings of [`crate::serve`].
 #[derive(Clone, Debug)]
@@ -39,6 +41,8 @@ pub struct ServeOptions {
     pub api_keys: Option<ApiKeys>,
     /// Keys of the admin listener; without them everybody who reaches it may use it.
     pub admin_keys: Option<ApiKeys>,
+    /// Writes every request and answer down (default none).
+    pub recorder: Option<Arc<Recorder>>,
 }
 
 impl Default for ServeOptions {
@@ -58,6 +62,7 @@ impl Default for ServeOptions {
             readiness_timeout: Duration::from_secs(5),
             api_keys: None,
             admin_keys: None,
+            recorder: None,
         }
     }
 }

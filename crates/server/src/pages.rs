@@ -77,6 +77,9 @@ pub(crate) async fn page(shared: &Shared, request: PageRequest) -> Option<Page> 
             let mut text = String::with_capacity(16 << 10);
             shared.metrics.render(shared.open_websockets(), &mut text);
             shared.service.metrics(&mut text);
+            if let Some(recorder) = &shared.options.recorder {
+                recorder.render(&mut text);
+            }
             render_gpus(&dashboard::gpus(shared).await, &mut text);
             let content_type = "text/plain; version=0.0.4; charset=utf-8";
             Some(Page { status: 200, content_type, body: text.into() })

@@ -35,6 +35,8 @@ pub(crate) struct RequestRecord {
     pub(crate) outcome: &'static str,
     /// The engine's account.
     pub(crate) timing: Option<Timing>,
+    /// Of its noise, unless that was given.
+    pub(crate) seed: Option<u64>,
 }
 
 impl RequestRecord {
@@ -53,6 +55,7 @@ impl RequestRecord {
             sent: now,
             outcome: "",
             timing: None,
+            seed: None,
         }
     }
 
@@ -77,15 +80,16 @@ impl Default for Recent {
 }
 
 impl Recent {
-    /// Takes in a request that is over.
-    pub(crate) fn finished(&self, record: RequestRecord, outcome: &'static str) {
+    /// Takes in a request that is over, and gives it its number.
+    pub(crate) fn finished(&self, record: RequestRecord, outcome: &'static str) -> RequestRecord {
         let record = RequestRecord { sent: Instant::now(), outcome, ..record };
         if outcome == "ok" {
             let second = record.sent.duration_since(self.started).as_secs();
             let mut minute = self.minute.lock().unwrap_or_else(PoisonError::into_inner);
             minute.record(second, record.total_ms() as f32);
         }
-        self.requests.push(|id| RequestRecord { id, ..record });
+        let id = self.requests.push(|id| RequestRecord { id, ..record });
+        RequestRecord { id, ..record }
     }
 
     /// Answers of the last minute: how many, and these quantiles of their latencies.

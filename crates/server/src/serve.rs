@@ -8,6 +8,7 @@ use std::sync::Arc;
 use axum::extract::Request;
 use axum::http::{HeaderValue, header};
 use axum::serve::{Listener, ListenerExt};
+use bytes::Bytes;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -19,7 +20,8 @@ use crate::admin;
 use crate::http;
 use crate::metrics::Metrics;
 use crate::options::ServeOptions;
-use crate::recent::Recent;
+use crate::recent::{Recent, RequestRecord};
+use crate::record;
 use crate::service::Service;
 
 /// What all connections share.
@@ -37,6 +39,20 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// Remembers a request that is over; queues it with its frames where requests are recorded.
+    pub(crate) fn finished(
+        &self,
+        record: RequestRecord,
+        outcome: &'static str,
+        request: Bytes,
+        reply: Bytes,
+    ) {
+        let record = self.recent.finished(record, outcome);
+        if let Some(recorder) = &self.options.recorder {
+            recorder.offer(record::Entry { record, request, reply });
+        }
+    }
+
     /// Websockets open now.
     pub(crate) fn open_websockets(&self) -> usize {
         let limit = self.options.max_connections.min(Semaphore::MAX_PERMITS);

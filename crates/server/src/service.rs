@@ -46,6 +46,11 @@ pub trait Service: Send + Sync + 'static {
         Box::pin(async { None })
     }
 
+    /// What computes, for recordings: configuration, steps, devices with their fingerprints.
+    fn identity(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+
     /// Counts and devices of its engine, if it has one.
     fn stats(&self) -> Option<StatsSnapshot> {
         None
@@ -115,6 +120,16 @@ pub struct Reply {
     /// Further keys, after openpi's own. Only scalars, strings and lists of them: openpi's chunk
     /// broker slices every array it finds.
     pub extras: Vec<(String, Value)>,
+}
+
+impl Reply {
+    /// The seed the answer tells, if it does: the one the service drew.
+    pub fn seed(&self) -> Option<u64> {
+        self.extras.iter().find_map(|(key, value)| match value {
+            Value::Int(seed) if key == "seed" => u64::try_from(*seed).ok(),
+            _ => None,
+        })
+    }
 }
 
 /// What becomes of the connection after an error.
