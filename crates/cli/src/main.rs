@@ -12,6 +12,7 @@ mod lerobot;
 mod npz;
 mod plan;
 mod profile;
+mod replay;
 mod report;
 mod serve;
 mod service;
@@ -46,6 +47,7 @@ fn run(cli: args::Cli) -> anyhow::Result<()> {
         args::Command::Ladder(a) => ladder::run(&a),
         args::Command::Plan(a) => plan::run(&a),
         args::Command::Profile(a) => profile::run(&a),
+        args::Command::Replay(a) => replay::run(&a),
         args::Command::Report(a) => report::run(&a),
         args::Command::Verify(a) => verify::run(&a),
     }
