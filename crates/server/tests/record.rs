@@ -133,7 +133,7 @@ async fn a_full_folder_loses_its_oldest_requests_and_nobody_waits() {
     }
     let recorded = all(&dir);
     assert!((10..60).contains(&recorded.len()), "{}", recorded.len());
-    let states: Vec<f64> = recorded.iter().map(|r| first_state(r)).collect();
+    let states: Vec<f64> = recorded.iter().map(first_state).collect();
     assert!(states.windows(2).all(|w| w[0] < w[1]), "oldest first: {states:?}");
     assert!(states[0] >= 120.0, "the first run's are gone: {states:?}");
 }
