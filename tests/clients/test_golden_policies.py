@@ -3,12 +3,15 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import unittest
+import urllib.request
 
 import numpy as np
 from openpi_client import websocket_client_policy
@@ -121,6 +124,25 @@ class GoldenPolicies(unittest.TestCase):
             other = client.infer(request | {"seed": 7})
             np.testing.assert_array_equal(first["actions"], again["actions"])
             self.assertGreater(np.abs(first["actions"] - other["actions"]).max(), 1e-3)
+
+    def test_the_contracts_sample_clients_run(self):
+        """As they are printed, but for the port."""
+        with Served("pi0_aloha", "pi0_aloha") as server, tempfile.TemporaryDirectory() as folder:
+            url = f"http://127.0.0.1:{server.port}/contract"
+            samples = json.load(urllib.request.urlopen(url))["samples"]
+            python = samples["python"].replace("port=8000", f"port={server.port}")
+            run = subprocess.run([sys.executable, "-c", python], capture_output=True, text=True)
+            self.assertIn("(50, 14)", run.stdout, run.stderr)
+            compiler = shutil.which("g++") or shutil.which("clang++")
+            if compiler is None:
+                self.skipTest("the C++ sample: no g++ or clang++")
+            source = pathlib.Path(folder) / "client.cpp"
+            source.write_text(samples["cpp"])
+            flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-o", f"{folder}/client"]
+            subprocess.run([compiler, *flags, str(source)], check=True)
+            command = [f"{folder}/client", "127.0.0.1", str(server.port)]
+            run = subprocess.run(command, capture_output=True, text=True)
+            self.assertEqual([len(row.split()) for row in run.stdout.splitlines()], [14] * 50)
 
     def test_errors_are_openpis(self):
         case = read(CASES / "pi05_droid" / "case.safetensors")

@@ -17,6 +17,8 @@ pub struct Cli {
 pub enum Command {
     /// Serve a policy to robots over openpi's websocket protocol.
     Serve(crate::serve::ServeArgs),
+    /// Run recorded requests again and say where the actions differ.
+    Replay(crate::replay::ReplayArgs),
     /// Run one observation and print or save the actions.
     Infer(crate::infer::InferArgs),
     /// Time inference: medians, p99, stages. Random full-size weights without a checkpoint.

@@ -8,6 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use pirouette_cpu::{CpuDevice, Options};
 use pirouette_cuda::CudaDevice;
 use pirouette_cuda::driver::Driver;
+use pirouette_cuda::gauge::Gauge;
 use pirouette_engine::{NullDevice, NullTimes};
 use pirouette_model::{Config, Device, TensorSource, WeightTable};
 
@@ -140,6 +141,23 @@ fn available_memory() -> Option<u64> {
 
 fn has_gpu() -> bool {
     Driver::open().is_ok_and(|driver| driver.device_count() > 0)
+}
+
+/// The sensors of the GPUs the flags name, with the GPUs' names.
+pub fn gauges(devices: &[DeviceArgs]) -> Vec<(String, Gauge)> {
+    let gauge = |args: &DeviceArgs| -> Option<Result<(String, Gauge)>> {
+        let Ok(Target::Cuda(ordinal)) = target(args) else { return None };
+        Some((|| {
+            let properties = Driver::open()?.inspect(ordinal)?;
+            Ok((format!("cuda:{ordinal} {}", properties.name), Gauge::open(&properties)?))
+        })())
+    };
+    let opened = devices.iter().filter_map(gauge);
+    opened
+        .filter_map(|gauge| {
+            gauge.inspect_err(|error| tracing::warn!(%error, "a GPU's sensors can't be read")).ok()
+        })
+        .collect()
 }
 
 /// Loads weights for `steps` Euler steps onto the device the flags name.

@@ -16,6 +16,7 @@ mod model;
 mod npz;
 mod plan;
 mod profile;
+mod replay;
 mod report;
 mod serve;
 mod service;
@@ -52,6 +53,7 @@ fn run(cli: args::Cli) -> anyhow::Result<()> {
         args::Command::Load(a) => load::run(&a),
         args::Command::Plan(a) => plan::run(&a),
         args::Command::Profile(a) => profile::run(&a),
+        args::Command::Replay(a) => replay::run(&a),
         args::Command::Report(a) => report::run(&a),
         args::Command::Stress(a) => stress::run(&a),
         args::Command::Verify(a) => verify::run(&a),

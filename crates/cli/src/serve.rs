@@ -9,9 +9,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use pirouette_policy::config::environment;
+use pirouette_policy::config::{environment, names};
+use pirouette_policy::contract;
 use pirouette_server::{
-    ApiKeys, Dialect, Doors, ServeOptions, Tls, check_admin_exposure, check_exposure,
+    ApiKeys, Dialect, Doors, RecordOptions, Recorder, ServeOptions, Service, Tls,
+    check_admin_exposure, check_exposure,
 };
 
 use crate::args::DeviceArgs;
@@ -110,9 +112,28 @@ pub struct ServeArgs {
     /// `info,pirouette::request=debug` for every request).
     #[arg(long, value_enum, default_value = "text")]
     pub log_format: LogFormat,
-    /// openpi's flag; nothing is recorded.
-    #[arg(long)]
-    pub record: bool,
+    /// Write every request and answer, pictures included, into this folder, for `replay`.
+    #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = RECORD_DIR)]
+    pub record: Option<PathBuf>,
+    /// Most MiB in that folder; above it the oldest requests go.
+    #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u64).range(1..))]
+    pub record_limit_mib: u64,
+}
+
+/// Where openpi records.
+const RECORD_DIR: &str = "policy_records";
+
+/// The configuration and the folder to record into, as they were meant: openpi's `--record` takes
+/// no value, so a policy's name after it is that, and no folder.
+fn typed(args: &ServeArgs) -> (Option<&str>, Option<&Path>) {
+    let record = args.record.as_deref();
+    let policy = record.and_then(Path::to_str).filter(|value| {
+        value.starts_with("policy:") || value.ends_with(".toml") || names().any(|n| n == *value)
+    });
+    match (&args.config, policy) {
+        (None, Some(policy)) => (Some(policy), Some(Path::new(RECORD_DIR))),
+        (config, _) => (config.as_deref(), record),
+    }
 }
 
 /// Reads `--window-ms`: a second is more than any robot waits.
@@ -124,15 +145,22 @@ fn window(text: &str) -> Result<f64, String> {
 /// Serves until SIGTERM or Ctrl-C.
 pub fn run(args: &ServeArgs) -> Result<()> {
     log::start(args.log_format);
-    if args.record {
-        tracing::warn!("--record is accepted for openpi's sake; nothing is recorded");
-    }
-    let (name, checkpoint) = what_to_serve(args)?;
     let doors = doors(args);
     let serve = serve_options(args, &doors)?;
+    let record = typed(args).1.map(|dir| RecordOptions {
+        dir: dir.to_owned(),
+        limit_bytes: args.record_limit_mib.saturating_mul(1 << 20),
+    });
     // Also the admin port's connections and the checkpoint's files.
     descriptors::raise((serve.max_connections + serve.max_handshakes + 256) as u64);
+    let service = load(args)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(listen(doors, service, serve, record))
+}
 
+/// The policy and its engine, as the flags say; the devices open on their own threads.
+pub fn load(args: &ServeArgs) -> Result<PolicyService> {
+    let (name, checkpoint) = what_to_serve(args)?;
     let plan = ModelPlan {
         name,
         policy: args.policy.clone(),
@@ -155,9 +183,10 @@ pub fn run(args: &ServeArgs) -> Result<()> {
             parts.policy.config().robot.name()
         );
     }
-    let service = PolicyService::new(Served::new(plan, checkpoint, parts.start()?))?;
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(listen(doors, service, serve))
+    for line in contract(parts.policy.config()).lines() {
+        tracing::info!("{line}");
+    }
+    PolicyService::new(Served::new(plan, checkpoint, parts.start()?))
 }
 
 /// The addresses to listen on.
@@ -195,8 +224,9 @@ fn serve_options(args: &ServeArgs, doors: &Doors<SocketAddr>) -> Result<ServeOpt
 
 /// The configuration's name (none: the checkpoint describes itself) and the checkpoint.
 fn what_to_serve(args: &ServeArgs) -> Result<(Option<String>, Option<PathBuf>)> {
-    let positional = args.config.as_deref().filter(|c| !c.starts_with("policy:"));
-    if let Some(other) = args.config.as_deref().filter(|c| c.starts_with("policy:"))
+    let config = typed(args).0;
+    let positional = config.filter(|c| !c.starts_with("policy:"));
+    if let Some(other) = config.filter(|c| c.starts_with("policy:"))
         && !["policy:checkpoint", "policy:default"].contains(&other)
     {
         bail!("`{other}`: openpi knows policy:checkpoint and policy:default");
@@ -237,7 +267,8 @@ fn local(uri: &str) -> Result<PathBuf> {
 async fn listen(
     doors: Doors<SocketAddr>,
     service: PolicyService,
-    options: ServeOptions,
+    mut options: ServeOptions,
+    record: Option<RecordOptions>,
 ) -> Result<()> {
     let bind = async |address: SocketAddr, flag: &str| {
         pirouette_server::bind(address).await.with_context(|| {
@@ -256,6 +287,8 @@ async fn listen(
     }
     let listeners = Doors { public, admin };
     let service = Arc::new(service);
+    options.recorder = recorder(record.as_ref(), &service)?;
+    let recorder = options.recorder.clone();
     let watched = Arc::clone(&service);
     let (failed, failure) = tokio::sync::oneshot::channel();
     tokio::spawn(async move {
@@ -277,12 +310,66 @@ async fn listen(
         pirouette_server::serve_doors(listeners, Arc::clone(&service) as _, options, shutdown)
             .await;
     let engine = Arc::clone(&service);
-    tokio::task::spawn_blocking(move || engine.model().engine.drain(Duration::from_secs(10)))
-        .await?;
+    tokio::task::spawn_blocking(move || {
+        recorder.inspect(|recorder| recorder.finish());
+        engine.model().engine.drain(Duration::from_secs(10))
+    })
+    .await?;
     match cause {
         Some(why) => bail!("the model could not be loaded: {why}"),
         None if served.drained => tracing::info!("drained"),
         None => tracing::warn!("some connections did not end in time"),
     }
     Ok(())
+}
+
+/// Starts what `--record` asks for.
+fn recorder(
+    record: Option<&RecordOptions>,
+    service: &Arc<PolicyService>,
+) -> Result<Option<Arc<Recorder>>> {
+    let Some(options) = record else { return Ok(None) };
+    let (dir, mib) = (options.dir.display(), options.limit_bytes >> 20);
+    let service = Arc::clone(service);
+    let recorder = Recorder::start(options, move || service.identity())
+        .with_context(|| format!("can't record into {dir}"))?;
+    tracing::warn!("every request is recorded, pictures included: {dir}, at most {mib} MiB");
+    Ok(Some(Arc::new(recorder)))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    fn serve(line: &str) -> ServeArgs {
+        let words = ["pirouette", "serve"].into_iter().chain(line.split(' '));
+        match Cli::try_parse_from(words).unwrap().command {
+            Command::Serve(args) => args,
+            _ => panic!("this is serve"),
+        }
+    }
+
+    #[test]
+    fn record_takes_a_folder_or_nothing_as_openpis_does() {
+        for (line, config, dir) in [
+            ("pi05_droid", Some("pi05_droid"), None),
+            ("pi05_droid --record", Some("pi05_droid"), Some("policy_records")),
+            ("pi05_droid --record my/dir", Some("pi05_droid"), Some("my/dir")),
+            ("--record my/dir pi05_droid", Some("pi05_droid"), Some("my/dir")),
+            ("--record pi05_droid", Some("pi05_droid"), Some("policy_records")),
+            ("--record robot.toml", Some("robot.toml"), Some("policy_records")),
+            ("--env DROID --record --port 8000", None, Some("policy_records")),
+            (
+                "--env DROID --record policy:checkpoint --policy.config=pi05_droid --policy.dir=d",
+                Some("policy:checkpoint"),
+                Some("policy_records"),
+            ),
+        ] {
+            let args = serve(line);
+            assert_eq!(typed(&args), (config, dir.map(Path::new)), "{line}");
+        }
+    }
 }

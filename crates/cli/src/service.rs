@@ -5,13 +5,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use pirouette_engine::{Noise, Request};
+use pirouette_cuda::gauge::Gauge;
+use pirouette_engine::{BatchRecord, Noise, Request, StatsSnapshot};
 use pirouette_policy::{PolicyError, Value, contract};
 use pirouette_server::{
-    Method, Page, PageRequest, Preparation, Reply, RequestContext, Service, ServiceError,
-    ServiceFuture, Spans, render_engine, timing,
+    GpuReading, Method, Page, PageRequest, Preparation, Reply, RequestContext, Service,
+    ServiceError, ServiceFuture, Spans, render_engine, timing,
 };
 
+use crate::device;
 use crate::model::{Model, Served};
 
 /// A policy over an engine.
@@ -20,6 +22,8 @@ pub struct PolicyService {
     preparation: Preparation,
     /// Whether the actions are made up.
     null: bool,
+    /// Sensors of the GPUs it works on.
+    gauges: Vec<(String, Gauge)>,
 }
 
 impl PolicyService {
@@ -27,7 +31,8 @@ impl PolicyService {
     pub fn new(served: Served) -> Result<Self> {
         let null = served.plan().is_null()?;
         let preparation = Preparation::per_core();
-        Ok(PolicyService { served: Arc::new(served), preparation, null })
+        let gauges = device::gauges(&served.plan().devices);
+        Ok(PolicyService { served: Arc::new(served), preparation, null, gauges })
     }
 
     /// The policy and the engine of this moment.
@@ -126,7 +131,8 @@ impl PolicyService {
         if self.null {
             extras.push(("null_device".into(), Value::Bool(true)));
         }
-        Ok(Reply { actions, model_ms: answer.timing.run.total_ms, extras })
+        let (model_ms, timing) = (answer.timing.run.total_ms, Some(answer.timing));
+        Ok(Reply { actions, model_ms, timing, extras })
     }
 }
 
@@ -193,5 +199,44 @@ impl Service for PolicyService {
                 _ => None,
             }
         })
+    }
+
+    fn identity(&self) -> serde_json::Value {
+        let devices = self.model().engine.stats().devices.into_iter().map(|device| {
+            let fingerprint = device.fingerprint.map(|f| format!("{f:016x}"));
+            serde_json::json!({ "name": device.name, "fingerprint": fingerprint })
+        });
+        let model = self.model();
+        let c = model.policy.config();
+        serde_json::json!({
+            "config": c.name,
+            "family": c.family.name(),
+            "horizon": c.horizon,
+            "steps": self.model().engine.options().tables[0].steps,
+            "devices": devices.collect::<Vec<_>>(),
+        })
+    }
+
+    fn stats(&self) -> Option<StatsSnapshot> {
+        Some(self.model().engine.stats())
+    }
+
+    fn gpus(&self) -> Vec<GpuReading> {
+        let read = |(name, gauge): &(String, Gauge)| {
+            let reading = gauge.read();
+            GpuReading {
+                name: name.clone(),
+                power_watts: reading.power_watts,
+                sm_mhz: reading.sm_mhz,
+                memory_mhz: reading.memory_mhz,
+                temperature_celsius: reading.temperature_celsius,
+                memory_used_bytes: reading.memory_used_bytes,
+            }
+        };
+        self.gauges.iter().map(read).collect()
+    }
+
+    fn batches_after(&self, id: u64) -> (Vec<BatchRecord>, u64) {
+        self.model().engine.batches_after(id)
     }
 }

@@ -53,6 +53,14 @@ impl CanaryOptions {
     }
 }
 
+/// A hash (FNV-1a) of the bits of an answer.
+pub(crate) fn fingerprint(actions: &[f32]) -> u64 {
+    let bytes = actions.iter().flat_map(|v| v.to_bits().to_le_bytes());
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
 /// Fills every slot of the staging area with the known observation.
 pub(crate) fn fill(staging: &mut Staging, config: &Config, shape: Shape) {
     staging.reset(config, shape);
@@ -79,6 +87,13 @@ pub(crate) fn fill(staging: &mut Staging, config: &Config, shape: Shape) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_fingerprint_tells_one_bit() {
+        let flipped = f32::from_bits(1.0f32.to_bits() ^ 1);
+        assert_eq!(fingerprint(&[]), 0xcbf2_9ce4_8422_2325);
+        assert_ne!(fingerprint(&[0.5, 1.0]), fingerprint(&[0.5, flipped]));
+    }
 
     #[test]
     fn one_wrong_bit_is_found_and_a_tolerance_is_relative() {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
+use crate::batches::BatchRecord;
 use crate::noise::{draw_seed, standard_normal};
 use crate::options::{DeviceFactory, EngineOptions};
 use crate::queue::{Job, JobInputs, Reply};
@@ -282,6 +283,12 @@ impl Engine {
         let depth = state.queue.len();
         drop(state);
         self.shared.stats.snapshot(depth, devices)
+    }
+
+    /// The last batches that ran: those with a number above `id`, oldest first, and how many of
+    /// those were forgotten.
+    pub fn batches_after(&self, id: u64) -> (Vec<BatchRecord>, u64) {
+        self.shared.stats.recent.0.after(id)
     }
 
     /// Takes no more requests, finishes those it has, and stops; gives up after `limit`, when

@@ -7,6 +7,7 @@
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
 
+mod batches;
 mod bucket;
 mod canary;
 mod engine;
@@ -16,6 +17,7 @@ mod null;
 mod options;
 mod queue;
 mod request;
+mod ring;
 mod session;
 mod shared;
 mod staging;
@@ -24,6 +26,7 @@ mod swap;
 mod times;
 mod worker;
 
+pub use batches::BatchRecord;
 pub use bucket::{Bucket, BucketRule};
 pub use canary::CanaryOptions;
 pub use engine::{Engine, Pending};
@@ -31,6 +34,7 @@ pub use noise::{draw_seed, standard_normal};
 pub use null::{Fault, NullDevice, NullTimes};
 pub use options::{DeviceFactory, EngineOptions};
 pub use request::{Answer, EngineError, Noise, Request, Timing};
+pub use ring::Ring;
 pub use shared::{DeviceStatus, Phase};
 pub use stats::{HISTOGRAM_BOUNDS_MS, Histogram, Stage, StatsSnapshot};
 pub use swap::{SwapError, SwapReport};

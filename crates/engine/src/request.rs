@@ -53,6 +53,8 @@ pub struct Timing {
     pub slots: usize,
     /// Index of the device.
     pub device: usize,
+    /// Number of the batch: [`crate::BatchRecord::id`].
+    pub batch_id: u64,
 }
 
 /// The actions of one request.

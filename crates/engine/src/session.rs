@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use pirouette_model::{BackendError, Device, Executable, StageTimes, record_with};
 
+use crate::batches::BatchRecord;
 use crate::bucket::Bucket;
 use crate::canary;
 use crate::finish::shortest;
@@ -247,12 +248,24 @@ impl Session {
         let took = done - gathering;
         self.shared.lock().devices[self.index].times.record(bucket, slots, took);
         self.shared.stats.batch(running.replies.len());
+        let batch_id = self.shared.stats.recent.0.push(|id| BatchRecord {
+            id,
+            device: self.index,
+            requests: running.replies.len(),
+            slots,
+            bucket,
+            taken: taken.at,
+            started,
+            done,
+            run,
+        });
         let timing = Timing {
             gather_ms: ms(started - gathering),
             run,
             batch: running.replies.len(),
             slots,
             device: self.index,
+            batch_id,
             ..Timing::default()
         };
         self.answer(&taken, running.replies, timing);

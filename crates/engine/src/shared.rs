@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Notify, oneshot};
 
+use crate::canary;
 use crate::options::{DeviceFactory, EngineOptions};
 use crate::queue::{Queue, Reply};
 use crate::request::EngineError;
@@ -43,6 +44,9 @@ pub struct DeviceStatus {
     pub canary_age: Option<Duration>,
     /// Whether a batch runs right now.
     pub busy: bool,
+    /// Hash of the canary's known answer, bit for bit: another number says that the weights, the
+    /// precision or the arithmetic is another. `None` before the first forward.
+    pub fingerprint: Option<u64>,
 }
 
 pub(crate) type CanaryWaiter = oneshot::Sender<Result<(), String>>;
@@ -238,6 +242,7 @@ impl DeviceState {
             weight_bytes: self.weight_bytes,
             canary_age: self.last_canary.map(|at| at.elapsed()),
             busy: self.running.is_some(),
+            fingerprint: self.reference.as_deref().map(canary::fingerprint),
         }
     }
 }

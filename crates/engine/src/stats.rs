@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
+use crate::batches::Batches;
 use crate::request::{EngineError, Timing};
 use crate::shared::DeviceStatus;
 
@@ -114,6 +115,7 @@ pub(crate) struct Stats {
     pub(crate) cancelled: AtomicU64,
     pub(crate) restarts: AtomicU64,
     pub(crate) canaries: AtomicU64,
+    pub(crate) recent: Batches,
     errors: Mutex<BTreeMap<&'static str, u64>>,
     batches: Mutex<BTreeMap<usize, u64>>,
     stages: [Histogram; Stage::ALL.len()],
@@ -154,6 +156,7 @@ impl Stats {
                 let h = &self.stages[s as usize];
                 (s, h.bins(), h.sum_ms())
             }),
+            newest_batch: self.recent.0.newest(),
             queue_depth,
             devices,
         }
@@ -179,6 +182,8 @@ pub struct StatsSnapshot {
     pub batches: BTreeMap<usize, u64>,
     /// Per stage: histogram bins and sum in milliseconds.
     pub stages: [(Stage, Vec<u64>, f64); Stage::ALL.len()],
+    /// Number of the last batch ([`crate::BatchRecord::id`]).
+    pub newest_batch: u64,
     /// Requests waiting now.
     pub queue_depth: usize,
     /// Each device now.

@@ -271,3 +271,25 @@ async fn an_impatient_drain_answers_what_is_left() {
     }
     assert!((3..=4).contains(&refused), "{refused}");
 }
+
+#[tokio::test]
+async fn batches_are_remembered_with_their_times() {
+    let engine = rig::engine(&[(1, 5.0), (8, 6.0)], rig::options(8));
+    engine.wait_ready().await.unwrap();
+    assert_eq!(engine.batches_after(0), (vec![], 0), "warm-up and canary are no batches");
+    let pending: Vec<_> = (0..20).map(|i| engine.submit(request(i)).unwrap()).collect();
+    let mut members = std::collections::BTreeMap::<u64, usize>::new();
+    for pending in pending {
+        let timing = pending.await.unwrap().timing;
+        *members.entry(timing.batch_id).or_default() += 1;
+    }
+    let (batches, forgotten) = engine.batches_after(0);
+    assert_eq!((batches.len(), forgotten), (members.len(), 0));
+    for (batch, (id, requests)) in batches.iter().zip(members) {
+        assert_eq!((batch.id, batch.requests, batch.device), (id, requests, 0));
+        assert!(batch.requests <= batch.slots && batch.bucket.horizon == HORIZON);
+        assert!(batch.taken <= batch.started && batch.started < batch.done);
+    }
+    assert!(batches.windows(2).all(|w| w[0].done <= w[1].taken), "one at a time");
+    assert!(engine.stats().devices[0].fingerprint.is_some());
+}

@@ -1,11 +1,16 @@
 //! What a policy takes and gives, as a card to print or serve, and observations made from it.
 
+mod card;
+mod samples;
+
 use crate::config::{PolicyConfig, Processing};
 use crate::image::Layout;
 use crate::robots::Robot;
 use crate::value::{NdArray, Value};
 use pirouette_model::config::Family;
 use serde::Serialize;
+
+pub use samples::Samples;
 
 /// Side of a sample's images: the one that needs no resizing.
 const SAMPLE_SIDE: usize = 224;
@@ -33,6 +38,8 @@ pub struct Contract {
     pub model: ModelCard,
     /// Keys of the map sent when a client connects.
     pub metadata_keys: Vec<String>,
+    /// Clients that send a request of this form.
+    pub samples: Samples,
 }
 
 /// One value of a request or an answer.
@@ -124,7 +131,7 @@ pub fn contract(config: &PolicyConfig) -> Contract {
         meaning: meaning.into(),
     };
     let lerobot = config.processing == Processing::Lerobot;
-    Contract {
+    let mut card = Contract {
         policy: config.name.clone(),
         family: config.family.name(),
         processing: if lerobot { "lerobot" } else { "openpi" },
@@ -166,7 +173,10 @@ pub fn contract(config: &PolicyConfig) -> Contract {
             cameras: config.robot.cameras(),
         },
         metadata_keys: config.metadata.iter().map(|(key, _)| key.clone()).collect(),
-    }
+        samples: Samples { python: String::new(), cpp: String::new() },
+    };
+    card.samples = samples::samples(&card);
+    card
 }
 
 /// An observation that the policy accepts: random images of 224 × 224 pixels, a state of zeros,

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pirouette_engine::{
-    BucketRule, DeviceFactory, Engine, EngineOptions, Noise, NullDevice, NullTimes, Request,
+    BatchRecord, BucketRule, DeviceFactory, Engine, EngineOptions, Noise, NullDevice, NullTimes,
+    Request, StatsSnapshot,
 };
 use pirouette_model::config::Vision;
 use pirouette_model::{Config, WeightTable};
@@ -115,6 +116,7 @@ impl Service for NullService {
             Ok(Reply {
                 actions: NdArray { dtype: Scalar::F64, shape, data: data.into() },
                 model_ms: answer.timing.run.total_ms,
+                timing: Some(answer.timing),
                 extras: seed.into_iter().chain(explained).collect(),
             })
         })
@@ -138,6 +140,14 @@ impl Service for NullService {
 
     fn metrics(&self, out: &mut String) {
         render_engine(&self.engine.stats(), out);
+    }
+
+    fn stats(&self) -> Option<StatsSnapshot> {
+        Some(self.engine.stats())
+    }
+
+    fn batches_after(&self, id: u64) -> (Vec<BatchRecord>, u64) {
+        self.engine.batches_after(id)
     }
 }
 

@@ -14,8 +14,9 @@ use bytes::Bytes;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::dashboard;
 use crate::http::{page_request, plain, readiness, rendered, unauthorized};
-use crate::pages::{self, Method};
+use crate::pages::{self, Method, Page};
 use crate::quota::Pass;
 use crate::serve::{Door, Shared, converse};
 
@@ -64,6 +65,9 @@ pub(crate) async fn answer(
         (Method::Get, "/livez") => return plain(StatusCode::OK, "alive\n"),
         (Method::Get, "/readyz") => return readiness(shared, draining).await,
         _ => {}
+    }
+    if method == Method::Get && parts.uri.path() == dashboard::PATH {
+        return rendered(Page::html(dashboard::PAGE));
     }
     // Held until the page is there, as a robot's request is.
     let mut _admitted = None;

@@ -24,6 +24,7 @@ use crate::dialect::{self, Dialect, Frame, vla_eval};
 use crate::msgpack;
 use crate::newest::Session;
 use crate::quota::Pass;
+use crate::recent::RequestRecord;
 use crate::serve::Shared;
 use crate::service::{Failure, Reply, ServiceError};
 
@@ -52,6 +53,40 @@ struct Incoming {
     request: Request,
     received: Instant,
     decode_ms: f64,
+    /// The message as it came; arrays of the request lie in the same bytes.
+    message: Bytes,
+}
+
+/// A request on its way to its answer: what is remembered of it, and recorded.
+struct Exchange {
+    record: RequestRecord,
+    outcome: &'static str,
+    reply: Bytes,
+}
+
+impl Exchange {
+    /// The service has answered. `seed`: the one that was asked for.
+    fn inferred(&mut self, reply: &Reply, seed: Option<u64>) {
+        self.record.inferred = Some(Instant::now());
+        self.record.timing = reply.timing;
+        self.record.seed = seed.or(reply.seed());
+    }
+}
+
+/// Counts a request as being answered until it is dropped, however that ends.
+struct Running(Arc<Shared>);
+
+impl Running {
+    fn begin(shared: Arc<Shared>) -> Self {
+        shared.metrics.running.fetch_add(1, Relaxed);
+        Running(shared)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.metrics.running.fetch_sub(1, Relaxed);
+    }
 }
 
 /// Why a connection ends.
@@ -124,14 +159,25 @@ impl Connection {
             let incoming = self.next_request().await?;
             self.last_request = incoming.received;
             self.messages += 1;
-            match incoming.request {
-                Request::Openpi(request) => {
-                    self.answer(request, incoming.received, previous_ms).await?;
-                }
-                Request::VlaEval(message) => {
-                    self.act(message, incoming.received, incoming.decode_ms).await?;
-                }
+            let Incoming { request, received, decode_ms, message } = incoming;
+            // What waited behind an earlier request was decoded meanwhile.
+            let waited = received < began;
+            let turn = if waited { Instant::now() } else { received };
+            let mut record = RequestRecord::begin(self.number, message.len(), received, turn);
+            let decoding = if waited { 0.0 } else { decode_ms };
+            record.decoded = Some(turn + Duration::from_secs_f64(decoding / 1e3));
+            let mut exchange = Exchange { record, outcome: "", reply: Bytes::new() };
+            let running = Running::begin(self.shared.clone());
+            let ended = match request {
+                Request::Openpi(request) => self.answer(request, &mut exchange, previous_ms).await,
+                Request::VlaEval(envelope) => self.act(envelope, &mut exchange, decode_ms).await,
+            };
+            if !exchange.outcome.is_empty() {
+                let Exchange { record, outcome, reply } = exchange;
+                self.shared.finished(record, outcome, message, reply);
             }
+            drop(running);
+            ended?;
             previous_ms = Some(ms(began));
         }
     }
@@ -177,6 +223,7 @@ impl Connection {
     fn read(&mut self, frame: Frame, received: Instant) -> Incoming {
         let decoding = Instant::now();
         let options = &self.shared.options;
+        let message = frame.bytes();
         let map = dialect::decode(frame, &options.limits);
         if self.dialect == Dialect::Auto {
             let hello = map.as_ref().is_ok_and(|map| vla_eval::is_hello(map));
@@ -184,7 +231,7 @@ impl Connection {
         }
         if self.dialect == Dialect::VlaEval {
             let request = Request::VlaEval(map.and_then(vla_eval::read));
-            return Incoming { request, received, decode_ms: ms(decoding) };
+            return Incoming { request, received, decode_ms: ms(decoding), message };
         }
         let endpoints = self.dialect != Dialect::Openpi;
         let most = options.max_batch_observations;
@@ -201,48 +248,55 @@ impl Connection {
         for context in contexts {
             (context.decode_ms, context.ticket) = (decode_ms, ticket.clone());
         }
-        Incoming { request: Request::Openpi(request), received, decode_ms }
+        Incoming { request: Request::Openpi(request), received, decode_ms, message }
     }
 
     /// Answers a request of openpi's or a relative of its.
     async fn answer(
         &mut self,
         request: Result<openpi::Request, ServiceError>,
-        received: Instant,
+        exchange: &mut Exchange,
         previous_ms: Option<f64>,
     ) -> Result<(), End> {
         let asked = Instant::now();
         let response = match request {
-            Err(error) => return self.tell(error, received).await,
+            Err(error) => return self.tell(error, exchange).await,
             Ok(openpi::Request::Reset) => {
-                self.done("reset", received);
+                self.done("reset", exchange);
                 return self.send(reset(self.dialect)).await;
             }
             Ok(openpi::Request::Infer(one)) => {
                 self.shared.metrics.stage("decode").record_ms(one.1.decode_ms);
+                let seed = one.1.seed;
                 match self.infer(vec![Ok(*one)]).await?.remove(0) {
                     Ok(reply) => {
-                        self.done("ok", received);
+                        exchange.inferred(&reply, seed);
+                        self.done("ok", exchange);
                         openpi::response(reply, ms(asked), previous_ms)
                     }
-                    Err(error) => return self.tell(error, received).await,
+                    Err(error) => return self.tell(error, exchange).await,
                 }
             }
             Ok(openpi::Request::Batch(observations)) => {
                 let results = self.infer(observations).await?;
+                if let Some(reply) = results.iter().flatten().next() {
+                    exchange.inferred(reply, None);
+                }
                 for result in &results {
                     let outcome = result.as_ref().map_or_else(|error| error.reason, |_| "ok");
-                    self.done(outcome, received);
+                    self.done(outcome, exchange);
                 }
+                let failed = results.iter().find_map(|result| result.as_ref().err());
+                exchange.outcome = failed.map_or("ok", |error| error.reason);
                 openpi::batch_response(results, ms(asked), previous_ms)
             }
         };
         self.shared.metrics.stage("infer").record_ms(ms(asked));
         match self.encode(&response) {
-            Ok(bytes) => self.send(Message::Binary(bytes.into())).await?,
-            Err(error) => return self.tell(error, received).await,
+            Ok(bytes) => self.reply(bytes, exchange).await?,
+            Err(error) => return self.tell(error, exchange).await,
         }
-        self.shared.metrics.stage("total").record_ms(ms(received));
+        self.shared.metrics.stage("total").record_ms(ms(exchange.record.received));
         Ok(())
     }
 
@@ -251,20 +305,20 @@ impl Connection {
     async fn act(
         &mut self,
         message: Result<vla_eval::Envelope, ServiceError>,
-        received: Instant,
+        exchange: &mut Exchange,
         decode_ms: f64,
     ) -> Result<(), End> {
         let (response, unreadable) = match message {
             Err(error) => {
-                self.done(error.reason, received);
+                self.done(error.reason, exchange);
                 (vla_eval::failure("message_failed", &error, 0), true)
             }
             Ok(vla_eval::Envelope { kind, seq }) => match kind {
                 vla_eval::Kind::Hello => (vla_eval::hello(seq), false),
                 vla_eval::Kind::Observation(map) => {
-                    let acted = self.next_action(map, seq, received, decode_ms).await?;
+                    let acted = self.next_action(map, seq, exchange, decode_ms).await?;
                     let response = acted.unwrap_or_else(|error| {
-                        self.done(error.reason, received);
+                        self.done(error.reason, exchange);
                         vla_eval::failure("observation_failed", &error, seq)
                     });
                     (response, false)
@@ -280,7 +334,7 @@ impl Connection {
             tracing::error!(%error, "an answer can't be encoded");
             End::Close(INTERNAL_ERROR, ERROR_REASON)
         })?;
-        self.send(Message::Binary(bytes.into())).await?;
+        self.reply(bytes, exchange).await?;
         if unreadable { Err(End::Close(INTERNAL_ERROR, "message not understood")) } else { Ok(()) }
     }
 
@@ -289,13 +343,14 @@ impl Connection {
         &mut self,
         observation: Vec<(String, Value)>,
         seq: i128,
-        received: Instant,
+        exchange: &mut Exchange,
         decode_ms: f64,
     ) -> Result<Result<Value, ServiceError>, End> {
         if let Some(action) = self.chunk.pop(seq) {
-            self.done("from_chunk", received);
+            self.done("from_chunk", exchange);
             return Ok(Ok(action));
         }
+        let received = exchange.record.received;
         let context = vla_eval::context(received, decode_ms);
         self.shared.metrics.stage("decode").record_ms(decode_ms);
         let asked = Instant::now();
@@ -305,11 +360,12 @@ impl Connection {
             Err(error) => return Ok(Err(error)),
         };
         self.shared.metrics.stage("infer").record_ms(ms(asked));
+        exchange.inferred(&reply, None);
         if let Err(error) = self.chunk.fill(&reply.actions, self.shared.options.vla_eval_actions) {
             return Ok(Err(error));
         }
         self.shared.metrics.stage("total").record_ms(ms(received));
-        self.done("ok", received);
+        self.done("ok", exchange);
         let action = self.chunk.pop(seq);
         Ok(action.ok_or_else(|| ServiceError::exception("RuntimeError", "an empty chunk")))
     }
@@ -346,7 +402,8 @@ impl Connection {
 
     /// Counts a request by what became of it, and adds a line to the request log: never what was
     /// asked or answered, never a key.
-    fn done(&self, outcome: &'static str, received: Instant) {
+    fn done(&self, outcome: &'static str, exchange: &mut Exchange) {
+        exchange.outcome = outcome;
         self.shared.metrics.outcome(outcome);
         if tracing::enabled!(target: "pirouette::request", tracing::Level::DEBUG) {
             let key = self.pass.as_ref().map(Pass::name);
@@ -357,7 +414,7 @@ impl Connection {
                 dialect = %self.dialect,
                 key = key.as_deref().unwrap_or("-"),
                 outcome,
-                ms = (ms(received) * 1e3).round() / 1e3,
+                ms = (ms(exchange.record.received) * 1e3).round() / 1e3,
             );
         }
     }
@@ -374,13 +431,21 @@ impl Connection {
     }
 
     /// Sends an error as text; one that openpi's server would have raised ends the connection.
-    async fn tell(&mut self, error: ServiceError, received: Instant) -> Result<(), End> {
-        self.done(error.reason, received);
-        self.send(Message::Text(error.text().into())).await?;
+    async fn tell(&mut self, error: ServiceError, exchange: &mut Exchange) -> Result<(), End> {
+        self.done(error.reason, exchange);
+        let text = error.text();
+        exchange.reply = Bytes::from(text.clone());
+        self.send(Message::Text(text.into())).await?;
         match error.failure {
             Failure::Exception => Err(End::Close(INTERNAL_ERROR, ERROR_REASON)),
             Failure::Refusal => Ok(()),
         }
+    }
+
+    async fn reply(&mut self, bytes: Vec<u8>, exchange: &mut Exchange) -> Result<(), End> {
+        exchange.record.encoded = Some(Instant::now());
+        exchange.reply = bytes.into();
+        self.send(Message::Binary(exchange.reply.clone())).await
     }
 
     /// Awaits something while the connection stays alive. An end of the connection drops it.

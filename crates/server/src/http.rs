@@ -11,6 +11,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use crate::connection;
+use crate::dashboard;
 use crate::dialect::Dialect;
 use crate::pages::{self, Method, Page, PageRequest};
 use crate::quota::Account;
@@ -46,6 +47,12 @@ pub(crate) async fn answer(
             _ => {}
         }
     }
+    // The page itself says nothing of this server; what fills it is asked for with a key. Whoever
+    // does not ask for HTML gets openpi's answer on this path.
+    let browser = fault.is_some() && dashboard::wanted(&path, &parts.headers);
+    if browser && !shared.admin {
+        return rendered(Page::html(dashboard::PAGE));
+    }
     let mut account = None;
     if let Some(keys) = &shared.options.api_keys {
         let given = parts.headers.get(header::AUTHORIZATION).map(|v| v.as_bytes());
@@ -58,7 +65,7 @@ pub(crate) async fn answer(
     let Some((status, why)) = fault else {
         return upgrade(&mut parts, shared, draining, lives, account).await;
     };
-    if !shared.admin {
+    if !shared.admin && path != dashboard::PATH {
         let request = page_request(Method::Get, &parts.uri, Bytes::new());
         if let Some(page) = pages::page(&shared, request).await {
             return rendered(page);

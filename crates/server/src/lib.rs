@@ -10,7 +10,9 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod chrome_trace;
 mod connection;
+mod dashboard;
 pub mod dialect;
 mod explain;
 mod fields;
@@ -24,13 +26,17 @@ mod options;
 mod pages;
 mod preparation;
 mod quota;
+mod recent;
+mod record;
 mod reload;
 mod render;
 mod serve;
 mod service;
 mod tls;
+mod trace;
 mod validity;
 
+pub use chrome_trace::{ChromeTrace, Track};
 pub use dialect::Dialect;
 pub use explain::{Spans, timing};
 pub use keys::{ApiKeys, KeyFileError};
@@ -38,9 +44,10 @@ pub use newest::Ticket;
 pub use options::{ExposureError, ServeOptions, check_admin_exposure, check_exposure};
 pub use pages::{Method, Page, PageRequest};
 pub use preparation::{Preparation, Prepared};
+pub use record::{RecordOptions, Recorded, Recorder, Recording, RecordingError};
 pub use render::render_engine;
 pub use serve::{Doors, Served, bind, serve, serve_doors, termination};
 pub use service::{
-    Failure, GivenNoise, Reply, RequestContext, Service, ServiceError, ServiceFuture,
+    Failure, GivenNoise, GpuReading, Reply, RequestContext, Service, ServiceError, ServiceFuture,
 };
 pub use tls::{Tls, TlsError};

@@ -15,6 +15,8 @@ const STAGES: [&str; 4] = ["decode", "infer", "encode", "total"];
 #[derive(Debug, Default)]
 pub(crate) struct Metrics {
     pub(crate) opened: AtomicU64,
+    /// Requests that are being answered.
+    pub(crate) running: AtomicU64,
     outcomes: Mutex<BTreeMap<&'static str, u64>>,
     refused: Mutex<BTreeMap<&'static str, u64>>,
     reloads: Mutex<BTreeMap<(&'static str, &'static str), u64>>,
@@ -39,6 +41,12 @@ impl Metrics {
         let outcome = if read { "ok" } else { "failed" };
         let mut counts = self.reloads.lock().unwrap_or_else(PoisonError::into_inner);
         *counts.entry((file, outcome)).or_default() += 1;
+    }
+
+    /// Requests by outcome, and connections that got no websocket by reason.
+    pub(crate) fn counts(&self) -> [BTreeMap<&'static str, u64>; 2] {
+        [&self.outcomes, &self.refused]
+            .map(|counts| counts.lock().unwrap_or_else(PoisonError::into_inner).clone())
     }
 
     /// The histogram of a stage: `decode`, `infer`, `encode` or `total`.
@@ -75,6 +83,8 @@ impl Metrics {
         let _ = writeln!(out, "pirouette_connections_total {}", self.opened.load(Relaxed));
         header(out, "pirouette_connections", "gauge", "Websockets open now.");
         let _ = writeln!(out, "pirouette_connections {open}");
+        header(out, "pirouette_requests_running", "gauge", "Requests being answered now.");
+        let _ = writeln!(out, "pirouette_requests_running {}", self.running.load(Relaxed));
         header(
             out,
             "pirouette_request_seconds",

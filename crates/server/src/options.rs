@@ -1,11 +1,13 @@
 //! Settings of the server, and who may reach it.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::dialect::Dialect;
 use crate::keys::ApiKeys;
 use crate::msgpack::Limits;
+use crate::record::Recorder;
 use crate::tls::Tls;
 
 /// Settings of [`crate::serve`].
@@ -56,6 +58,8 @@ pub struct ServeOptions {
     /// How often key files and certificates are looked at (default 3 s). A change is acted upon
     /// at the second look, or at SIGHUP.
     pub reload_interval: Duration,
+    /// Writes every request and answer down (default none).
+    pub recorder: Option<Arc<Recorder>>,
 }
 
 impl Default for ServeOptions {
@@ -81,6 +85,7 @@ impl Default for ServeOptions {
             admin_keys: None,
             tls: None,
             reload_interval: Duration::from_secs(3),
+            recorder: None,
         }
     }
 }

@@ -1,14 +1,18 @@
-//! A plain HTTP request → a page: `/metrics`, `/contract`, and whatever the service adds.
+//! A plain HTTP request → a page: `/metrics`, `/contract`, `/trace`, and whatever the service adds.
 //!
 //! Pages are answered on the public port, or, once there is an admin listener, on that alone.
 //! Whatever changes something is a `POST`, and those are known to the admin listener only.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 
+use crate::dashboard;
 use crate::quota;
-use crate::render::{header, sample};
+use crate::render::{header, render_gpus, sample};
 use crate::serve::Shared;
 use crate::tls::Tls;
+use crate::trace;
 
 /// The two methods pages are asked with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,12 +87,31 @@ pub(crate) async fn page(shared: &Shared, request: PageRequest) -> Option<Page> 
                 sample(&mut text, name, &[], at as f64);
             }
             shared.service.metrics(&mut text);
+            if let Some(recorder) = &shared.options.recorder {
+                recorder.render(&mut text);
+            }
+            render_gpus(&dashboard::gpus(shared).await, &mut text);
             let content_type = "text/plain; version=0.0.4; charset=utf-8";
             Some(Page { status: 200, content_type, body: text.into() })
         }
+        (Method::Get, "/stats") => Some(Page::json(200, dashboard::stats(shared).await)),
+        (Method::Get, "/trace") => Some(trace(shared, &request).await),
         (Method::Get, "/contract") => Some(Page::json(200, shared.service.contract())),
         _ => shared.service.page(request).await,
     }
+}
+
+/// `/trace?seconds=N`: answers after N seconds.
+async fn trace(shared: &Shared, request: &PageRequest) -> Page {
+    let seconds = request.parameter("seconds").and_then(|n| n.parse().ok());
+    let Some(seconds) = seconds.filter(|s| (1..=trace::MAX_SECONDS).contains(s)) else {
+        let most = trace::MAX_SECONDS;
+        return Page::text(400, format!("/trace?seconds=N traces for N seconds, 1 to {most}\n"));
+    };
+    let Ok(_one) = shared.tracing.try_acquire() else {
+        return Page::text(409, "a trace is being taken: try again when it is over\n");
+    };
+    Page::json(200, trace::collect(shared, Duration::from_secs(seconds)).await)
 }
 
 #[cfg(test)]

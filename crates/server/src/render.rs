@@ -2,6 +2,7 @@
 
 use std::fmt::Write;
 
+use crate::service::GpuReading;
 use pirouette_engine::{HISTOGRAM_BOUNDS_MS, Phase, StatsSnapshot};
 
 /// `# HELP` and `# TYPE`. (Writing to a string can't fail, here and below.)
@@ -99,9 +100,54 @@ pub fn render_engine(stats: &StatsSnapshot, out: &mut String) {
     });
 }
 
+/// Appends the sensors of GPUs that have them.
+pub(crate) fn render_gpus(gpus: &[GpuReading], out: &mut String) {
+    let mut sensor = |name: &str, help: &str, of: &dyn Fn(&GpuReading) -> Option<f64>| {
+        let values: Vec<_> =
+            gpus.iter().enumerate().filter_map(|(i, g)| Some((i, g, of(g)?))).collect();
+        if !values.is_empty() {
+            header(out, name, "gauge", help);
+        }
+        for (i, gpu, value) in values {
+            sample(out, name, &[("gpu", &*i.to_string()), ("name", &gpu.name)], value);
+        }
+    };
+    sensor("pirouette_gpu_power_watts", "Power drawn.", &|g| g.power_watts);
+    sensor("pirouette_gpu_sm_hertz", "Clock of the multiprocessors.", &|g| {
+        g.sm_mhz.map(|mhz| f64::from(mhz) * 1e6)
+    });
+    sensor("pirouette_gpu_memory_hertz", "Clock of the memory.", &|g| {
+        g.memory_mhz.map(|mhz| f64::from(mhz) * 1e6)
+    });
+    sensor("pirouette_gpu_temperature_celsius", "Temperature of the chip.", &|g| {
+        g.temperature_celsius.map(f64::from)
+    });
+    sensor("pirouette_gpu_memory_used_bytes", "Memory used by all processes.", &|g| {
+        g.memory_used_bytes.map(|b| b as f64)
+    });
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sensor_a_gpu_lacks_is_left_out() {
+        let gpu = GpuReading {
+            name: "H\"1".into(),
+            power_watts: Some(321.5),
+            sm_mhz: Some(1980),
+            ..GpuReading::default()
+        };
+        let mut out = String::new();
+        render_gpus(&[GpuReading::default(), gpu], &mut out);
+        assert!(
+            out.contains("pirouette_gpu_power_watts{gpu=\"1\",name=\"H\\\"1\"} 321.5\n"),
+            "{out}"
+        );
+        assert!(out.contains("pirouette_gpu_sm_hertz{gpu=\"1\",name=\"H\\\"1\"} 1980000000\n"));
+        assert!(!out.contains("temperature") && !out.contains("gpu=\"0\""), "{out}");
+    }
 
     #[test]
     fn samples_escape_labels_and_histograms_accumulate() {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use axum::extract::Request;
 use axum::http::{HeaderValue, header};
 use axum::serve::{Listener, ListenerExt};
+use bytes::Bytes;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -21,6 +22,8 @@ use crate::http;
 use crate::metrics::Metrics;
 use crate::newest::Sessions;
 use crate::options::ServeOptions;
+use crate::recent::{Recent, RequestRecord};
+use crate::record;
 use crate::reload;
 use crate::service::Service;
 
@@ -29,6 +32,9 @@ pub(crate) struct Shared {
     pub(crate) service: Arc<dyn Service>,
     pub(crate) options: ServeOptions,
     pub(crate) metrics: Metrics,
+    pub(crate) recent: Recent,
+    /// One trace at a time.
+    pub(crate) tracing: Semaphore,
     /// One permit per open websocket.
     pub(crate) slots: Arc<Semaphore>,
     /// Whether the pages have a listener of their own.
@@ -38,6 +44,20 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// Remembers a request that is over; queues it with its frames where requests are recorded.
+    pub(crate) fn finished(
+        &self,
+        record: RequestRecord,
+        outcome: &'static str,
+        request: Bytes,
+        reply: Bytes,
+    ) {
+        let record = self.recent.finished(record, outcome);
+        if let Some(recorder) = &self.options.recorder {
+            recorder.offer(record::Entry { record, request, reply });
+        }
+    }
+
     /// Websockets open now.
     pub(crate) fn open_websockets(&self) -> usize {
         let limit = self.options.max_connections.min(Semaphore::MAX_PERMITS);
@@ -132,10 +152,16 @@ pub async fn serve_doors<L: Listener>(
     let Doors { public: mut listener, admin } = doors;
     let slots = Arc::new(Semaphore::new(options.max_connections.min(Semaphore::MAX_PERMITS)));
     let handshakes = Arc::new(Semaphore::new(options.max_handshakes.min(Semaphore::MAX_PERMITS)));
-    let (metrics, sessions) = (Metrics::default(), Sessions::default());
-    let admin_listens = admin.is_some();
-    let shared =
-        Arc::new(Shared { service, options, metrics, slots, admin: admin_listens, sessions });
+    let shared = Arc::new(Shared {
+        service,
+        options,
+        metrics: Metrics::default(),
+        recent: Recent::default(),
+        tracing: Semaphore::new(1),
+        slots,
+        admin: admin.is_some(),
+        sessions: Sessions::default(),
+    });
     let (drain, draining) = watch::channel(false);
     let (life, mut lives) = mpsc::channel::<()>(1);
     let mut tasks = tokio::task::JoinSet::new();

@@ -4,7 +4,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Instant;
 
-use pirouette_engine::{Answer, EngineError, Pending};
+use pirouette_engine::{Answer, BatchRecord, EngineError, Pending, StatsSnapshot, Timing};
 use pirouette_policy::{NdArray, Value};
 
 use crate::newest::Ticket;
@@ -51,6 +51,43 @@ pub trait Service: Send + Sync + 'static {
     fn page(&self, _request: PageRequest) -> ServiceFuture<'_, Option<Page>> {
         Box::pin(async { None })
     }
+
+    /// What computes, for recordings: configuration, steps, devices with their fingerprints.
+    fn identity(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+
+    /// Counts and devices of its engine, if it has one.
+    fn stats(&self) -> Option<StatsSnapshot> {
+        None
+    }
+
+    /// Sensors of the GPUs it works on. May block for some milliseconds.
+    fn gpus(&self) -> Vec<GpuReading> {
+        Vec::new()
+    }
+
+    /// Its engine's [`pirouette_engine::Engine::batches_after`].
+    fn batches_after(&self, _id: u64) -> (Vec<BatchRecord>, u64) {
+        (Vec::new(), 0)
+    }
+}
+
+/// One reading of a GPU's sensors; a sensor that it does not have is `None`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct GpuReading {
+    /// `NVIDIA H200`, ….
+    pub name: String,
+    /// Power drawn, watts.
+    pub power_watts: Option<f64>,
+    /// Clock of the multiprocessors, MHz.
+    pub sm_mhz: Option<u32>,
+    /// Clock of the memory, MHz.
+    pub memory_mhz: Option<u32>,
+    /// Temperature of the chip, °C.
+    pub temperature_celsius: Option<u32>,
+    /// Memory used by all processes, bytes.
+    pub memory_used_bytes: Option<u64>,
 }
 
 /// What came with a request besides the observation.
@@ -146,9 +183,21 @@ pub struct Reply {
     pub actions: NdArray,
     /// The model's share of the time, for `policy_timing.infer_ms`.
     pub model_ms: f64,
+    /// The engine's account of it, for those who watch.
+    pub timing: Option<Timing>,
     /// Further keys, after openpi's own. Only scalars, strings and lists of them: openpi's chunk
     /// broker slices every array it finds.
     pub extras: Vec<(String, Value)>,
+}
+
+impl Reply {
+    /// The seed the answer tells, if it does: the one the service drew.
+    pub fn seed(&self) -> Option<u64> {
+        self.extras.iter().find_map(|(key, value)| match value {
+            Value::Int(seed) if key == "seed" => u64::try_from(*seed).ok(),
+            _ => None,
+        })
+    }
 }
 
 /// What becomes of the connection after an error.

@@ -82,9 +82,8 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     let measured = measure(meter.as_mut(), &program, &config, repeats, limits)?;
     if let Some(path) = &args.trace {
         let rates = measured.profile.limits.rates();
-        let value = trace::trace(&program, &name, &rates, &measured.run, &measured.step_ms);
-        std::fs::write(path, serde_json::to_string(&value)? + "\n")
-            .with_context(|| format!("can't write {}", path.display()))?;
+        let json = trace::trace(&program, &name, &rates, &measured.run, &measured.step_ms);
+        std::fs::write(path, json).with_context(|| format!("can't write {}", path.display()))?;
         eprintln!("trace of {} steps: {}", program.steps.len(), path.display());
     }
     let profile = &measured.profile;

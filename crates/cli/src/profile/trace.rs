@@ -2,15 +2,15 @@
 
 use pirouette_model::cost::Rates;
 use pirouette_model::{Program, StageTimes};
-use serde_json::{Value, json};
+use pirouette_server::{ChromeTrace, Track};
+use serde_json::json;
 
 use super::breakdown::category;
 use super::meter::STAGES;
 
-const PROCESS: u32 = 1;
-const HOST: u32 = 1;
-const STAGE: u32 = 2;
-const DEVICE: u32 = 3;
+const HOST: Track = Track { pid: 1, tid: 1 };
+const STAGE: Track = Track { pid: 1, tid: 2 };
+const DEVICE: Track = Track { pid: 1, tid: 3 };
 
 /// The trace's JSON: a host track (copies, the run), a track of stages and one of steps. Steps
 /// are laid end to end in their order; times within a run's gaps are not shown.
@@ -20,22 +20,21 @@ pub fn trace(
     rates: &Rates,
     run: &StageTimes,
     step_ms: &[f64],
-) -> Value {
-    let mut events = vec![
-        name_of("process_name", HOST, &format!("pirouette {}", program.config.family.name())),
-        name_of("thread_name", HOST, "host"),
-        name_of("thread_name", STAGE, &format!("{device}: stages")),
-        name_of("thread_name", DEVICE, &format!("{device}: steps")),
-    ];
+) -> String {
+    let mut trace = ChromeTrace::new();
+    trace.process(HOST.pid, &format!("pirouette {}", program.config.family.name()));
+    trace.track(HOST, "host");
+    trace.track(STAGE, &format!("{device}: stages"));
+    trace.track(DEVICE, &format!("{device}: steps"));
     let begin = run.copy_in_ms;
     let busy: f64 = step_ms.iter().sum();
-    events.push(event("copy in", "copy", HOST, 0.0, begin, json!({})));
+    trace.span(HOST, "copy in", "copy", (0.0, begin), json!({}));
     let what = json!({
         "measured_end_to_end_ms": run.total_ms,
         "sum_of_steps_ms": busy,
     });
-    events.push(event("run", "run", HOST, begin, busy, what));
-    events.push(event("copy out", "copy", HOST, begin + busy, run.copy_out_ms, json!({})));
+    trace.span(HOST, "run", "run", (begin, busy), what);
+    trace.span(HOST, "copy out", "copy", (begin + busy, run.copy_out_ms), json!({}));
     let mut at = begin;
     let mut stages = [(f64::INFINITY, 0.0f64); 3];
     for (step, &ms) in program.steps.iter().zip(step_ms) {
@@ -48,7 +47,7 @@ pub fn trace(
             "limit_us": limit_us,
             "of_limit": if ms > 0.0 { limit_us / (ms * 1e3) } else { 0.0 },
         });
-        events.push(event(&step.name, category(step), DEVICE, at, ms, args));
+        trace.span(DEVICE, &step.name, category(step), (at, ms), args);
         if let Some(i) = STAGES.iter().position(|(stage, _)| *stage == step.stage()) {
             stages[i] = (stages[i].0.min(at), at + ms);
         }
@@ -57,30 +56,17 @@ pub fn trace(
     for ((stage, name), (from, to)) in STAGES.into_iter().zip(stages) {
         if to > from {
             let limit = json!({ "limit_ms": program.stage_limit_ms(stage, rates) });
-            events.push(event(name, "stage", STAGE, from, to - from, limit));
+            trace.span(STAGE, name, "stage", (from, to - from), limit);
         }
     }
-    json!({ "displayTimeUnit": "ms", "traceEvents": events })
-}
-
-/// A complete event; times in milliseconds, as the trace wants them in microseconds.
-fn event(name: &str, cat: &str, tid: u32, at: f64, ms: f64, args: Value) -> Value {
-    json!({
-        "name": name, "cat": cat, "ph": "X", "pid": PROCESS, "tid": tid,
-        "ts": at * 1e3, "dur": ms * 1e3, "args": args,
-    })
-}
-
-fn name_of(what: &str, tid: u32, name: &str) -> Value {
-    json!({
-        "name": what, "ph": "M", "ts": 0.0, "pid": PROCESS, "tid": tid,
-        "args": { "name": name },
-    })
+    trace.finish(&json!({ "program": program.config.family.name() }))
 }
 
 #[cfg(test)]
 mod tests {
     use pirouette_model::{Config, Shape, record};
+
+    use serde_json::Value;
 
     use super::*;
 
@@ -90,8 +76,7 @@ mod tests {
         let program = record(&Config::pi05(), shape).unwrap();
         let ms = vec![0.25; program.steps.len()];
         let run = StageTimes { copy_in_ms: 0.5, copy_out_ms: 0.1, ..StageTimes::default() };
-        let value = trace(&program, "cpu", &Rates::H200, &run, &ms);
-        let text = serde_json::to_string(&value).unwrap();
+        let text = trace(&program, "cpu", &Rates::H200, &run, &ms);
         let value: Value = serde_json::from_str(&text).unwrap();
         let events = value["traceEvents"].as_array().unwrap();
         let mut end = 0.0;
@@ -101,7 +86,7 @@ mod tests {
             assert!(matches!(ph, "X" | "M") && e["name"].is_string());
             assert!(e["pid"].is_u64() && e["tid"].is_u64());
             let ts = e["ts"].as_f64().unwrap();
-            if ph == "X" && e["tid"] == DEVICE {
+            if ph == "X" && e["tid"] == DEVICE.tid {
                 assert!(ts >= end - 1e-6, "{e}");
                 end = ts + e["dur"].as_f64().unwrap();
                 assert!(e["args"]["shape"].is_string() && e["args"]["limit_us"].is_number());

@@ -107,8 +107,12 @@ impl Driver {
         }
     }
 
-    /// Makes the primary context of device `ordinal`.
-    pub fn context(self: &Arc<Self>, ordinal: usize) -> Result<Arc<Context>, BackendError> {
+    /// What device `ordinal` is, without making a context on it.
+    pub fn inspect(&self, ordinal: usize) -> Result<Properties, BackendError> {
+        Ok(self.properties(self.device(ordinal)?, ordinal))
+    }
+
+    fn device(&self, ordinal: usize) -> Result<c_int, BackendError> {
         let count = self.device_count();
         if ordinal >= count {
             return Err(BackendError::Unavailable(format!(
@@ -116,16 +120,20 @@ impl Driver {
                  CUDA_VISIBLE_DEVICES)"
             )));
         }
-        let fail = |call: &str, code| {
-            let error = self.describe(code);
-            Err(BackendError::Unavailable(format!("cuda:{ordinal} can't be used: {call}: {error}")))
-        };
         let mut device = 0;
         // SAFETY: out-pointer to a live integer, ordinal was checked.
         let code = unsafe { (self.cuda.device_get)(&mut device, ordinal as c_int) };
-        if code != 0 {
-            return fail("cuDeviceGet", code);
-        }
+        if code == 0 { Ok(device) } else { Err(self.unusable(ordinal, "cuDeviceGet", code)) }
+    }
+
+    fn unusable(&self, ordinal: usize, call: &str, code: c_int) -> BackendError {
+        let error = self.describe(code);
+        BackendError::Unavailable(format!("cuda:{ordinal} can't be used: {call}: {error}"))
+    }
+
+    /// Makes the primary context of device `ordinal`.
+    pub fn context(self: &Arc<Self>, ordinal: usize) -> Result<Arc<Context>, BackendError> {
+        let device = self.device(ordinal)?;
         let properties = self.properties(device, ordinal);
         if properties.capability < (8, 0) {
             let (major, minor) = properties.capability;
@@ -139,7 +147,7 @@ impl Driver {
         // SAFETY: out-pointer to a live pointer; released in `Context::drop`.
         let code = unsafe { (self.cuda.context_retain)(&mut handle, device) };
         if code != 0 {
-            return fail("cuDevicePrimaryCtxRetain", code);
+            return Err(self.unusable(ordinal, "cuDevicePrimaryCtxRetain", code));
         }
         let driver = self.clone();
         let context = Context { driver, device, handle, properties, failure: OnceLock::new() };

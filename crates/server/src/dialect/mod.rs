@@ -94,6 +94,16 @@ pub(crate) enum Frame {
     Text,
 }
 
+impl Frame {
+    /// Its bytes, not copied; none of a text, whatever it says.
+    pub(crate) fn bytes(&self) -> Bytes {
+        match self {
+            Frame::Binary(bytes) => bytes.clone(),
+            Frame::Text => Bytes::new(),
+        }
+    }
+}
+
 /// Decodes a message; whatever is wrong is what Python would have raised.
 pub(crate) fn decode(
     frame: Frame,

@@ -76,7 +76,8 @@ impl Service for Arm {
             let spans = Spans { prepare_wait, prepare, ..Spans::default() };
             let explained = context.explain.then(|| timing(&context, &spans, &answer.timing));
             let model_ms = answer.timing.run.total_ms;
-            Ok(Reply { actions, model_ms, extras: explained.into_iter().collect() })
+            let timing = Some(answer.timing);
+            Ok(Reply { actions, model_ms, timing, extras: explained.into_iter().collect() })
         })
     }
 

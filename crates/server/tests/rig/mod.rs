@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test file uses its part
 
 pub mod arm;
+pub mod engine;
 pub mod secure;
 
 use std::net::SocketAddr;
@@ -100,7 +101,8 @@ impl Service for Script {
                 (0..rows * 7).flat_map(|i| (first + i as f64).to_le_bytes()).collect();
             let actions = NdArray { dtype: Scalar::F64, shape: vec![rows, 7], data: data.into() };
             let extras = context.seed.map(|s| ("seed".to_string(), Value::Int(s.into())));
-            Ok(Reply { actions, model_ms: 1.25, extras: extras.into_iter().collect() })
+            let extras = extras.into_iter().collect();
+            Ok(Reply { actions, model_ms: 1.25, timing: None, extras })
         })
     }
 
@@ -130,10 +132,10 @@ impl Service for Script {
 }
 
 /// A server on a port of its own.
-pub struct Server {
+pub struct Server<S = Script> {
     pub address: SocketAddr,
     pub admin_address: SocketAddr,
-    pub script: Arc<Script>,
+    pub script: Arc<S>,
     pub warm: watch::Sender<bool>,
     shutdown: Option<oneshot::Sender<()>>,
     pub task: JoinHandle<Served>,
@@ -159,6 +161,19 @@ impl Server {
             ready: Ok(()),
             note: Mutex::default(),
         });
+        let server = Server::with(script, options, admin).await;
+        Server { warm: sender, ..server }
+    }
+
+    /// Warm, without metadata.
+    pub async fn plain(options: ServeOptions) -> Server {
+        Server::start(Value::Map(vec![]), true, options).await
+    }
+}
+
+impl<S: Service> Server<S> {
+    /// Any service.
+    pub async fn with(script: Arc<S>, options: ServeOptions, admin: bool) -> Server<S> {
         let bind = || pirouette_server::bind("127.0.0.1:0".parse().unwrap());
         let (listener, admin_listener) = (bind().await.unwrap(), bind().await.unwrap());
         let address = axum::serve::Listener::local_addr(&listener).unwrap();
@@ -169,12 +184,8 @@ impl Server {
         let task = tokio::spawn(serve_doors(doors, service, options, async move {
             let _ = stop.await;
         }));
-        Server { address, admin_address, script, warm: sender, shutdown: Some(shutdown), task }
-    }
-
-    /// Warm, without metadata.
-    pub async fn plain(options: ServeOptions) -> Server {
-        Server::start(Value::Map(vec![]), true, options).await
+        let warm = watch::channel(true).0;
+        Server { address, admin_address, script, warm, shutdown: Some(shutdown), task }
     }
 
     pub fn shut_down(&mut self) {

@@ -1,0 +1,125 @@
+//! The binary: serve a recorded checkpoint with `--record`, then `replay` what was asked.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use pirouette_policy::config::named;
+use pirouette_policy::sample_observation;
+use pirouette_server::load::{self, LoadOptions};
+use serde_json::Value;
+
+const POLICY: &str = "pi0_libero";
+
+fn testdata(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata").join(path)
+}
+
+fn pirouette(command: &[&str], flags: &[&str]) -> Command {
+    let mut pirouette = Command::new(env!("CARGO_BIN_EXE_pirouette"));
+    pirouette.args(command).args([POLICY, "--device", "cpu", "--precision", "f32"]);
+    pirouette.arg("--checkpoint").arg(testdata(&format!("A_tiny/e2e/{POLICY}/checkpoint")));
+    pirouette.arg("--tokenizer").arg(testdata("D_preprocess/tokenizer/tok_bpe.model"));
+    pirouette.args(flags).stdin(Stdio::null());
+    pirouette
+}
+
+/// Ended with the test, whatever becomes of it.
+struct Served(Child);
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn record(dir: &Path, requests: usize) {
+    let port = {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap().port()
+    };
+    let flags = ["--record", dir.to_str().unwrap(), "--port", &port.to_string()];
+    let mut served = Served(pirouette(&["serve"], &flags).spawn().unwrap());
+    let started = Instant::now();
+    while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+        assert!(served.0.try_wait().unwrap().is_none(), "the server ended");
+        assert!(started.elapsed() < Duration::from_secs(60), "the server does not listen");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    for seed in 0..2 {
+        let report = runtime.block_on(load::run(&LoadOptions {
+            url: format!("ws://127.0.0.1:{port}"),
+            api_key: None,
+            clients: 2,
+            requests: requests / 4,
+            warm_up: 0,
+            duration: None,
+            rate: None,
+            deadline: None,
+            observation: sample_observation(&named(POLICY).unwrap(), seed),
+            timeout: Duration::from_secs(60),
+        }));
+        assert_eq!(report.unwrap().good as usize, requests / 2);
+    }
+    let id = served.0.id().to_string();
+    assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+    assert!(served.0.wait().unwrap().success());
+}
+
+fn replay(dir: &Path, flags: &[&str]) -> (Output, Value) {
+    let mut command = pirouette(&["replay", dir.to_str().unwrap()], flags);
+    let output = command.args(["--json", "-"]).output().unwrap();
+    let json = serde_json::from_slice(&output.stdout);
+    let log = String::from_utf8_lossy(&output.stderr).into_owned();
+    let json = json.unwrap_or_else(|error| panic!("{error}: {log}"));
+    (output, json)
+}
+
+fn file(dir: &Path, extension: &str) -> PathBuf {
+    let files = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
+    files.into_iter().find(|p| p.extension().is_some_and(|e| e == extension)).unwrap()
+}
+
+#[test]
+fn a_recording_is_reproduced_bit_for_bit_and_a_flipped_bit_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let recording = dir.path().join("records");
+    record(&recording, 8);
+    let (output, report) = replay(&recording, &[]);
+    assert!(output.status.success(), "{report}");
+    assert_eq!((&report["compared"], &report["identical"]), (&8.into(), &8.into()), "{report}");
+    assert_eq!(report["recorded_by"], Value::Array(vec![]), "the same fingerprint: {report}");
+    assert_eq!(report["now"]["devices"][0]["fingerprint"].as_str().unwrap().len(), 16);
+
+    let (output, report) = replay(&recording, &["--steps", "3", "--limit", "5"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!((&report["compared"], &report["different"]), (&5.into(), &5.into()), "{report}");
+    assert!(report["max_abs"].as_f64().unwrap() > 0.0, "{report}");
+    assert_eq!(report["recorded_by"][0]["steps"], 10, "{report}");
+
+    // One bit of the third recorded answer's actions.
+    let index = std::fs::read_to_string(file(&recording, "jsonl")).unwrap();
+    let line: Value = serde_json::from_str(index.lines().nth(3).unwrap()).unwrap();
+    let at = line["reply"][0].as_u64().unwrap() as usize;
+    let mut frames = std::fs::read(file(&recording, "frames")).unwrap();
+    let data = frames[at..].windows(6).position(|w| w == b"\xc4\x04data").unwrap();
+    frames[at + data + 40] ^= 1;
+    std::fs::write(file(&recording, "frames"), frames).unwrap();
+    let (output, report) = replay(&recording, &[]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!((&report["identical"], &report["different"]), (&7.into(), &1.into()), "{report}");
+    assert_eq!(report["first"]["request"], line["id"], "{report}");
+    assert!(report["first"]["what"].as_str().unwrap().starts_with("1 of "), "{report}");
+}
+
+#[test]
+fn what_is_no_recording_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = pirouette(&["replay", dir.path().to_str().unwrap()], &[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(log.contains("holds no recording"), "{log}");
+}
