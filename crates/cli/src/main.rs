@@ -13,6 +13,7 @@ mod npz;
 mod plan;
 mod profile;
 mod report;
+mod rtc;
 mod serve;
 mod service;
 mod setup;

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use pirouette_engine::{BucketRule, DeviceFactory, Engine, EngineOptions};
-use pirouette_model::{BackendError, WeightTable};
+use pirouette_engine::{Bucket, BucketRule, DeviceFactory, Engine, EngineOptions};
+use pirouette_model::{BackendError, Rtc, WeightTable};
 use pirouette_policy::config::environment;
 use pirouette_server::{ApiKeys, ServeOptions, check_exposure};
 
@@ -62,6 +62,9 @@ pub struct ServeArgs {
     /// Euler steps (default: the configuration's).
     #[arg(long)]
     pub steps: Option<usize>,
+    /// Compile the programs of real-time chunking before the first request, too.
+    #[arg(long)]
+    pub rtc: bool,
     /// openpi's flag; nothing is recorded.
     #[arg(long)]
     pub record: bool,
@@ -110,6 +113,11 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         let cameras = c.robot.cameras().min(3);
         let prompts = (1..=6).map(|i| 16 * i).filter(|p| *p <= c.max_token_len.max(16));
         options.warm = prompts.map(|p| options.bucket(cameras, p)).collect();
+        if args.rtc {
+            let guided = options.warm.iter().map(|b| Bucket { rtc: Rtc::Guided, ..*b });
+            options.warm.extend(guided.collect::<Vec<_>>());
+            options.executables *= 2;
+        }
     } else {
         // A request on a CPU takes seconds, on two cores tens of them.
         options.watchdog = Duration::from_secs(600);

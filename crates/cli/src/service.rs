@@ -9,6 +9,8 @@ use pirouette_server::{
     Reply, RequestContext, Service, ServiceError, ServiceFuture, render_engine,
 };
 
+use crate::rtc;
+
 /// A policy over an engine.
 pub struct PolicyService {
     policy: Arc<Policy>,
@@ -56,12 +58,14 @@ impl PolicyService {
             (None, Some(seed)) => Noise::Seed(seed),
             (None, None) => Noise::Drawn,
         };
+        let previous = rtc::previous_chunk(&self.policy, &prepared, &context.rtc)?;
         let input = prepared.input.clone();
         let pending = self.engine.submit(Request {
             images: input.images,
             tokens: input.tokens,
             state: input.state,
             noise,
+            previous,
             steps: context.steps,
             deadline: context.deadline,
         })?;
@@ -69,15 +73,18 @@ impl PolicyService {
         let actions = self.policy.finish(&prepared, &answer.actions).map_err(refused)?;
         // The seed the server drew: with it the same request gives the same actions again.
         let seed = answer.seed.filter(|_| drawn).map(|s| ("seed".into(), Value::Int(s.into())));
+        let asked = context.rtc.return_model_actions;
+        let chunk = if asked { rtc::model_actions(&self.policy, &answer) } else { None };
         Ok(Reply {
             actions,
             model_ms: answer.timing.run.total_ms,
-            extras: seed.into_iter().collect(),
+            extras: seed.into_iter().chain(chunk).collect(),
         })
     }
 }
 
-fn refused(error: PolicyError) -> ServiceError {
+/// A policy's error as the client sees it.
+pub fn refused(error: PolicyError) -> ServiceError {
     ServiceError {
         detail: Some(error.remedy().to_string()),
         ..ServiceError::exception(error.exception(), error.message())

@@ -164,6 +164,11 @@ impl CudaExecutable {
         put("tokens", bytemuck::cast_slice(inputs.tokens));
         put("state", bytemuck::cast_slice(inputs.state));
         put("actions", bytemuck::cast_slice(inputs.noise));
+        if let Some(previous) = &inputs.previous {
+            put("previous.chunk", bytemuck::cast_slice(previous.chunks));
+            put("previous.weights", bytemuck::cast_slice(previous.weights));
+            put("previous.limits", bytemuck::cast_slice(previous.limits));
+        }
         let lengths: Vec<u32> = inputs
             .cameras
             .iter()

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use pirouette_model::Rtc;
 use tokio::sync::oneshot;
 
 use crate::noise::{draw_seed, standard_normal};
@@ -149,10 +150,15 @@ impl Engine {
         if let Some(i) = request.state.iter().position(|v| !v.is_finite()) {
             return invalid(format!("value {i} of the state is {}", request.state[i]));
         }
+        if let Some(previous) = &request.previous {
+            let sizes = [options.horizon, config.action_dim];
+            previous.check(sizes).map_err(|e| EngineError::Invalid(e.to_string()))?;
+        }
+        let rtc = if request.previous.is_some() { Rtc::Guided } else { Rtc::Off };
         let (noise, seed) = self.noise(request.noise)?;
-        let bucket = crate::Bucket { steps, ..options.bucket(cameras, prompt) };
-        let Request { images, tokens, state, .. } = request;
-        Ok((JobInputs { bucket, images, tokens, state, noise }, seed))
+        let bucket = crate::Bucket { steps, rtc, ..options.bucket(cameras, prompt) };
+        let Request { images, tokens, state, previous, .. } = request;
+        Ok((JobInputs { bucket, images, tokens, state, noise, previous }, seed))
     }
 
     fn noise(&self, noise: Noise) -> Result<(Vec<f32>, Option<u64>), EngineError> {

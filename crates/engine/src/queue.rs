@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use pirouette_model::PreviousChunk;
 use tokio::sync::oneshot;
 
 use crate::bucket::{Bucket, BucketRule};
@@ -28,6 +29,8 @@ pub(crate) struct JobInputs {
     pub(crate) tokens: Vec<u32>,
     pub(crate) state: Vec<f32>,
     pub(crate) noise: Vec<f32>,
+    /// There exactly if the bucket has real-time chunking.
+    pub(crate) previous: Option<PreviousChunk>,
 }
 
 /// Where the answer goes.
@@ -220,9 +223,12 @@ fn choose_slots(
 
 #[cfg(test)]
 mod tests {
+    use pirouette_model::Rtc;
+
     use super::*;
 
-    const BUCKET: Bucket = Bucket { cameras: 1, prompt_tokens: 16, horizon: 2, steps: 3 };
+    const BUCKET: Bucket =
+        Bucket { cameras: 1, prompt_tokens: 16, horizon: 2, steps: 3, rtc: Rtc::Off };
 
     type Receiver = oneshot::Receiver<Result<Answer, EngineError>>;
 
@@ -234,6 +240,7 @@ mod tests {
             tokens: Vec::new(),
             state: Vec::new(),
             noise: Vec::new(),
+            previous: None,
         };
         let deadline = deadline_ms.map(|ms| arrived + Duration::from_millis(ms));
         (Job { inputs, deadline, reply: Reply { arrived, seed: None, sender } }, receiver)

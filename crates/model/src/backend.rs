@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::program::Program;
+use crate::rtc::{Rtc, check_values};
 
 /// Inputs of one run, `batch` samples, all buffers sized by the program's shape.
 #[derive(Clone, Copy, Debug)]
@@ -19,6 +20,20 @@ pub struct Inputs<'a> {
     pub state: &'a [f32],
     /// `[batch, horizon, action_dim]` standard normal noise.
     pub noise: &'a [f32],
+    /// The chunks a program with real-time chunking ties the new ones to; other programs ignore
+    /// them.
+    pub previous: Option<Previous<'a>>,
+}
+
+/// The previous chunks of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Previous<'a> {
+    /// `[batch, horizon, action_dim]`, model space, all finite.
+    pub chunks: &'a [f32],
+    /// `[batch, horizon]`, 0 (the action is free) to 1. A sample without a previous chunk has 0s.
+    pub weights: &'a [f32],
+    /// `[batch]`: upper limit of each sample's guidance, 0 to 1000.
+    pub limits: &'a [f32],
 }
 
 /// Why a backend could not load, compile or run.
@@ -149,6 +164,25 @@ impl Inputs<'_> {
         if let Some(i) = self.noise.iter().position(|v| !v.is_finite()) {
             return value("noise", format!("element {i} is {}", self.noise[i]));
         }
-        Ok(())
+        if shape.rtc == Rtc::Off {
+            return Ok(());
+        }
+        let Some(previous) = &self.previous else {
+            return value("previous", "the program has real-time chunking, there is none".into());
+        };
+        size("previous.chunks", previous.chunks.len(), self.noise.len())?;
+        size("previous.weights", previous.weights.len(), shape.batch * shape.horizon)?;
+        size("previous.limits", previous.limits.len(), shape.batch)?;
+        let Previous { chunks, weights, limits } = *previous;
+        check_values(chunks, weights, limits).or_else(|e| value("previous", e.to_string()))
+    }
+}
+
+impl<'a> Previous<'a> {
+    /// Of action `row` of a sample: what it is drawn to, its weight, and the sample's limit.
+    pub fn row(&self, sample: usize, row: usize) -> (&'a [f32], f32, f32) {
+        let horizon = self.weights.len() / self.limits.len();
+        let (at, cols) = (sample * horizon + row, self.chunks.len() / self.weights.len());
+        (&self.chunks[at * cols..][..cols], self.weights[at], self.limits[sample])
     }
 }

@@ -102,6 +102,15 @@ impl Program {
                 }
                 output(out, spec.rows)
             }
+            Epilogue::Guide { out, guidance } => {
+                let of = |id: BufferId| (self.buffers[id.0].rows, self.buffers[id.0].cols);
+                let rows = l.groups * out.count;
+                pair("previous chunk", of(guidance.chunk), (rows, out.cols))?;
+                pair("weights", of(guidance.weights), (rows, 1))?;
+                pair("limits", of(guidance.limits), (l.groups, 1))?;
+                same("rows of a chunk", out.count, self.shape.horizon)?;
+                output(out, spec.rows)
+            }
             Epilogue::Rope { q, k, v, head_dim, .. } => {
                 let q_cols = q.map_or(0, |q| q.cols);
                 same("q‖k‖v columns", q_cols + k.cols + v.cols, spec.rows)?;
@@ -141,13 +150,18 @@ fn same(what: &str, got: usize, want: usize) -> Result<(), String> {
     if got == want { Ok(()) } else { Err(format!("{what}: {got}, expected {want}")) }
 }
 
+fn pair(what: &str, got: (usize, usize), want: (usize, usize)) -> Result<(), String> {
+    same(what, got.0, want.0)?;
+    same(what, got.1, want.1)
+}
+
 #[cfg(test)]
 mod tests {
     use crate::program::{Op, Shape};
-    use crate::{Config, record};
+    use crate::{Config, Rtc, record};
 
     fn shape() -> Shape {
-        Shape { batch: 2, cameras: 2, prompt_tokens: 7, horizon: 5, steps: 2 }
+        Shape { batch: 2, cameras: 2, prompt_tokens: 7, horizon: 5, steps: 2, rtc: Rtc::Off }
     }
 
     #[test]
@@ -155,8 +169,10 @@ mod tests {
         for config in [Config::pi0(), Config::pi05()] {
             for batch in [1, 2, 64] {
                 for cameras in 1..=3 {
-                    let program = record(&config, Shape { batch, cameras, ..shape() }).unwrap();
-                    assert_eq!(program.check(), Ok(()));
+                    for rtc in [Rtc::Off, Rtc::Guided] {
+                        let shape = Shape { batch, cameras, rtc, ..shape() };
+                        assert_eq!(record(&config, shape).unwrap().check(), Ok(()));
+                    }
                 }
             }
         }

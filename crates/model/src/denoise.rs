@@ -7,10 +7,12 @@
 use crate::config::Family;
 use crate::config::names::EXPERT;
 use crate::program::{
-    Attention, Bias, Element, Epilogue, Gate, KeyMask, Linear, Norm, Op, Positions, View, WeightId,
+    Attention, Bias, Element, Epilogue, Gate, Guidance, KeyMask, Linear, Norm, Op, Positions, View,
+    WeightId,
 };
 use crate::record::Recorder;
-use crate::schedule::dt;
+use crate::rtc::{Rtc, strength};
+use crate::schedule::{dt, times};
 use crate::weights::{BiasPart, Columns, Kind, Part, Recipe, WeightTable};
 
 /// Weights of the expert and of the action, state and time projections.
@@ -84,7 +86,8 @@ pub(crate) fn record(r: &mut Recorder) {
     };
     let mixed = (c.family == Family::Pi0)
         .then(|| r.scratch("suffix.mixed", shape.batch * shape.horizon, c.expert.width));
-    for step in 0..shape.steps {
+    let guidance = guidance(r);
+    for (step, time) in times(shape.steps).into_iter().enumerate() {
         let with_state = c.family == Family::Pi0 && step == 0;
         let x = embed(r, &suffix, mixed, step, with_state);
         for layer in 0..c.depth {
@@ -95,9 +98,30 @@ pub(crate) fn record(r: &mut Recorder) {
             .map_or(Norm::Rms { scale: None }, |table| Norm::Adaptive { table, row: step });
         let name = format!("denoise.step{step}.action.out");
         let bias = Some((r.weight("action.out.bias"), 0));
-        let euler = Epilogue::Add { out: suffix.actions, gate: None };
+        let out = suffix.actions;
+        let euler = match guidance {
+            None => Epilogue::Add { out, gate: None },
+            Some(g) => {
+                let guidance = Guidance { time, strength: strength(time), ..g };
+                Epilogue::Guide { out, guidance }
+            }
+        };
         linear(r, &name, "action.out", (last, norm), bias, euler);
     }
+}
+
+/// What the Euler steps are drawn to, but for their times.
+fn guidance(r: &mut Recorder) -> Option<Guidance> {
+    let (a, shape) = (r.config.action_dim, r.shape);
+    let rows = shape.batch * shape.horizon;
+    (shape.rtc == Rtc::Guided).then(|| Guidance {
+        chunk: r.input("previous.chunk", rows, a, Element::F32),
+        weights: r.input("previous.weights", rows, 1, Element::F32),
+        limits: r.input("previous.limits", shape.batch, 1, Element::F32),
+        time: 0.0,
+        strength: 0.0,
+        pull: -dt(shape.steps),
+    })
 }
 
 /// Noise (and state) → the suffix stream; returns its view.

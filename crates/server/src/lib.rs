@@ -18,12 +18,14 @@ mod metrics;
 pub mod msgpack;
 mod options;
 mod render;
+mod rtc;
 mod serve;
 mod service;
 
 pub use keys::{ApiKeys, KeyFileError};
 pub use options::{ExposureError, ServeOptions, check_exposure};
 pub use render::render_engine;
+pub use rtc::{LeftOver, RtcFields, Space};
 pub use serve::{Served, bind, serve, termination};
 pub use service::{
     Failure, GivenNoise, Reply, RequestContext, Service, ServiceError, ServiceFuture,

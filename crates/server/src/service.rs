@@ -7,6 +7,8 @@ use std::time::Instant;
 use pirouette_engine::EngineError;
 use pirouette_policy::{NdArray, Value};
 
+use crate::rtc::RtcFields;
+
 /// A boxed future, so that services can be trait objects.
 pub type ServiceFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -52,6 +54,8 @@ pub struct RequestContext {
     pub noise: Option<GivenNoise>,
     /// `num_steps`: Euler steps.
     pub steps: Option<usize>,
+    /// The keys of real-time chunking.
+    pub rtc: RtcFields,
 }
 
 /// Noise given by the client.
@@ -71,7 +75,7 @@ pub struct Reply {
     /// The model's share of the time, for `policy_timing.infer_ms`.
     pub model_ms: f64,
     /// Further keys, after openpi's own. Only scalars, strings and lists of them: openpi's chunk
-    /// broker slices every array it finds.
+    /// broker slices every array it finds (right for a chunk alone, one row an action).
     pub extras: Vec<(String, Value)>,
 }
 

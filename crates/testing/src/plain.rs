@@ -5,7 +5,7 @@
 
 use pirouette_model::config::names::{EMBED, EXPERT, PREFIX, PROJECTOR, VISION};
 use pirouette_model::schedule::{TimeEmbedding, dt, time_embedding, times};
-use pirouette_model::{Config, Family, TensorSource};
+use pirouette_model::{Config, Family, PreviousChunk, TensorSource};
 
 /// A row-major f64 matrix.
 #[derive(Clone, Debug)]
@@ -236,6 +236,16 @@ impl<'s> Plain<'s> {
 
     /// Actions `[horizon, action_dim]` after `steps` Euler steps.
     pub fn sample(&self, o: &Observation, steps: usize) -> Vec<f64> {
+        self.sample_after(o, steps, None)
+    }
+
+    /// The same with each step guided towards a previous chunk, if there is one.
+    pub fn sample_after(
+        &self,
+        o: &Observation,
+        steps: usize,
+        previous: Option<&PreviousChunk>,
+    ) -> Vec<f64> {
         let c = self.config;
         let table = self.source.load(EMBED).unwrap_or_else(|e| panic!("{e}"));
         let width = c.prefix.width;
@@ -270,7 +280,10 @@ impl<'s> Plain<'s> {
         }
         let mut actions: Vec<f64> = o.noise.iter().map(|&v| v as f64).collect();
         for t in times(steps) {
-            let velocity = self.velocity(o, &actions, t, &cache, &mask, valid);
+            let mut velocity = self.velocity(o, &actions, t, &cache, &mask, valid);
+            if let Some(previous) = previous {
+                guide(&mut velocity, &actions, t as f64, previous);
+            }
             for (a, v) in actions.iter_mut().zip(&velocity.data) {
                 *a += dt(steps) as f64 * v;
             }
@@ -328,6 +341,18 @@ impl<'s> Plain<'s> {
         let first = y.rows - h;
         let last = Matrix { rows: h, cols: d, data: y.data[first * d..].to_vec() };
         self.linear("action_out_proj", &last)
+    }
+}
+
+/// v − g·w∘(y − (x − t·v)) with g = min(limit, (1 − τ)/τ · ((1 − τ)² + τ²)/(1 − τ)²), τ = 1 − t:
+/// the formula as LeRobot writes it, infinite where τ = 0.
+fn guide(velocity: &mut Matrix, x: &[f64], t: f64, previous: &PreviousChunk) {
+    let tau = 1.0 - t;
+    let strength = t / tau * (t * t + tau * tau) / (t * t);
+    let g = strength.min(previous.limit as f64);
+    for (i, v) in velocity.data.iter_mut().enumerate() {
+        let w = previous.weights[i / velocity.cols] as f64;
+        *v -= g * w * (previous.chunk[i] as f64 - (x[i] - t * *v));
     }
 }
 

@@ -1,7 +1,7 @@
 //! Sums of a product → arena: bias, activation, residual, rotary embedding, while the tile is in
 //! cache.
 
-use pirouette_model::program::{Epilogue, Positions};
+use pirouette_model::program::{Epilogue, Guidance, Positions};
 
 use super::math::{gelu, silu};
 use super::operand::pack_chunk;
@@ -57,6 +57,19 @@ impl Finish<'_> {
     fn position(&self, (group, row): (u32, u32), positions: Positions) -> usize {
         position(self.context, group, row, positions)
     }
+}
+
+/// The previous chunk of a row, and the factors of the step and of the pull towards it; absent
+/// where the row is free, which then takes the plain step, bit for bit.
+fn guided<'a>(
+    context: &Context<'a>,
+    g: &Guidance,
+    (group, row): (u32, u32),
+) -> Option<(&'a [f32], f32, f32)> {
+    let previous = context.inputs.previous?;
+    let (chunk, weight, limit) = previous.row(group as usize, row as usize);
+    let a = weight * limit.min(g.strength);
+    (a != 0.0).then_some((chunk, 1.0 - a * g.time, a * g.pull))
 }
 
 pub(super) fn position(context: &Context<'_>, group: u32, row: u32, p: Positions) -> usize {
@@ -180,6 +193,14 @@ impl Finish<'_> {
                         *t = mul_add::<FMA>(*gate, *y, *t);
                     }
                 }
+                Epilogue::Guide { guidance, .. } => match guided(self.context, &guidance, row) {
+                    None => target.iter_mut().zip(y).for_each(|(t, y)| *t += y),
+                    Some((chunk, step, pull)) => {
+                        for ((t, y), to) in target.iter_mut().zip(y).zip(&chunk[col..]) {
+                            *t += mul_add::<FMA>(pull, to - *t, step * y);
+                        }
+                    }
+                },
                 Epilogue::StorePosition { table, .. } => {
                     let at = row.1 as usize * out.cols + col;
                     let table = &self.context.vector(table.0)[at..at + CHUNK];
@@ -255,6 +276,15 @@ pub(crate) fn finish_row(
             for (i, (t, y)) in target(out).iter_mut().zip(y).enumerate() {
                 let gate = gate.map_or(1.0, |g| context.vector(g.table.0)[(g.row * 3 + 2) * n + i]);
                 *t += gate * *y;
+            }
+        }
+        (Places::One(out), Epilogue::Guide { guidance, .. }) => {
+            let row_of = target(out).iter_mut().zip(y);
+            match guided(context, &guidance, (group, row)) {
+                None => row_of.for_each(|(t, y)| *t += *y),
+                Some((chunk, step, pull)) => {
+                    row_of.zip(chunk).for_each(|((t, y), to)| *t += step * *y + pull * (to - *t))
+                }
             }
         }
         (Places::One(out), Epilogue::GeGlu { .. }) => {

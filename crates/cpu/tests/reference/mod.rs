@@ -52,6 +52,11 @@ impl Reference {
         set("tokens", inputs.tokens.iter().map(|v| *v as f64).collect());
         set("state", inputs.state.iter().map(|v| *v as f64).collect());
         set("actions", inputs.noise.iter().map(|v| *v as f64).collect());
+        if let Some(p) = inputs.previous {
+            set("previous.chunk", p.chunks.iter().map(|v| *v as f64).collect());
+            set("previous.weights", p.weights.iter().map(|v| *v as f64).collect());
+            set("previous.limits", p.limits.iter().map(|v| *v as f64).collect());
+        }
         self.run_on(program, inputs, &mut buffers, &mut observe);
         let actions = program.buffer("actions").unwrap();
         buffers[actions.0].iter().map(|v| *v as f32).collect()
@@ -199,6 +204,18 @@ impl Run<'_> {
                         self.reference.weights[table.0][(row * 3 + 2) * out.cols + i]
                     });
                     buffers[out.buffer.0][at + i] += g * y;
+                }
+            }
+            Epilogue::Guide { out, guidance: g } => {
+                let (at, row) = (self.at(out, group, row), group * out.count + row);
+                let strength = buffers[g.limits.0][group].min(g.strength as f64);
+                let guide = strength * buffers[g.weights.0][row];
+                let (t, dt) = (g.time as f64, -g.pull as f64);
+                for (i, y) in y.iter().enumerate() {
+                    // v' = v − g·w·(chunk − (x − t·v)), x + dt·v'
+                    let (x, v) = (buffers[out.buffer.0][at + i], y / dt);
+                    let err = buffers[g.chunk.0][row * out.cols + i] - (x - t * v);
+                    buffers[out.buffer.0][at + i] = x + dt * (v - guide * err);
                 }
             }
             Epilogue::Rope { q, k, v, head_dim, positions } => {
