@@ -2,15 +2,17 @@
 //! which the new one is tied; the model's chunk → the array a client cuts its next left-over from.
 
 use pirouette_engine::Answer;
-use pirouette_model::PreviousChunk;
+use pirouette_model::{Config, PreviousChunk};
 use pirouette_policy::{NdArray, Policy, Prepared, Value};
 use pirouette_server::{RtcFields, ServiceError, Space};
 
 /// Key of the chunk in model space, in an answer.
 const MODEL_ACTIONS: &str = "model_actions";
 
-/// The previous chunk of a request; `None` when it has none, or nothing of it is left.
+/// The previous chunk of a request; `None` when it has none, nothing of it is left, or none of it
+/// is to be given.
 pub fn previous_chunk(
+    model: &Config,
     policy: &Policy,
     prepared: &Prepared,
     fields: &RtcFields,
@@ -34,7 +36,12 @@ pub fn previous_chunk(
         }
     };
     let sizes = [config.horizon, config.action_dim];
-    let previous = PreviousChunk::new(&values, left.shape, &fields.settings, sizes);
+    let (settings, trained) = (&fields.settings, model.rtc_max_delay);
+    let previous = match (fields.trained, settings.delay) {
+        (false, _) => PreviousChunk::new(&values, left.shape, settings, sizes),
+        (true, 0) => return Ok(None),
+        (true, delay) => PreviousChunk::given(&values, left.shape, delay, trained, sizes),
+    };
     previous.map(Some).map_err(|e| wrong(e.to_string()))
 }
 
@@ -189,7 +196,7 @@ mod tests {
             let with = |left_over: LeftOver| RtcFields {
                 left_over: Some(left_over),
                 settings,
-                return_model_actions: false,
+                ..Default::default()
             };
             let c = served.policy.config();
             let values: Vec<f32> = model.values.iter().map(|v| *v as f32).collect();
@@ -230,6 +237,10 @@ mod tests {
             assert_eq!(error.python_type, "ValueError");
             assert!(error.message.contains(want), "{}", error.message);
         }
+        let mut untrained = RtcFields { trained: true, ..with([2, 8], Space::Model) };
+        untrained.settings.delay = 1;
+        let error = served.infer(1, untrained).unwrap_err();
+        assert!(error.message.contains("the model was trained for 0 at most"), "{error}");
         let empty = served.infer(1, with([0, 8], Space::Model)).unwrap();
         assert_eq!(empty.actions, served.infer(1, RtcFields::default()).unwrap().actions);
     }

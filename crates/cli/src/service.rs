@@ -58,7 +58,8 @@ impl PolicyService {
             (None, Some(seed)) => Noise::Seed(seed),
             (None, None) => Noise::Drawn,
         };
-        let previous = rtc::previous_chunk(&self.policy, &prepared, &context.rtc)?;
+        let model = &self.engine.options().tables[0].config;
+        let previous = rtc::previous_chunk(model, &self.policy, &prepared, &context.rtc)?;
         let input = prepared.input.clone();
         let pending = self.engine.submit(Request {
             images: input.images,

@@ -98,6 +98,7 @@ fn kept(step: &Step) -> Option<BufferId> {
     match &step.op {
         Op::Linear(l) => match &l.epilogue {
             Epilogue::Add { out, .. }
+            | Epilogue::AddFree { out }
             | Epilogue::Guide { out, .. }
             | Epilogue::StorePosition { out, .. } => Some(out.buffer),
             Epilogue::Store { out } if !step.name.ends_with(".qkv") => Some(out.buffer),

@@ -341,6 +341,7 @@ impl<'a> Planner<'a> {
             | Epilogue::Silu { out }
             | Epilogue::GeGlu { out }
             | Epilogue::Add { out, .. }
+            | Epilogue::AddFree { out }
             | Epilogue::Guide { out, .. } => Places::One(self.place(out)),
             Epilogue::Rope { q, k, v, head_dim, .. } => Places::Rope {
                 q: q.as_ref().map(|q| self.place(q)),

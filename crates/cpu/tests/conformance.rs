@@ -59,6 +59,7 @@ impl Sketch {
             vocab: 11,
             action_dim: cols,
             rope_bf16: false,
+            rtc_max_delay: 0,
         };
         let mut table = WeightTable::new(config, 1);
         table.specs.clear();
@@ -222,7 +223,10 @@ fn norms() {
                 0 => Norm::None,
                 1 => Norm::Rms { scale: None },
                 2 => Norm::Layer { scale: s.weight(1, k, Kind::Vector) },
-                _ => Norm::Adaptive { table: s.weight(3, 3 * k, Kind::Vector), row: 2 },
+                _ => {
+                    let table = s.weight(3, 3 * k, Kind::Vector);
+                    Norm::Adaptive { table, row: 2, given_row: None }
+                }
             };
             let out = s.padded("out", rows, n);
             s.linear(s.input(), norm, n, which % 2 == 0, Epilogue::Store { out });
@@ -236,7 +240,8 @@ fn epilogues() {
     for (rows, k, n) in SIZES {
         let mut s = Sketch::new(rows, k);
         let table = s.weight(rows, n, Kind::Vector);
-        let gate = Some(Gate { table: s.weight(2, 3 * n, Kind::Vector), row: 1 });
+        let table_of_gate = s.weight(2, 3 * n, Kind::Vector);
+        let gate = Some(Gate { table: table_of_gate, row: 1, given_row: None });
         let stream = s.padded("stream", rows, n);
         let x = s.input();
         s.linear(x, Norm::None, n, false, Epilogue::Store { out: stream });
@@ -274,6 +279,24 @@ fn guided_euler_steps() {
             s.linear(out, Norm::None, cols, true, Epilogue::Guide { out, guidance });
         }
         s.check(&format!("guided {rows}×{cols}"));
+    }
+}
+
+/// Rows of given actions take another row of the modulation table and are not stepped.
+#[test]
+fn given_actions() {
+    for (rows, cols) in [(1, 3), (5, 16), (7, 33), (11, 32), (23, 48)] {
+        let mut s = Sketch::new(rows, cols);
+        s.buffer("previous.weights", BATCH * rows, 1, Element::F32, Role::Input);
+        let x = s.input();
+        let stream = s.padded("stream", rows, cols);
+        let [table, gates] = [0, 1].map(|_| s.weight(3, 3 * cols, Kind::Vector));
+        let norm = Norm::Adaptive { table, row: 0, given_row: Some(2) };
+        let gate = Some(Gate { table: gates, row: 1, given_row: Some(2) });
+        s.linear(x, norm, cols, false, Epilogue::Store { out: stream });
+        s.linear(x, norm, cols, true, Epilogue::Add { out: stream, gate });
+        s.linear(stream, norm, cols, true, Epilogue::AddFree { out: x });
+        s.check(&format!("given {rows}×{cols}"));
     }
 }
 

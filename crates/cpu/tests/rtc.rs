@@ -6,10 +6,11 @@ use std::sync::Arc;
 use pirouette_cpu::{CpuDevice, Isa, Options, Precision, load};
 use pirouette_model::rtc::{Schedule, Settings};
 use pirouette_model::{
-    BackendError, Device, Family, Inputs, Previous, PreviousChunk, Program, Rtc, Shape, record,
+    BackendError, Config, Device, Family, Inputs, Previous, PreviousChunk, Program, Rtc, Shape,
+    record,
 };
 use pirouette_testing::golden::{Case, Packed, tiny_config, tiny_source};
-use pirouette_testing::plain::Plain;
+use pirouette_testing::plain::{Observation, Plain};
 
 const CASE: &str = "batch3_mixed";
 
@@ -20,6 +21,7 @@ impl Chunks {
     /// `None`: a sample without a previous chunk, whose values must not matter.
     fn new(shape: &Shape, dim: usize, samples: &[Option<PreviousChunk>]) -> Self {
         let absent = PreviousChunk {
+            rtc: shape.rtc,
             chunk: vec![1e30; shape.horizon * dim],
             weights: vec![0.0; shape.horizon],
             limit: 10.0,
@@ -113,6 +115,54 @@ fn far(a: &[f64], b: &[f64]) -> f64 {
         .zip(b)
         .map(|(a, b)| (a - b).abs())
         .fold(0.0, |m, d| if d > m { d } else { m + 0.0 * d })
+}
+
+/// Given actions: the plain form puts them back before each call of the network and after each
+/// step, and gives them time 0; the program never moves them.
+#[test]
+fn given_actions_are_the_plain_forms() {
+    let (family, trained) = (Family::Pi05, 5);
+    let source = tiny_source(family).unwrap();
+    let config = Config { rtc_max_delay: trained, ..tiny_config(family).unwrap() };
+    let case = Case::tiny(family, CASE).unwrap();
+    let mut packed =
+        Packed::new(&config, &case.observations.iter().collect::<Vec<_>>(), case.steps);
+    let shape = Shape { rtc: Rtc::Trained, ..packed.shape };
+    let (dim, row) = (config.action_dim, shape.horizon * config.action_dim);
+    let given = |sample, rows, cols, delay| {
+        let (values, sizes) = (left_over(sample, rows, cols), [shape.horizon, dim]);
+        Some(PreviousChunk::given(&values, [rows, cols], delay, trained, sizes).unwrap())
+    };
+    let samples = [given(0, 6, dim - 2, 3), None, given(2, shape.horizon, dim, 5)];
+    let plain = Plain::new(config, &source);
+    let of = |(o, p): (&Observation, &Option<PreviousChunk>)| {
+        plain.sample_after(o, case.steps, p.as_ref())
+    };
+    let want: Vec<f64> = case.observations.iter().zip(&samples).flat_map(of).collect();
+    let free = plain.sample(&case.observations[0], case.steps);
+    let moved = far(&want[3 * dim..row], &free[3 * dim..]);
+    assert!(moved > 1e-3, "given actions move the others by {moved} only");
+    for (noise, p) in packed.noise.chunks_mut(row).zip(&samples) {
+        p.iter().for_each(|p| p.give(noise));
+    }
+    let chunks = Chunks::new(&shape, dim, &samples);
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        for (precision, tolerance) in [(Precision::F32, 2e-5), (Precision::Bf16, 5e-2)] {
+            let options = Options { precision, threads: Some(2), isa: Some(isa) };
+            let mut device = load(config, case.steps, &source, options, &mut |_, _| {}).unwrap();
+            let inputs = Inputs { previous: Some(chunks.borrow()), ..packed.inputs() };
+            let got = run(&mut device, record(&config, shape).unwrap(), &inputs);
+            assert_eq!(got[..3 * dim], packed.noise[..3 * dim], "given actions stay as they are");
+            let wide: Vec<f64> = got.iter().map(|v| *v as f64).collect();
+            let off = far(&wide, &want);
+            assert!(off <= tolerance, "{isa:?} {precision:?}: off by {off}");
+            // Beside them, a sample without given actions has the plain program's bits.
+            let plain = run(&mut device, record(&config, packed.shape).unwrap(), &packed.inputs());
+            assert_eq!(bits(&got[row..2 * row]), bits(&plain[row..2 * row]), "{isa:?}");
+        }
+    }
+    let untrained = tiny_config(family).unwrap();
+    assert!(record(&untrained, shape).unwrap_err().to_string().contains("not trained"));
 }
 
 /// A sample without a previous chunk gets the bits of the program without real-time chunking,

@@ -226,7 +226,7 @@ impl Hopper {
                 p.kv_ld = bound.pitch(k.buffer) as u32;
                 GemmEpilogue::Rope
             }
-            Epilogue::Silu { .. } | Epilogue::Guide { .. } => {
+            Epilogue::Silu { .. } | Epilogue::AddFree { .. } | Epilogue::Guide { .. } => {
                 let why = format!("no Hopper kernel takes step `{}`", bound.program.steps[at].name);
                 return Err(BackendError::Unavailable(why));
             }

@@ -103,7 +103,7 @@ impl LoopPlan<'_> {
             (p.stream, p.stream_rows) = (stream.base, Rows::of(&stream));
             p.out_weight = weights.address(linear.weight);
             p.out_bias = bias(linear);
-            if let Norm::Adaptive { table, row } = linear.norm {
+            if let Norm::Adaptive { table, row, .. } = linear.norm {
                 p.norm_scale = table_row(weights, table, row, 3 * linear.input.cols);
                 p.norm_shift = p.norm_scale + linear.input.cols as u64 * 4;
             }
@@ -155,7 +155,7 @@ impl LoopPlan<'_> {
                 scaled = true;
                 p.scale = weights.address(scale);
             }
-            Norm::Adaptive { table, row } => {
+            Norm::Adaptive { table, row, .. } => {
                 scaled = true;
                 p.scale = table_row(weights, table, row, 3 * linear.input.cols);
                 p.bias = packed.bias(linear.weight, table, row)?;

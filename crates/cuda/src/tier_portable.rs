@@ -69,6 +69,9 @@ pub fn linear(
     linear: &Linear,
     launches: &mut Vec<Launch>,
 ) -> Result<(), BackendError> {
+    if matches!(linear.epilogue, Epilogue::AddFree { .. }) {
+        return Err(unsupported(step, "actions can't be given"));
+    }
     let (norm, modulation) = norm_of(weights, linear);
     let rows = (linear.groups * linear.input.count) as u32;
     let k = linear.input.cols as u32;
@@ -172,7 +175,7 @@ fn norm_of(weights: &Weights, linear: &Linear) -> (portable::Norm, u64) {
             (portable::Norm::Rms, scale.map_or(0, |scale| weights.address(scale)))
         }
         Norm::Layer { scale } => (portable::Norm::Layer, weights.address(scale)),
-        Norm::Adaptive { table, row } => {
+        Norm::Adaptive { table, row, .. } => {
             (portable::Norm::Adaptive, table_row(weights, table, row, 3 * linear.input.cols))
         }
     }
@@ -205,6 +208,8 @@ pub fn output(weights: &Weights, bound: &Binding, linear: &Linear) -> portable::
         Epilogue::Gelu { out } => (portable::Epilogue::Gelu, out),
         Epilogue::Silu { out } => (portable::Epilogue::Silu, out),
         Epilogue::GeGlu { out } => (portable::Epilogue::GeGlu, out),
+        // Refused before; the step of given actions differs from it in given rows alone.
+        Epilogue::AddFree { out } => (portable::Epilogue::Add, out),
         Epilogue::Add { out, gate } => {
             // The gate is the last third of its row.
             o.aux = gate.map_or(0, |gate| {

@@ -151,11 +151,15 @@ impl Engine {
             return invalid(format!("value {i} of the state is {}", request.state[i]));
         }
         if let Some(previous) = &request.previous {
-            let sizes = [options.horizon, config.action_dim];
-            previous.check(sizes).map_err(|e| EngineError::Invalid(e.to_string()))?;
+            previous
+                .check(config, options.horizon)
+                .map_err(|e| EngineError::Invalid(e.to_string()))?;
         }
-        let rtc = if request.previous.is_some() { Rtc::Guided } else { Rtc::Off };
-        let (noise, seed) = self.noise(request.noise)?;
+        let rtc = request.previous.as_ref().map_or(Rtc::Off, |previous| previous.rtc);
+        let (mut noise, seed) = self.noise(request.noise)?;
+        if let Some(previous) = &request.previous {
+            previous.give(&mut noise);
+        }
         let bucket = crate::Bucket { steps, rtc, ..options.bucket(cameras, prompt) };
         let Request { images, tokens, state, previous, .. } = request;
         Ok((JobInputs { bucket, images, tokens, state, noise, previous }, seed))

@@ -2,11 +2,14 @@
 
 mod rig;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pirouette_engine::{Engine, EngineError, Noise, NullDevice, NullTimes, Request};
-use pirouette_model::PreviousChunk;
+use pirouette_engine::{Engine, EngineError, EngineOptions, Noise, NullDevice, NullTimes, Request};
 use pirouette_model::rtc::Settings;
+use pirouette_model::{
+    BackendError, Config, Device, Executable, Family, PreviousChunk, Program, Rtc, WeightTable,
+};
 use rig::{HORIZON, due, eventually, expected, request};
 
 /// Keeps the device busy so that what is submitted next has to queue.
@@ -120,6 +123,53 @@ async fn requests_with_a_previous_chunk_share_batches_with_their_kind() {
     assert!(engine.submit(tied(1)).unwrap().await.is_ok());
     let plain = engine.submit(request(2)).unwrap().await.unwrap();
     assert_eq!(plain.actions, expected(&request(2), 2));
+}
+
+/// A device that has no kernels for given actions.
+struct NoGivenActions(NullDevice);
+
+impl Device for NoGivenActions {
+    fn name(&self) -> String {
+        self.0.name()
+    }
+
+    fn compile(&mut self, program: Arc<Program>) -> Result<Box<dyn Executable>, BackendError> {
+        match program.shape.rtc {
+            Rtc::Trained => Err(BackendError::Unsupported("use the guided mode".into())),
+            _ => self.0.compile(program),
+        }
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        0
+    }
+}
+
+#[tokio::test]
+async fn given_actions_are_part_of_the_noise_or_refused_without_harm() {
+    let config = Config { family: Family::Pi05, rtc_max_delay: 2, ..rig::config() };
+    let tables = vec![Arc::new(WeightTable::new(config, 3))];
+    let options = EngineOptions { tables, warm: vec![], ..rig::options(1) };
+    let left_over: Vec<f32> = (0..2 * 4).map(|v| v as f32).collect();
+    let given = PreviousChunk::given(&left_over, [2, 4], 2, 2, [HORIZON, 4]).unwrap();
+    let tied = || Request { previous: Some(given.clone()), ..request(1) };
+
+    let engine = rig::engine(&[(1, 0.0)], options.clone());
+    engine.wait_ready().await.unwrap();
+    let answer = engine.submit(tied()).unwrap().await.unwrap();
+    // The null device halves the noise, adds a number, and draws by the weights: all the way.
+    assert_eq!(answer.actions[..8], left_over);
+    assert_eq!(answer.actions[8..], expected(&request(1), 1)[8..]);
+
+    let null = NullDevice::new(NullTimes::constant(0.0));
+    let factory: pirouette_engine::DeviceFactory =
+        Arc::new(move || Ok(Box::new(NoGivenActions(null.clone()))));
+    let engine = Engine::start(vec![factory], options).unwrap();
+    engine.wait_ready().await.unwrap();
+    let refused = engine.submit(tied()).unwrap().await.unwrap_err();
+    assert_eq!(refused, EngineError::Invalid("use the guided mode".into()));
+    assert!(engine.submit(request(1)).unwrap().await.is_ok(), "the device is as good as before");
+    assert_eq!(engine.stats().devices[0].restarts, 0);
 }
 
 #[tokio::test]
@@ -286,7 +336,7 @@ async fn wrong_requests_are_named() {
         ("the state has 3", Request { state: vec![0.0; 3], ..good() }),
         ("value 2 of the state", Request { state: vec![0.0, 0.0, f32::INFINITY, 0.0], ..good() }),
         ("num_steps 7", Request { steps: Some(7), ..good() }),
-        ("the model takes at most [5, 4]", spoilt(|p| drop(p.weights.pop()))),
+        ("the model takes at most [5, 4]", spoilt(|p| p.weights.truncate(4))),
         ("value 3 of the previous chunk", spoilt(|p| p.chunk[3] = f32::NAN)),
         ("guidance limit", spoilt(|p| p.limit = -1.0)),
     ];

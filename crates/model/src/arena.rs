@@ -22,7 +22,9 @@ impl Op {
             Op::Patchify { images, .. } => vec![*images],
             Op::EmbedTokens { tokens, .. } => vec![*tokens],
             Op::Linear(Linear { input, epilogue, .. }) => match epilogue {
-                Epilogue::Add { out, .. } => vec![input.buffer, out.buffer],
+                Epilogue::Add { out, .. } | Epilogue::AddFree { out } => {
+                    vec![input.buffer, out.buffer]
+                }
                 Epilogue::Guide { out, guidance: g } => {
                     vec![input.buffer, out.buffer, g.chunk, g.weights, g.limits]
                 }
@@ -44,6 +46,7 @@ impl Op {
                 | Epilogue::Silu { out }
                 | Epilogue::GeGlu { out }
                 | Epilogue::Add { out, .. }
+                | Epilogue::AddFree { out }
                 | Epilogue::Guide { out, .. } => vec![out.buffer],
                 Epilogue::Rope { q, k, v, .. } => {
                     q.iter().chain([&k, &v]).map(|view| view.buffer).collect()

@@ -18,7 +18,8 @@ pub struct Inputs<'a> {
     pub prompt_len: &'a [u32],
     /// `[batch, action_dim]` normalised state (π0; ignored by π0.5).
     pub state: &'a [f32],
-    /// `[batch, horizon, action_dim]` standard normal noise.
+    /// `[batch, horizon, action_dim]` standard normal noise; with [`Rtc::Trained`] the rows of
+    /// given actions hold these ([`crate::PreviousChunk::give`]).
     pub noise: &'a [f32],
     /// The chunks a program with real-time chunking ties the new ones to; other programs ignore
     /// them.
@@ -78,6 +79,9 @@ pub enum BackendError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The device has no kernels for a program; others run. The text says what to do instead.
+    #[error("{0}")]
+    Unsupported(String),
     /// The device failed while running; it must be reopened.
     #[error("the device failed: {0}")]
     Device(String),

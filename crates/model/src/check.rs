@@ -73,7 +73,10 @@ impl Program {
             Ok(())
         };
         match l.norm {
-            Norm::Adaptive { table: t, row } => table("modulation", t, row, 3 * spec.cols)?,
+            Norm::Adaptive { table: t, row, given_row } => {
+                table("modulation", t, row, 3 * spec.cols)?;
+                table("modulation", t, given_row.unwrap_or(row), 3 * spec.cols)?;
+            }
             Norm::Rms { scale: Some(t) } | Norm::Layer { scale: t } => {
                 table("norm scale", t, 0, spec.cols)?;
             }
@@ -99,7 +102,13 @@ impl Program {
             Epilogue::Add { out, gate } => {
                 if let Some(gate) = gate {
                     table("gate", gate.table, gate.row, 3 * spec.rows)?;
+                    let given_row = gate.given_row.unwrap_or(gate.row);
+                    table("gate", gate.table, given_row, 3 * spec.rows)?;
                 }
+                output(out, spec.rows)
+            }
+            Epilogue::AddFree { out } => {
+                same("rows of a chunk", out.count, self.shape.horizon)?;
                 output(out, spec.rows)
             }
             Epilogue::Guide { out, guidance } => {
@@ -166,12 +175,16 @@ mod tests {
 
     #[test]
     fn recorded_programs_pass() {
-        for config in [Config::pi0(), Config::pi05()] {
+        let trained = Config { rtc_max_delay: 8, ..Config::pi05() };
+        for config in [Config::pi0(), Config::pi05(), trained] {
             for batch in [1, 2, 64] {
                 for cameras in 1..=3 {
-                    for rtc in [Rtc::Off, Rtc::Guided] {
+                    for rtc in [Rtc::Off, Rtc::Guided, Rtc::Trained] {
                         let shape = Shape { batch, cameras, rtc, ..shape() };
-                        assert_eq!(record(&config, shape).unwrap().check(), Ok(()));
+                        match record(&config, shape) {
+                            Ok(program) => assert_eq!(program.check(), Ok(())),
+                            Err(e) => assert!(rtc == Rtc::Trained && config != trained, "{e}"),
+                        }
                     }
                 }
             }

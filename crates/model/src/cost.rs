@@ -84,7 +84,9 @@ impl Program {
         let rows = (linear.groups * linear.input.count) as f64;
         let read = elements(linear.groups, &linear.input);
         let written = match &linear.epilogue {
-            Epilogue::Add { out, .. } => 2.0 * elements(linear.groups, out),
+            Epilogue::Add { out, .. } | Epilogue::AddFree { out } => {
+                2.0 * elements(linear.groups, out)
+            }
             Epilogue::Guide { out, .. } => 3.0 * elements(linear.groups, out),
             Epilogue::GeGlu { out } => elements(linear.groups, out),
             _ => rows * spec.rows as f64,

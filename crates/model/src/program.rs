@@ -134,6 +134,9 @@ pub enum Norm {
         table: WeightId,
         /// Its row: the denoising step.
         row: usize,
+        /// The row for given actions instead: input rows of a weight above 0 in
+        /// `previous.weights`.
+        given_row: Option<usize>,
     },
 }
 
@@ -144,6 +147,8 @@ pub struct Gate {
     pub table: WeightId,
     /// Its row: the denoising step.
     pub row: usize,
+    /// The row for given actions instead, as in [`Norm::Adaptive`].
+    pub given_row: Option<usize>,
 }
 
 /// A bias vector: row `row` of an f32 table `[rows, N]` (`row` 0 of 1 for ordinary biases).
@@ -222,6 +227,11 @@ pub enum Epilogue {
         out: View,
         /// adaRMS gate.
         gate: Option<Gate>,
+    },
+    /// out += y, but for given actions (a weight above 0 in `previous.weights`), which stay
+    AddFree {
+        /// The actions, updated in place: all of a sample's rows.
+        out: View,
     },
     /// out += y, drawn towards the previous chunk: the Euler step of real-time chunking
     Guide {
@@ -374,8 +384,8 @@ impl Step {
 }
 
 /// A recorded network. Well-known buffers: `images`, `tokens`, `lengths` (`[batch, 2]` u32:
-/// cameras, prompt length), `state`, `actions` (noise in, actions out); with [`Rtc::Guided`]
-/// `previous.chunk`, `previous.weights`, `previous.limits`.
+/// cameras, prompt length), `state`, `actions` (noise in, actions out); with real-time chunking
+/// `previous.weights`, and with [`Rtc::Guided`] `previous.chunk`, `previous.limits`.
 #[derive(Clone, Debug)]
 pub struct Program {
     /// Sizes.

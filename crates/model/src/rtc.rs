@@ -7,6 +7,11 @@
 //! g = min(limit, [`strength`]) belongs to the step. (The published algorithm has the Jacobian of
 //! x̂ in the last term; LeRobot's code evaluates v outside of the gradient, which makes that
 //! Jacobian the identity.)
+//!
+//! Models that were trained so take the first actions as given instead: nothing pulls, the rows
+//! are the previous chunk's from noise to end, and the network is told that they are clean.
+
+use crate::config::Config;
 
 /// How a program's chunks are tied to the ones before them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -17,6 +22,10 @@ pub enum Rtc {
     /// Each Euler step is drawn towards `Inputs::previous`. A sample without a previous chunk has
     /// weights 0 and gets the bits it would get from a program without.
     Guided,
+    /// The first actions are given: rows of a weight above 0 hold the previous chunk's in
+    /// `Inputs::noise`, stay as they are, and have time 0 in the network. π0.5 models that were
+    /// trained so ([`Config::rtc_max_delay`](crate::Config)).
+    Trained,
 }
 
 /// How the weights fall off after the actions that will have been executed.
@@ -108,6 +117,8 @@ impl Default for Settings {
 /// The previous chunk of one sample, as the model takes it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PreviousChunk {
+    /// What is made of it: [`Rtc::Guided`] or [`Rtc::Trained`].
+    pub rtc: Rtc,
     /// `[horizon, action_dim]`, normalised, from the first action that was not yet executed on.
     pub chunk: Vec<f32>,
     /// `[horizon]`, 0 to 1.
@@ -149,6 +160,21 @@ pub enum RtcError {
         /// What it may be.
         want: &'static str,
     },
+    /// More actions given than the model was trained for, or than there are.
+    #[error(
+        "{delay} actions can't be given: the model was trained for {trained} at most, the chunk \
+         has {horizon} and the left-over {rows}"
+    )]
+    Delay {
+        /// Actions to be given.
+        delay: usize,
+        /// Most the model was trained for.
+        trained: usize,
+        /// Rows of the model's chunk.
+        horizon: usize,
+        /// Rows left over.
+        rows: usize,
+    },
 }
 
 impl PreviousChunk {
@@ -160,32 +186,78 @@ impl PreviousChunk {
         settings: &Settings,
         [horizon, action_dim]: [usize; 2],
     ) -> Result<Self, RtcError> {
-        let fits = (1..=action_dim).contains(&cols)
-            && rows <= horizon
-            && rows.checked_mul(cols) == Some(left_over.len());
-        if !fits {
-            return Err(RtcError::Shape { rows, cols, horizon, action_dim });
-        }
-        let mut chunk = vec![0.0; horizon * action_dim];
-        for (to, from) in chunk.chunks_exact_mut(action_dim).zip(left_over.chunks_exact(cols)) {
-            to[..cols].copy_from_slice(from);
-        }
+        let chunk = padded(left_over, [rows, cols], [horizon, action_dim])?;
         let end = settings.execution_horizon.min(rows);
         let weights = settings.schedule.weights(settings.delay, end, horizon);
-        let previous = PreviousChunk { chunk, weights, limit: settings.limit };
-        previous.check([horizon, action_dim])?;
+        let previous = PreviousChunk { rtc: Rtc::Guided, chunk, weights, limit: settings.limit };
+        check_values(&previous.chunk, &previous.weights, &[previous.limit])?;
         Ok(previous)
     }
 
-    /// Whether sizes and values are what a model of these sizes takes.
-    pub fn check(&self, [horizon, action_dim]: [usize; 2]) -> Result<(), RtcError> {
-        let rows = self.weights.len();
+    /// The first `delay` of the left-over actions as given, for a model trained for up to
+    /// `trained` of them.
+    pub fn given(
+        left_over: &[f32],
+        [rows, cols]: [usize; 2],
+        delay: usize,
+        trained: usize,
+        [horizon, action_dim]: [usize; 2],
+    ) -> Result<Self, RtcError> {
+        let chunk = padded(left_over, [rows, cols], [horizon, action_dim])?;
+        if delay > trained.min(rows) || delay >= horizon {
+            return Err(RtcError::Delay { delay, trained, horizon, rows });
+        }
+        let weights = Schedule::Zeros.weights(delay, delay, horizon);
+        let previous = PreviousChunk { rtc: Rtc::Trained, chunk, weights, limit: 0.0 };
+        check_values(&previous.chunk, &previous.weights, &[previous.limit])?;
+        Ok(previous)
+    }
+
+    /// Whether sizes and values are what a model takes.
+    pub fn check(&self, config: &Config, horizon: usize) -> Result<(), RtcError> {
+        let (rows, action_dim) = (self.weights.len(), config.action_dim);
         if rows != horizon || self.chunk.len() != horizon * action_dim {
             let cols = self.chunk.len() / rows.max(1);
             return Err(RtcError::Shape { rows, cols, horizon, action_dim });
         }
-        check_values(&self.chunk, &self.weights, &[self.limit])
+        check_values(&self.chunk, &self.weights, &[self.limit])?;
+        let (delay, trained) = (self.given_rows(), config.rtc_max_delay);
+        if self.rtc == Rtc::Trained && (delay > trained || delay >= horizon) {
+            return Err(RtcError::Delay { delay, trained, horizon, rows });
+        }
+        Ok(())
     }
+
+    /// Puts given actions where the denoising starts; guided ones are no business of the noise.
+    pub fn give(&self, noise: &mut [f32]) {
+        if self.rtc == Rtc::Trained {
+            let values = self.given_rows() * (self.chunk.len() / self.weights.len().max(1));
+            noise[..values].copy_from_slice(&self.chunk[..values]);
+        }
+    }
+
+    fn given_rows(&self) -> usize {
+        self.weights.iter().take_while(|w| **w > 0.0).count()
+    }
+}
+
+/// A left-over in a chunk of zeros.
+fn padded(
+    left_over: &[f32],
+    [rows, cols]: [usize; 2],
+    [horizon, action_dim]: [usize; 2],
+) -> Result<Vec<f32>, RtcError> {
+    let fits = (1..=action_dim).contains(&cols)
+        && rows <= horizon
+        && rows.checked_mul(cols) == Some(left_over.len());
+    if !fits {
+        return Err(RtcError::Shape { rows, cols, horizon, action_dim });
+    }
+    let mut chunk = vec![0.0; horizon * action_dim];
+    for (to, from) in chunk.chunks_exact_mut(action_dim).zip(left_over.chunks_exact(cols)) {
+        to[..cols].copy_from_slice(from);
+    }
+    Ok(chunk)
 }
 
 /// Whether all values are usable: finite actions, weights of 0 to 1, limits of 0 to 1000.
@@ -256,6 +328,27 @@ mod tests {
         assert_eq!(p.weights, [1.0, 0.5, 0.0, 0.0], "two actions are left, whatever the horizon");
         let none = PreviousChunk::new(&[], [0, 2], &settings, [4, 3]).unwrap();
         assert_eq!(none.weights, [0.0; 4]);
+    }
+
+    #[test]
+    fn given_actions_replace_the_noise_and_stay_within_what_was_trained() {
+        let values = [1.0, 2.0, 3.0, 4.0];
+        let given = |delay, trained| PreviousChunk::given(&values, [2, 2], delay, trained, [4, 3]);
+        let p = given(2, 3).unwrap();
+        assert_eq!((p.rtc, &p.weights[..]), (Rtc::Trained, &[1.0, 1.0, 0.0, 0.0][..]));
+        let mut noise = [9.0; 12];
+        p.give(&mut noise);
+        assert_eq!(noise[..7], [1.0, 2.0, 0.0, 3.0, 4.0, 0.0, 9.0]);
+        for (delay, trained) in [(2, 1), (3, 9), (1, 0)] {
+            let error = given(delay, trained).unwrap_err().to_string();
+            assert!(error.contains(&format!("{delay} actions can't be given")), "{error}");
+        }
+        let all = PreviousChunk::given(&[0.0; 4], [4, 1], 4, 9, [4, 3]).unwrap_err();
+        assert!(matches!(all, RtcError::Delay { horizon: 4, .. }));
+        let trained = Config { action_dim: 3, rtc_max_delay: 2, ..Config::pi05() };
+        assert_eq!(p.check(&trained, 4), Ok(()));
+        let other = Config { rtc_max_delay: 1, ..trained };
+        assert!(matches!(p.check(&other, 4), Err(RtcError::Delay { trained: 1, .. })));
     }
 
     #[test]

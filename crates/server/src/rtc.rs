@@ -16,6 +16,8 @@ pub struct RtcFields {
     /// `inference_delay`, `execution_horizon`, `prefix_attention_schedule`,
     /// `max_guidance_weight`.
     pub settings: Settings,
+    /// `rtc_mode`: guided (the default), or the first `inference_delay` actions given.
+    pub trained: bool,
     /// `return_model_actions`: whether the answer brings the chunk in model space, too.
     pub return_model_actions: bool,
 }
@@ -50,6 +52,7 @@ impl RtcFields {
             "execution_horizon",
             "prefix_attention_schedule",
             "max_guidance_weight",
+            "rtc_mode",
             "return_model_actions",
         ];
         if !known.contains(&key) {
@@ -68,6 +71,11 @@ impl RtcFields {
             "execution_horizon" => settings.execution_horizon = integer(value, MAX_ROWS)? as usize,
             "prefix_attention_schedule" => settings.schedule = schedule(value)?,
             "max_guidance_weight" => settings.limit = limit(value)?,
+            "rtc_mode" => match value {
+                Value::Str(mode) if mode.eq_ignore_ascii_case("guided") => self.trained = false,
+                Value::Str(mode) if mode.eq_ignore_ascii_case("trained") => self.trained = true,
+                _ => return Err("\"guided\" or \"trained\"".into()),
+            },
             "return_model_actions" => match value {
                 Value::Bool(wanted) => self.return_model_actions = *wanted,
                 _ => return Err("true or false".into()),
@@ -149,6 +157,7 @@ mod tests {
         assert_eq!(exp.settings.schedule, Schedule::Exp);
         let limit = take("max_guidance_weight", Value::Float(2.5)).unwrap().settings.limit;
         assert_eq!(limit, 2.5);
+        assert!(take("rtc_mode", Value::Str("trained".into())).unwrap().trained);
         assert!(take("return_model_actions", Value::Bool(true)).unwrap().return_model_actions);
         assert_eq!(take("inference_delay", Value::Nil), Ok(RtcFields::default()));
     }
@@ -166,6 +175,7 @@ mod tests {
             ("prefix_attention_schedule", text.clone(), "\"linear\", \"exp\""),
             ("max_guidance_weight", Value::Float(f64::INFINITY), "from 0 to 1000"),
             ("max_guidance_weight", Value::Int(-1), "from 0 to 1000"),
+            ("rtc_mode", Value::Bool(true), "\"guided\" or \"trained\""),
             ("return_model_actions", Value::Int(1), "true or false"),
         ] {
             let error = take(key, value).unwrap_err();

@@ -1,7 +1,7 @@
 //! Sums of a product → arena: bias, activation, residual, rotary embedding, while the tile is in
 //! cache.
 
-use pirouette_model::program::{Epilogue, Guidance, Positions};
+use pirouette_model::program::{Epilogue, Gate, Guidance, Positions};
 
 use super::math::{gelu, silu};
 use super::operand::pack_chunk;
@@ -90,11 +90,14 @@ impl Lanes for Finish<'_> {
             .plan
             .bias
             .map_or(zero, |b| self.columns(&self.context.vector(b.table.0)[b.row * n..][..n]));
-        let gate = match self.plan.epilogue {
+        let gate_of = |g: Gate, row: usize| {
+            self.columns(&self.context.vector(g.table.0)[(row * 3 + 2) * n..][..n])
+        };
+        let (gate, of_given) = match self.plan.epilogue {
             Epilogue::Add { gate: Some(g), .. } => {
-                self.columns(&self.context.vector(g.table.0)[(g.row * 3 + 2) * n..][..n])
+                (gate_of(g, g.row), g.given_row.map(|row| gate_of(g, row)))
             }
-            _ => [[1.0; CHUNK]; 2],
+            _ => ([[1.0; CHUNK]; 2], None),
         };
         let (sums, _) = self.sums.as_chunks::<CHUNK>();
         if let (Feeding::Feeds(cols), Some(fed)) = (self.plan.feeding, self.context.fed) {
@@ -108,7 +111,10 @@ impl Lanes for Finish<'_> {
                 }
             }
             match self.pair.role {
-                Role::Columns => self.columns_row::<FMA>(row, y, &gate),
+                Role::Columns => {
+                    let given = of_given.as_ref().filter(|_| self.context.is_given(row));
+                    self.columns_row::<FMA>(row, y, given.unwrap_or(&gate));
+                }
                 Role::GateUp => self.gate_up_row::<FMA>(row, y),
                 Role::Rotate { to_key, col, angle } => {
                     self.rotate_row::<FMA>(row, y, to_key, col, angle);
@@ -193,6 +199,8 @@ impl Finish<'_> {
                         *t = mul_add::<FMA>(*gate, *y, *t);
                     }
                 }
+                Epilogue::AddFree { .. } if self.context.is_given(row) => {}
+                Epilogue::AddFree { .. } => target.iter_mut().zip(y).for_each(|(t, y)| *t += y),
                 Epilogue::Guide { guidance, .. } => match guided(self.context, &guidance, row) {
                     None => target.iter_mut().zip(y).for_each(|(t, y)| *t += y),
                     Some((chunk, step, pull)) => {
@@ -273,9 +281,18 @@ pub(crate) fn finish_row(
     };
     match (&plan.places, plan.epilogue) {
         (Places::One(out), Epilogue::Add { gate, .. }) => {
+            let gate = gate.map(|g| {
+                let given = g.given_row.filter(|_| context.is_given((group, row)));
+                &context.vector(g.table.0)[(given.unwrap_or(g.row) * 3 + 2) * n..][..n]
+            });
             for (i, (t, y)) in target(out).iter_mut().zip(y).enumerate() {
-                let gate = gate.map_or(1.0, |g| context.vector(g.table.0)[(g.row * 3 + 2) * n + i]);
+                let gate = gate.map_or(1.0, |gate| gate[i]);
                 *t += gate * *y;
+            }
+        }
+        (Places::One(out), Epilogue::AddFree { .. }) => {
+            if !context.is_given((group, row)) {
+                target(out).iter_mut().zip(y).for_each(|(t, y)| *t += *y);
             }
         }
         (Places::One(out), Epilogue::Guide { guidance, .. }) => {

@@ -34,6 +34,7 @@ fn config(head_dim: usize) -> Config {
         vocab: 50,
         action_dim: 5,
         rope_bf16: false,
+        rtc_max_delay: 0,
     }
 }
 
@@ -159,7 +160,7 @@ impl Builder {
             0 => Norm::None,
             1 => Norm::Rms { scale: (n % 16 != 8).then(|| self.vector(1, k)) },
             2 => Norm::Layer { scale: self.vector(1, k) },
-            _ => Norm::Adaptive { table: self.vector(2, 3 * k), row: 1 },
+            _ => Norm::Adaptive { table: self.vector(2, 3 * k), row: 1, given_row: None },
         };
         let element = of_rim(self);
         let out = |b: &mut Self, cols, poison| b.view(element, count, cols, gaps, poison);
@@ -175,7 +176,8 @@ impl Builder {
             4 => Epilogue::Add { out: out(self, n, false), gate: None },
             5 => {
                 let table = self.vector(3, 3 * n);
-                Epilogue::Add { out: out(self, n, false), gate: Some(Gate { table, row: 2 }) }
+                let gate = Some(Gate { table, row: 2, given_row: None });
+                Epilogue::Add { out: out(self, n, false), gate }
             }
             6 => {
                 rows = 2 * n;
