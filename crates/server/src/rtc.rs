@@ -116,12 +116,14 @@ fn limit(value: &Value) -> Result<f32, String> {
 }
 
 fn left_over(value: &Value, space: Space) -> Result<LeftOver, String> {
-    let want = || "an array of float32 or float64 [actions, dims], all finite".to_string();
+    let want =
+        || format!("an array of float32 or float64 [1 to {MAX_ROWS} actions, dims], all finite");
     let Value::Array(array @ NdArray { shape, .. }) = value else { return Err(want()) };
     if let [0, cols] = shape[..] {
         return Ok(LeftOver { shape: [0, cols], values: vec![], space });
     }
-    let (shape, values) = matrix(array).ok_or_else(want)?;
+    let few = |m: &([usize; 2], Vec<f64>)| m.0[0] as i128 <= MAX_ROWS;
+    let (shape, values) = matrix(array).filter(few).ok_or_else(want)?;
     Ok(LeftOver { shape, values, space })
 }
 
@@ -168,7 +170,7 @@ mod tests {
         for (key, value, want) in [
             ("prev_chunk_left_over", rows(2, f64::NAN), "all finite"),
             ("prev_chunk_left_over", Value::List(vec![]), "array"),
-            ("prev_chunk_left_over", rows(2000, 0.0), "an array"),
+            ("prev_chunk_left_over", rows(1025, 0.0), "1 to 1024 actions"),
             ("inference_delay", Value::Int(-1), "from 0 to 1024"),
             ("inference_delay", Value::Float(1.5), "integer"),
             ("execution_horizon", Value::Int(1025), "from 0 to 1024"),
@@ -178,7 +180,7 @@ mod tests {
             ("rtc_mode", Value::Bool(true), "\"guided\" or \"trained\""),
             ("return_model_actions", Value::Int(1), "true or false"),
         ] {
-            let error = take(key, value).unwrap_err();
+            let error = take(key, value).expect_err(key);
             assert!(error.contains(want), "{key}: {error}");
         }
         let mut both = RtcFields::default();
