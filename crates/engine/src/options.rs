@@ -68,7 +68,8 @@ impl EngineOptions {
         }
     }
 
-    /// The bucket of the default steps, without real-time chunking, for that many cameras and prompt tokens.
+    /// The bucket of the default steps, without real-time chunking, for that many cameras and
+    /// prompt tokens.
     pub fn bucket(&self, cameras: usize, prompt_len: usize) -> Bucket {
         Bucket {
             cameras,

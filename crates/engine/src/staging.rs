@@ -30,7 +30,7 @@ impl Staging {
         self.state.resize(shape.batch * config.action_dim, 0.0);
         self.noise.resize(actions, 0.0);
         let tied = (shape.rtc != Rtc::Off) as usize;
-        // Zeros: a slot that nobody fills is not tied to anything.
+        // Zeros: warm-ups and the canary fill in none, and are not tied to anything.
         for (values, n) in
             self.previous.iter_mut().zip([actions, shape.batch * shape.horizon, shape.batch])
         {

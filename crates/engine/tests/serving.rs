@@ -119,7 +119,7 @@ async fn requests_with_a_previous_chunk_share_batches_with_their_kind() {
         }
         assert_eq!(answer.actions, want, "request {i}");
     }
-    // A slot that nobody fills, and the next plain request: nothing is left of a previous chunk.
+    // Nothing of a previous chunk is left for the next plain request.
     assert!(engine.submit(tied(1)).unwrap().await.is_ok());
     let plain = engine.submit(request(2)).unwrap().await.unwrap();
     assert_eq!(plain.actions, expected(&request(2), 2));
