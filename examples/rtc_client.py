@@ -16,12 +16,12 @@ from openpi_client import websocket_client_policy
 
 
 class RtcPolicy:
-    """One action per call; a new chunk is asked for as soon as `refill` actions or fewer are left."""
+    """One action per call; a new chunk is asked for once `refill` actions or fewer are left."""
 
     def __init__(self, policy, hz: float, refill: int = 30, execution_horizon: int = 10):
         self.policy, self.hz = policy, hz
         self.refill, self.execution_horizon = refill, execution_horizon
-        self.actions = self.model_actions = None  # the chunk in execution, as robot and model see it
+        self.actions = self.model_actions = None  # the chunk in execution, for robot and model
         self.next = 0  # its first action that was not yet executed
         self.executed = 0  # actions executed in all
         self.slowest = 0.0  # seconds of the slowest answer so far
@@ -39,8 +39,9 @@ class RtcPolicy:
         with self.lock:
             left = len(self.actions) - self.next
             if left <= self.refill and not (self.running and self.running.is_alive()):
-                self.running = threading.Thread(target=self._replace, args=(observation,), daemon=True)
-                self.running.start()
+                work = threading.Thread(target=self._replace, args=(observation,), daemon=True)
+                self.running = work
+                work.start()
             action = self.actions[min(self.next, len(self.actions) - 1)]  # late: hold the last one
             self.next += 1
             self.executed += 1
@@ -95,7 +96,7 @@ def main():
         action = robot.step(random_droid())
         print(np.array2string(action, precision=3, suppress_small=True))  # drive the robot here
         time.sleep(max(0.0, 1 / args.hz - (time.monotonic() - started)))
-    print(f"{robot.executed} actions of {robot.chunks} chunks, slowest answer {robot.slowest:.3f} s")
+    print(f"{robot.executed} actions, {robot.chunks} chunks, slowest answer {robot.slowest:.3f} s")
 
 
 if __name__ == "__main__":

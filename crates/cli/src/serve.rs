@@ -62,7 +62,7 @@ pub struct ServeArgs {
     /// Euler steps (default: the configuration's).
     #[arg(long)]
     pub steps: Option<usize>,
-    /// Compile the programs of real-time chunking before the first request, too.
+    /// On a GPU, compile the programs of real-time chunking before the first request, too.
     #[arg(long)]
     pub rtc: bool,
     /// openpi's flag; nothing is recorded.

@@ -1,5 +1,5 @@
-//! Guided programs on openpi's tiny models against the plain f64 form, and against themselves without
-//! a previous chunk.
+//! Programs with real-time chunking on openpi's tiny models against the plain f64 form, and against
+//! themselves without a previous chunk.
 
 use std::sync::Arc;
 
