@@ -17,10 +17,14 @@ import numpy as np
 from openpi_client import websocket_client_policy
 
 PIROUETTE = os.environ["PIROUETTE"]
-TESTDATA = pathlib.Path(__file__).parents[2] / "testdata"
+ROOT = pathlib.Path(__file__).parents[2]
+TESTDATA = ROOT / "testdata"
 CASES = TESTDATA / "A_tiny" / "e2e"
 TOKENIZER = TESTDATA / "D_preprocess" / "tokenizer" / "tok_bpe.model"
 DTYPES = {"U8": "u1", "F32": "<f4", "F64": "<f8", "I32": "<i4", "I64": "<i8", "BOOL": "?"}
+
+sys.path.insert(0, str(ROOT / "examples"))
+from rtc_client import RtcPolicy  # noqa: E402
 
 
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -144,6 +148,29 @@ class GoldenPolicies(unittest.TestCase):
             run = subprocess.run(command, capture_output=True, text=True)
             self.assertEqual([len(row.split()) for row in run.stdout.splitlines()], [14] * 50)
 
+    def test_real_time_chunking_with_the_example(self):
+        case = read(CASES / "pi05_droid" / "case.safetensors")
+        request = observation(case, "pick up the cup") | {"seed": 5}
+        with Served("pi05_droid", "pi05_droid") as server:
+            robot = RtcPolicy(server.client(), hz=1000.0, refill=8)
+            for _ in range(8):
+                robot.step(request)
+            first = robot.actions
+            # Seven were left after the eighth: the next chunk is on its way.
+            robot.running.join(timeout=60)
+            self.assertEqual((robot.chunks, robot.error), (2, None))
+            guided, free = robot.actions, server.client().infer(request)["actions"]
+            self.assertEqual(guided.shape, (15, 8))
+            self.assertEqual(robot.model_actions.shape, (15, 8))
+            # Same seed, same observation: the guidance alone makes the difference, and it pulls
+            # the new chunk's first actions to those that were left of the first one.
+            left = first[8:]
+            gap = lambda chunk: np.abs(chunk[:4] - left[:4]).mean()
+            self.assertLess(gap(guided), gap(free))
+            plain = server.client().infer(request | {"inference_delay": 3})
+            np.testing.assert_array_equal(plain["actions"], free)
+            self.assertNotIn("model_actions", plain)
+
     def test_errors_are_openpis(self):
         case = read(CASES / "pi05_droid" / "case.safetensors")
         good = observation(case, "pick up the cup")
@@ -152,6 +179,8 @@ class GoldenPolicies(unittest.TestCase):
             (good | {"observation/joint_position": np.full(7, np.nan)}, "ValueError"),
             (good | {"observation/wrist_image_left": np.zeros((2, 2), np.uint8)}, "Error"),
             ({k: v for k, v in good.items() if k != "prompt"}, "ValueError: Prompt is required"),
+            (good | {"prev_chunk_left_over": np.zeros((16, 8))}, "ValueError: the previous chunk"),
+            (good | {"inference_delay": -1}, "ValueError: `inference_delay` must be"),
         ]
         with Served("pi05_droid", "pi05_droid") as server:
             for request, wanted in bad:

@@ -146,6 +146,8 @@ pub struct LeRobot {
     pub tokenizer_name: Option<String>,
     /// Mode per kind of feature as in `config.json`; the processor's own map is the one applied.
     pub normalization_mapping: Vec<(FeatureKind, NormMode)>,
+    /// Most leading actions a π0.5 model was trained to take as given; 0: it was not.
+    pub rtc_training_max_delay: usize,
     /// The whole `rtc_config`, if not null.
     pub rtc: Option<Value>,
     /// Steps before the model.
@@ -204,6 +206,10 @@ impl LeRobot {
                     .and_then(|s| s.config.get("tokenizer_name")?.as_str())
                     .map(String::from),
                 normalization_mapping: norm_map(&config["normalization_mapping"])?,
+                rtc_training_max_delay: match family {
+                    Family::Pi0 => 0,
+                    Family::Pi05 => fields.size("rtc_training_max_delay", 0)?,
+                },
                 rtc: Some(config["rtc_config"].clone()).filter(|v| !v.is_null()),
                 preprocessor: vec![],
                 postprocessor: vec![],

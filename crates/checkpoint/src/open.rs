@@ -106,7 +106,8 @@ fn open_torch(layout: Layout, foreign: &[&str]) -> Result<Checkpoint, Checkpoint
     let source = TorchSource::new(files, mapping)?;
     let stored_name =
         |name: &str| source.mapping().used.get(name).cloned().unwrap_or_else(|| name.to_string());
-    let config = model_of(&source, heads, vec![], &stored_name)?;
+    let mut config = model_of(&source, heads, vec![], &stored_name)?;
+    config.rtc_max_delay = lerobot.as_ref().map_or(0, |policy| policy.rtc_training_max_delay);
     if let Some(policy) = &lerobot
         && policy.family != config.family
     {

@@ -141,6 +141,16 @@ fn weights_without_prefix_are_renamed_as_lerobot_does() {
 }
 
 #[test]
+fn a_trained_delay_is_pi05s() {
+    for (family, want) in [("pi0", 0), ("pi05", 6)] {
+        let mut json = config(family);
+        json["rtc_training_max_delay"] = 6.into();
+        let found = opened(&prefixed(tiny(family)), &json).unwrap();
+        assert_eq!(found.config.rtc_max_delay, want, "{family}");
+    }
+}
+
+#[test]
 fn settings_and_statistics_are_read() {
     let checkpoint = opened(&prefixed(tiny("pi0")), &config("pi0")).unwrap();
     let policy = checkpoint.lerobot.as_ref().unwrap();

@@ -22,6 +22,7 @@ fn tiny(family: Family) -> Config {
         vocab: 512,
         action_dim: 32,
         rope_bf16: false,
+        rtc_max_delay: 0,
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use pirouette_model::{Config, Family, Shape};
+use pirouette_model::{Config, Family, Rtc, Shape};
 
 /// π0 and π0.5 robot-policy inference: a drop-in for openpi's policy server.
 #[derive(Parser)]
@@ -145,6 +145,7 @@ impl ShapeArgs {
             prompt_tokens: self.prompt_tokens,
             horizon: self.horizon,
             steps: self.steps,
+            rtc: Rtc::Off,
         }
     }
 }

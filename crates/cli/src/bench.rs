@@ -253,6 +253,7 @@ impl RandomInputs {
             prompt_len: &self.prompt_len,
             state: &self.state,
             noise: &self.noise,
+            previous: None,
         }
     }
 }

@@ -100,6 +100,7 @@ pub fn run(args: &InferArgs) -> Result<()> {
         tokens: input.tokens,
         state: input.state,
         noise: Noise::Seed(seed),
+        previous: None,
         steps: None,
         deadline: None,
     };

@@ -18,6 +18,7 @@ mod plan;
 mod profile;
 mod replay;
 mod report;
+mod rtc;
 mod serve;
 mod service;
 mod setup;

@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use pirouette_engine::{BucketRule, DeviceFactory, Engine, EngineOptions, SwapReport};
-use pirouette_model::{BackendError, Device, WeightTable};
+use pirouette_engine::{Bucket, BucketRule, DeviceFactory, Engine, EngineOptions, SwapReport};
+use pirouette_model::{BackendError, Device, Rtc, WeightTable};
 use pirouette_policy::{Policy, contract};
 
 use crate::args::{DeviceArgs, WeightArgs};
@@ -44,6 +44,8 @@ pub struct ModelPlan {
     pub steps: Option<usize>,
     /// One program for everybody.
     pub deterministic: bool,
+    /// Real-time chunking is warm from the start.
+    pub rtc: bool,
     /// How long a free device waits for company.
     pub window: Duration,
 }
@@ -108,6 +110,10 @@ impl ModelPlan {
             let prompts = (1..=6).map(|i| 16 * i).filter(|p| *p <= c.max_token_len.max(16));
             options.warm = prompts.map(|p| options.bucket(cameras, p)).collect();
             options.warm.dedup();
+            if self.rtc {
+                let guided = options.warm.iter().map(|b| Bucket { rtc: Rtc::Guided, ..*b });
+                options.warm.extend(guided.collect::<Vec<_>>());
+            }
             // What is warm stays; and some room for the canary and for rare shapes.
             let warm = options.warm.len() * options.rule.batches.len();
             options.executables = options.executables.max(warm + 8);
@@ -259,6 +265,7 @@ mod tests {
             max_batch: None,
             steps: None,
             deterministic: false,
+            rtc: false,
             window: Duration::ZERO,
         }
     }
@@ -279,6 +286,7 @@ mod tests {
         let prepared = model.policy.prepare(&sample_observation(model.policy.config(), 3)).unwrap();
         let input = prepared.input.clone();
         let pending = model.engine.submit(Request {
+            previous: None,
             images: input.images,
             tokens: input.tokens,
             state: input.state,

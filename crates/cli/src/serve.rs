@@ -94,6 +94,9 @@ pub struct ServeArgs {
     /// Euler steps (default: the configuration's).
     #[arg(long)]
     pub steps: Option<usize>,
+    /// On a GPU, compile the programs of real-time chunking before the first request, too.
+    #[arg(long)]
+    pub rtc: bool,
     /// Serve from several GPUs on one port: `all`, or their numbers as in `0,2`.
     #[arg(long, conflicts_with = "device")]
     pub gpus: Option<String>,
@@ -168,6 +171,7 @@ pub fn load(args: &ServeArgs) -> Result<PolicyService> {
         max_batch: args.max_batch,
         steps: args.steps,
         deterministic: args.deterministic,
+        rtc: args.rtc,
         window: Duration::from_secs_f64(args.window_ms / 1e3),
     };
     if plan.is_null()? {

@@ -15,6 +15,7 @@ use pirouette_server::{
 
 use crate::device;
 use crate::model::{Model, Served};
+use crate::rtc;
 
 /// A policy over an engine.
 pub struct PolicyService {
@@ -108,12 +109,15 @@ impl PolicyService {
             (None, Some(seed)) => Noise::Seed(seed),
             (None, None) => Noise::Drawn,
         };
+        let sizes = &model.engine.options().tables[0].config;
+        let previous = rtc::previous_chunk(sizes, &model.policy, &prepared, &context.rtc)?;
         let input = prepared.input.clone();
         let pending = model.engine.submit(Request {
             images: input.images,
             tokens: input.tokens,
             state: input.state,
             noise,
+            previous,
             steps: context.steps,
             deadline: context.deadline,
         })?;
@@ -131,6 +135,9 @@ impl PolicyService {
         if self.null {
             extras.push(("null_device".into(), Value::Bool(true)));
         }
+        if context.rtc.return_model_actions {
+            extras.extend(rtc::model_actions(&model.policy, &answer));
+        }
         let (model_ms, timing) = (answer.timing.run.total_ms, Some(answer.timing));
         Ok(Reply { actions, model_ms, timing, extras })
     }
@@ -144,7 +151,8 @@ struct SwapRequest {
     checkpoint: Option<PathBuf>,
 }
 
-fn refused(error: PolicyError) -> ServiceError {
+/// A policy's error as the client sees it.
+pub fn refused(error: PolicyError) -> ServiceError {
     ServiceError {
         detail: Some(error.remedy().to_string()),
         ..ServiceError::exception(error.exception(), error.message())

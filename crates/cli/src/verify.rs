@@ -97,7 +97,10 @@ struct Run {
 fn kept(step: &Step) -> Option<BufferId> {
     match &step.op {
         Op::Linear(l) => match &l.epilogue {
-            Epilogue::Add { out, .. } | Epilogue::StorePosition { out, .. } => Some(out.buffer),
+            Epilogue::Add { out, .. }
+            | Epilogue::AddFree { out }
+            | Epilogue::Guide { out, .. }
+            | Epilogue::StorePosition { out, .. } => Some(out.buffer),
             Epilogue::Store { out } if !step.name.ends_with(".qkv") => Some(out.buffer),
             Epilogue::Rope { q: None, k, .. } => Some(k.buffer),
             _ => None,

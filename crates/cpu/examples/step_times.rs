@@ -9,7 +9,7 @@ use std::time::Instant;
 use pirouette_checkpoint::Synthetic;
 use pirouette_cpu::{Options, load};
 use pirouette_model::{
-    Config, DType, Executable, Inputs, Shape, SourceError, Tensor, TensorSource, record,
+    Config, DType, Executable, Inputs, Rtc, Shape, SourceError, Tensor, TensorSource, record,
 };
 
 /// The tensors of a model, filled with one short sequence over and over: quick to make.
@@ -56,7 +56,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let options = Options { threads, ..Options::default() };
     let mut device = load(config, 10, &source, options, &mut |_, _| {})?;
     println!("loaded in {:.1} s", start.elapsed().as_secs_f64());
-    let shape = Shape { batch: 1, cameras: 3, prompt_tokens: 20, horizon: 10, steps: 10 };
+    let shape =
+        Shape { batch: 1, cameras: 3, prompt_tokens: 20, horizon: 10, steps: 10, rtc: Rtc::Off };
     let program = Arc::new(record(&config, shape)?);
     let images: Vec<u8> = (0..3 * 224 * 224 * 3).map(|i| (i * 7 % 251) as u8).collect();
     let noise: Vec<f32> = (0..10 * 32).map(|i| (i % 13) as f32 / 6.0 - 1.0).collect();
@@ -69,6 +70,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         prompt_len: &prompt_len,
         state: &state,
         noise: &noise,
+        previous: None,
     };
     let mut actions = vec![0.0; noise.len()];
     let mut executable = device.compile_cpu(program.clone())?;

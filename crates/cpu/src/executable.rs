@@ -43,6 +43,13 @@ impl Context<'_> {
         }
     }
 
+    /// Whether a row of a suffix is a given action.
+    #[inline]
+    pub(crate) fn is_given(&self, (group, row): (u32, u32)) -> bool {
+        let previous = self.inputs.previous;
+        previous.is_some_and(|p| p.row(group as usize, row as usize).1 > 0.0)
+    }
+
     /// The vector or table behind a weight.
     #[inline]
     pub(crate) fn vector(&self, weight: usize) -> &[f32] {

@@ -340,7 +340,9 @@ impl<'a> Planner<'a> {
             | Epilogue::Gelu { out }
             | Epilogue::Silu { out }
             | Epilogue::GeGlu { out }
-            | Epilogue::Add { out, .. } => Places::One(self.place(out)),
+            | Epilogue::Add { out, .. }
+            | Epilogue::AddFree { out }
+            | Epilogue::Guide { out, .. } => Places::One(self.place(out)),
             Epilogue::Rope { q, k, v, head_dim, .. } => Places::Rope {
                 q: q.as_ref().map(|q| self.place(q)),
                 k: self.place(k),

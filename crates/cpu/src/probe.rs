@@ -61,8 +61,15 @@ pub fn product(
     let scratch = (0..threads)
         .map(|_| Ok(Mutex::new(Words::zeroed(plan.scratch_words, "scratch memory")?)))
         .collect::<Result<Vec<_>, BackendError>>()?;
-    let inputs =
-        Inputs { images: &[], cameras: &[], tokens: &[], prompt_len: &[], state: &[], noise: &[] };
+    let inputs = Inputs {
+        images: &[],
+        cameras: &[],
+        tokens: &[],
+        prompt_len: &[],
+        state: &[],
+        noise: &[],
+        previous: None,
+    };
     let live =
         || LiveRows { segments: vec![(0, rows)], rows: (0..rows as u32).map(|r| (0, r)).collect() };
     let mut pool = Pool::new(threads)?;

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use pirouette_cpu::{Arena, Isa, Options, Precision, load_table};
 use pirouette_model::config::{Config, Family, Gemma, Vision};
 use pirouette_model::program::{
-    Attention, Bias, Buffer, BufferId, Element, Epilogue, Gate, KeyMask, Linear, Norm, Op,
-    Positions, Program, Role, Shape, Step, View, WeightId,
+    Attention, Bias, Buffer, BufferId, Element, Epilogue, Gate, Guidance, KeyMask, Linear, Norm,
+    Op, Positions, Program, Role, Shape, Step, View, WeightId,
 };
 use pirouette_model::weights::{Kind, Recipe, WeightSpec};
-use pirouette_model::{Inputs, MemorySource, WeightTable};
+use pirouette_model::{Inputs, MemorySource, Previous, Rtc, WeightTable};
 use reference::Reference;
 
 const BATCH: usize = 3;
@@ -59,6 +59,7 @@ impl Sketch {
             vocab: 11,
             action_dim: cols,
             rope_bf16: false,
+            rtc_max_delay: 0,
         };
         let mut table = WeightTable::new(config, 1);
         table.specs.clear();
@@ -133,6 +134,7 @@ impl Sketch {
             prompt_tokens: PROMPT,
             horizon: self.rows,
             steps: 1,
+            rtc: Rtc::Guided,
         };
         let Sketch { table, source, buffers, steps, mut noise, .. } = self;
         let reference = Reference::load(&table, &source);
@@ -142,6 +144,11 @@ impl Sketch {
         let images: Vec<u8> = (0..BATCH * SLOTS * 243).map(|i| (i * 89 % 256) as u8).collect();
         let tokens: Vec<u32> = (0..BATCH * PROMPT).map(|i| (i * 7 % 11) as u32).collect();
         let values = noise.many(BATCH * shape.horizon * config.action_dim);
+        let chunks = noise.many(values.len());
+        // Free rows, rows held fast, and rows in between.
+        let weight = |i| if i % 3 == 2 { 0.5 + 0.5 * noise.next() } else { (i % 3) as f32 };
+        let weights: Vec<f32> = (0..BATCH * shape.horizon).map(weight).collect();
+        let limits = [10.0, 0.0, 1.5];
         let inputs = Inputs {
             images: &images,
             cameras: &[1, 2, 2],
@@ -149,6 +156,7 @@ impl Sketch {
             prompt_len: &[33, 1, 43],
             state: &noise.many(BATCH * config.action_dim),
             noise: &values,
+            previous: Some(Previous { chunks: &chunks, weights: &weights, limits: &limits }),
         };
         let mut want: Vec<Vec<Vec<f64>>> = Vec::new();
         reference.run(&program, &inputs, |_, buffers| want.push(buffers.clone()));
@@ -215,7 +223,10 @@ fn norms() {
                 0 => Norm::None,
                 1 => Norm::Rms { scale: None },
                 2 => Norm::Layer { scale: s.weight(1, k, Kind::Vector) },
-                _ => Norm::Adaptive { table: s.weight(3, 3 * k, Kind::Vector), row: 2 },
+                _ => {
+                    let table = s.weight(3, 3 * k, Kind::Vector);
+                    Norm::Adaptive { table, row: 2, given_row: None }
+                }
             };
             let out = s.padded("out", rows, n);
             s.linear(s.input(), norm, n, which % 2 == 0, Epilogue::Store { out });
@@ -229,7 +240,8 @@ fn epilogues() {
     for (rows, k, n) in SIZES {
         let mut s = Sketch::new(rows, k);
         let table = s.weight(rows, n, Kind::Vector);
-        let gate = Some(Gate { table: s.weight(2, 3 * n, Kind::Vector), row: 1 });
+        let table_of_gate = s.weight(2, 3 * n, Kind::Vector);
+        let gate = Some(Gate { table: table_of_gate, row: 1, given_row: None });
         let stream = s.padded("stream", rows, n);
         let x = s.input();
         s.linear(x, Norm::None, n, false, Epilogue::Store { out: stream });
@@ -247,6 +259,44 @@ fn epilogues() {
             s.linear(stream, Norm::Rms { scale: None }, n, which != 1, epilogue);
         }
         s.check(&format!("epilogues {rows}×{k}×{n}"));
+    }
+}
+
+#[test]
+fn guided_euler_steps() {
+    for (rows, cols) in [(1, 3), (5, 16), (7, 33), (11, 32), (23, 48)] {
+        let mut s = Sketch::new(rows, cols);
+        let mut previous = |name: &str, rows, cols| {
+            s.buffer(&format!("previous.{name}"), rows, cols, Element::F32, Role::Input)
+        };
+        let chunk = previous("chunk", BATCH * rows, cols);
+        let weights = previous("weights", BATCH * rows, 1);
+        let limits = previous("limits", BATCH, 1);
+        for time in [1.0f32, 0.7, 0.05] {
+            let strength = pirouette_model::rtc::strength(time);
+            let guidance = Guidance { chunk, weights, limits, time, strength, pull: 0.1 };
+            let out = s.input();
+            s.linear(out, Norm::None, cols, true, Epilogue::Guide { out, guidance });
+        }
+        s.check(&format!("guided {rows}×{cols}"));
+    }
+}
+
+/// Rows of given actions take another row of the modulation table and are not stepped.
+#[test]
+fn given_actions() {
+    for (rows, cols) in [(1, 3), (5, 16), (7, 33), (11, 32), (23, 48)] {
+        let mut s = Sketch::new(rows, cols);
+        s.buffer("previous.weights", BATCH * rows, 1, Element::F32, Role::Input);
+        let x = s.input();
+        let stream = s.padded("stream", rows, cols);
+        let [table, gates] = [0, 1].map(|_| s.weight(3, 3 * cols, Kind::Vector));
+        let norm = Norm::Adaptive { table, row: 0, given_row: Some(2) };
+        let gate = Some(Gate { table: gates, row: 1, given_row: Some(2) });
+        s.linear(x, norm, cols, false, Epilogue::Store { out: stream });
+        s.linear(x, norm, cols, true, Epilogue::Add { out: stream, gate });
+        s.linear(stream, norm, cols, true, Epilogue::AddFree { out: x });
+        s.check(&format!("given {rows}×{cols}"));
     }
 }
 

@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use pirouette_checkpoint::Synthetic;
 use pirouette_cuda::gauge::Gauge;
 use pirouette_cuda::{CudaDevice, CudaExecutable, Tier};
-use pirouette_model::{Config, Device, Executable, Inputs, Shape, WeightTable, record_with};
+use pirouette_model::{Config, Device, Executable, Inputs, Rtc, Shape, WeightTable, record_with};
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -36,6 +36,7 @@ fn main() -> Result<()> {
         prompt_tokens: number(4, 20)?,
         horizon: number(5, 10)?,
         steps: 10,
+        rtc: Rtc::Off,
     };
     let begin = Instant::now();
     let table = Arc::new(WeightTable::new(config, shape.steps));
@@ -119,6 +120,7 @@ impl Request {
             prompt_len: &self.prompt_len,
             state: &self.state,
             noise: &self.noise,
+            previous: None,
         }
     }
 }

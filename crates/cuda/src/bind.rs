@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use pirouette_model::BackendError;
 use pirouette_model::arena;
-use pirouette_model::program::{BufferId, Element, Linear, Norm, Op, Program, Role, Stage, View};
+use pirouette_model::program::{
+    BufferId, Element, Epilogue, Linear, Norm, Op, Program, Role, Stage, View,
+};
 use pirouette_model::schedule::rope_angles;
 
 use crate::driver::{Context, DeviceMemory, Pinned, Stream};
@@ -162,7 +164,7 @@ impl Binding {
         self.scratch.address() + self.normed as u64
     }
 
-    /// Room for the largest product of the loop before its epilogue.
+    /// Room for the largest product of the loop whose epilogue is a kernel of its own.
     pub fn product(&self) -> u64 {
         self.scratch.address() + self.product as u64
     }
@@ -281,12 +283,14 @@ fn normed_bytes(program: &Program) -> usize {
     inputs.max().unwrap_or(0)
 }
 
-/// Bytes of the largest bf16 product of the loop whose epilogue is a kernel of its own.
+/// Bytes of the largest product of the loop whose epilogue is a kernel of its own: bf16, but for
+/// the guided Euler step's.
 fn product_bytes(program: &Program) -> usize {
     let products = program.steps.iter().filter_map(|step| match &step.op {
         Op::Linear(linear) if step.stage() == Stage::Denoise => {
             let n = program.weights.spec(linear.weight).rows.next_multiple_of(16);
-            Some(linear.groups * linear.input.count * n * 2)
+            let guided = matches!(linear.epilogue, Epilogue::Guide { .. });
+            Some(linear.groups * linear.input.count * n * if guided { 4 } else { 2 })
         }
         _ => None,
     });

@@ -43,6 +43,7 @@ static CUBINS: &[Cubin] = &[
     hopper!("gemm_sm90"),
     hopper!("patchify"),
     portable!("portable_attention"),
+    portable!("portable_guide"),
     portable!("portable_linear"),
     portable!("portable_rim"),
     portable!("portable_rows"),

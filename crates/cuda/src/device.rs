@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use pirouette_model::{
-    BackendError, Device, Executable, Program, Shape, TensorSource, WeightTable, record_with,
+    BackendError, Device, Executable, Program, Rtc, Shape, TensorSource, WeightTable, record_with,
 };
 
 use crate::cubins;
@@ -46,8 +46,14 @@ impl CudaDevice {
         source: &dyn TensorSource,
     ) -> Result<Self, BackendError> {
         // Any shape will do: the same steps use the same weights.
-        let shape =
-            Shape { batch: 1, cameras: 1, prompt_tokens: 1, horizon: 1, steps: table.steps };
+        let shape = Shape {
+            batch: 1,
+            cameras: 1,
+            prompt_tokens: 1,
+            horizon: 1,
+            steps: table.steps,
+            rtc: Rtc::Off,
+        };
         let program = record_with(table, shape)
             .map_err(|error| BackendError::Unavailable(error.to_string()))?;
         Self::open_for(ordinal, &program, source)

@@ -4,12 +4,16 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use pirouette_model::program::{Program, Stage};
-use pirouette_model::{BackendError, Executable, Inputs, StageTimes};
+use pirouette_model::{BackendError, Executable, Inputs, Rtc, StageTimes};
 
 use crate::bind::Binding;
 use crate::device::{Shared, Tier};
 use crate::driver::{Event, Graph, Launch, Pinned};
 use crate::tier_portable;
+
+/// The norms of the loop's kernels take one modulation per step, not one per row.
+const NO_GIVEN_ACTIONS: &str = "real-time chunking with given actions (rtc_mode \"trained\") does \
+    not run on a GPU: use the guided mode, or serve with --device cpu";
 
 /// A compiled program. Fields drop in order: graphs before the memory they name.
 pub struct CudaExecutable {
@@ -31,6 +35,9 @@ impl CudaExecutable {
         tier: Tier,
     ) -> Result<Self, BackendError> {
         check_weights(&shared, &program)?;
+        if program.shape.rtc == Rtc::Trained {
+            return Err(BackendError::Unsupported(NO_GIVEN_ACTIONS.into()));
+        }
         shared.context.make_current()?;
         let bound = Binding::new(&shared.context, &shared.stream, program.clone())?;
         let mut host = Pinned::new(&shared.context, bound.io_bytes)?;
@@ -164,6 +171,11 @@ impl CudaExecutable {
         put("tokens", bytemuck::cast_slice(inputs.tokens));
         put("state", bytemuck::cast_slice(inputs.state));
         put("actions", bytemuck::cast_slice(inputs.noise));
+        if let Some(previous) = &inputs.previous {
+            put("previous.chunk", bytemuck::cast_slice(previous.chunks));
+            put("previous.weights", bytemuck::cast_slice(previous.weights));
+            put("previous.limits", bytemuck::cast_slice(previous.limits));
+        }
         let lengths: Vec<u32> = inputs
             .cameras
             .iter()

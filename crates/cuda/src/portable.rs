@@ -268,6 +268,34 @@ pub struct AttentionParams {
     pub pad: u32,
 }
 
+/// Parameters of `portable_guide`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct GuideParams {
+    /// x, updated in place.
+    pub out: View,
+    /// f32 [rows][n]
+    pub y: u64,
+    /// f32 [rows][n]
+    pub chunk: u64,
+    /// f32 [rows]
+    pub weights: u64,
+    /// f32 [rows / period]
+    pub limits: u64,
+    /// Columns.
+    pub n: u32,
+    /// Rows of a sample.
+    pub period: u32,
+    /// t
+    pub time: f32,
+    /// Guidance before its limit.
+    pub strength: f32,
+    /// −dt
+    pub pull: f32,
+    /// 0
+    pub pad: u32,
+}
+
 const _: () = assert!(size_of::<View>() == 32);
 const _: () = assert!(size_of::<Output>() == 160);
 const _: () = assert!(size_of::<LinearParams>() == 32 + 8 + 16 + 160);
@@ -277,6 +305,7 @@ const _: () = assert!(size_of::<FinishParams>() == 24 + 160);
 const _: () = assert!(size_of::<PatchifyParams>() == 32);
 const _: () = assert!(size_of::<EmbedParams>() == 72);
 const _: () = assert!(size_of::<AttentionParams>() == 176);
+const _: () = assert!(size_of::<GuideParams>() == 32 + 4 * 8 + 6 * 4);
 
 /// Widest head `portable_attention` takes.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -298,6 +327,7 @@ pub struct Portable {
     patchify: Function,
     embed: Function,
     attention: Function,
+    guide: Function,
 }
 
 impl Portable {
@@ -307,6 +337,7 @@ impl Portable {
         let rows = cubins::load(context, "portable_rows")?;
         let rim = cubins::load(context, "portable_rim")?;
         let attention = cubins::load(context, "portable_attention")?;
+        let guide = cubins::load(context, "portable_guide")?;
         Ok(Portable {
             large: linear.function("portable_linear_large", LARGE_SHARED as usize)?,
             small: linear.function("portable_linear_small", SMALL_SHARED as usize)?,
@@ -316,6 +347,7 @@ impl Portable {
             patchify: rows.function("portable_patchify", 0)?,
             embed: rows.function("portable_embed", 0)?,
             attention: attention.function("portable_attention", 0)?,
+            guide: guide.function("portable_guide", 0)?,
         })
     }
 
@@ -363,6 +395,12 @@ impl Portable {
     pub fn embed(&self, p: EmbedParams, samples: u32) -> Launch {
         let grid = [p.out.count - p.image_tokens, samples, 1];
         let launch = Launch::new(self.embed.clone(), grid, 128, vec![Arg::of(&p)]);
+        Launch { dependent: true, ..launch }
+    }
+
+    /// The Euler step of real-time chunking over `rows` rows of a product.
+    pub fn guide(&self, p: GuideParams, rows: u32) -> Launch {
+        let launch = Launch::new(self.guide.clone(), [rows, 1, 1], 128, vec![Arg::of(&p)]);
         Launch { dependent: true, ..launch }
     }
 

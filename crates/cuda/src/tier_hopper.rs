@@ -226,8 +226,9 @@ impl Hopper {
                 p.kv_ld = bound.pitch(k.buffer) as u32;
                 GemmEpilogue::Rope
             }
-            Epilogue::Silu { .. } => {
-                return Err(BackendError::Unavailable("no tower ends in SiLU".into()));
+            Epilogue::Silu { .. } | Epilogue::AddFree { .. } | Epilogue::Guide { .. } => {
+                let why = format!("no Hopper kernel takes step `{}`", bound.program.steps[at].name);
+                return Err(BackendError::Unavailable(why));
             }
         };
         self.gemm.product(epilogue, w, x, p)

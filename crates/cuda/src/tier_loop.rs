@@ -1,8 +1,8 @@
 //! Euler-loop step → launches on Hopper: the denoise kernels while a step has few rows, tower
 //! products beyond.
 
-use pirouette_model::BackendError;
 use pirouette_model::program::{Epilogue, Linear, Norm, Op, Positions, Program};
+use pirouette_model::{BackendError, Rtc};
 
 use crate::bind::Binding;
 use crate::denoise::{Denoise, EdgeParams, ProductParams, Role, Rows};
@@ -11,7 +11,7 @@ use crate::driver::Launch;
 use crate::gemm::{Gemm, GemmEpilogue, GemmParams, Operand};
 use crate::load::Weights;
 use crate::portable::{FinishParams, Portable};
-use crate::tier_portable::{normalise, normed_view, output, table_row};
+use crate::tier_portable::{self, normalise, normed_view, output, table_row};
 
 /// Whether the loop runs on the denoise kernels.
 pub fn is_small(program: &Program) -> bool {
@@ -34,6 +34,8 @@ pub struct LoopPlan<'a> {
 impl LoopPlan<'_> {
     /// A step of a loop of few rows. One edge kernel does action.out, the Euler step, and the
     /// next step's action.in; in front of the first step it does the state token and action.in.
+    /// Where the Euler step is guided, action.out and it are the portable tier's, and the edge
+    /// kernel does action.in alone.
     pub fn small(
         &self,
         denoise: &Denoise,
@@ -44,13 +46,23 @@ impl LoopPlan<'_> {
         let name = self.bound.program.steps[at].name.as_str();
         let (step, op) = name.trim_start_matches("denoise.").split_once('.').unwrap_or_default();
         let step: usize = step.trim_start_matches("step").parse().unwrap_or(0);
+        let guided = self.bound.program.shape.rtc == Rtc::Guided;
         let launch = match op {
             "state" => return Ok(Vec::new()),
-            "action.in" if step > 0 => return Ok(Vec::new()),
-            "action.in" => Some(denoise.edge(self.edge(packed, None, Some(linear)))),
+            "action.in" if step > 0 && !guided => return Ok(Vec::new()),
+            "action.in" => {
+                let state = self.linear_named("denoise.step0.state").filter(|_| step == 0);
+                Some(denoise.edge(self.edge(packed, None, Some(linear), state)))
+            }
+            "action.out" if guided => {
+                let (portable, weights, bound) = (self.portable, self.weights, self.bound);
+                let (step, mut launches) = (&bound.program.steps[at], Vec::with_capacity(2));
+                tier_portable::linear(portable, weights, bound, step, linear, &mut launches)?;
+                return Ok(launches);
+            }
             "action.out" => {
                 let next = self.linear_named(&format!("denoise.step{}.action.in", step + 1));
-                Some(denoise.edge(self.edge(packed, Some(linear), next)))
+                Some(denoise.edge(self.edge(packed, Some(linear), next, None)))
             }
             _ => self.product(denoise, packed, linear),
         };
@@ -66,7 +78,13 @@ impl LoopPlan<'_> {
         })
     }
 
-    fn edge(&self, packed: &Packed, out: Option<&Linear>, next: Option<&Linear>) -> EdgeParams {
+    fn edge(
+        &self,
+        packed: &Packed,
+        out: Option<&Linear>,
+        next: Option<&Linear>,
+        state: Option<&Linear>,
+    ) -> EdgeParams {
         let (bound, weights) = (self.bound, self.weights);
         let bias = |linear: &Linear| {
             let cols = weights.table.spec(linear.weight).rows;
@@ -85,7 +103,7 @@ impl LoopPlan<'_> {
             (p.stream, p.stream_rows) = (stream.base, Rows::of(&stream));
             p.out_weight = weights.address(linear.weight);
             p.out_bias = bias(linear);
-            if let Norm::Adaptive { table, row } = linear.norm {
+            if let Norm::Adaptive { table, row, .. } = linear.norm {
                 p.norm_scale = table_row(weights, table, row, 3 * linear.input.cols);
                 p.norm_shift = p.norm_scale + linear.input.cols as u64 * 4;
             }
@@ -99,7 +117,6 @@ impl LoopPlan<'_> {
             }
             p.silu = matches!(linear.epilogue, Epilogue::Silu { .. }) as u32;
         }
-        let state = self.linear_named("denoise.step0.state").filter(|_| out.is_none());
         if let Some(linear) = state {
             p.state = bound.view(&linear.input).base;
             p.state_weight = packed.matrix(linear.weight).unwrap_or(0);
@@ -138,7 +155,7 @@ impl LoopPlan<'_> {
                 scaled = true;
                 p.scale = weights.address(scale);
             }
-            Norm::Adaptive { table, row } => {
+            Norm::Adaptive { table, row, .. } => {
                 scaled = true;
                 p.scale = table_row(weights, table, row, 3 * linear.input.cols);
                 p.bias = packed.bias(linear.weight, table, row)?;

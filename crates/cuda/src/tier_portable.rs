@@ -2,7 +2,7 @@
 
 use pirouette_model::BackendError;
 use pirouette_model::program::{
-    Attention, Epilogue, KeyMask, Linear, Norm, Op, Positions, Step, WeightId,
+    Attention, Epilogue, Guidance, KeyMask, Linear, Norm, Op, Positions, Step, View, WeightId,
 };
 use pirouette_model::weights::Kind;
 
@@ -60,7 +60,8 @@ fn unsupported(step: &Step, why: &str) -> BackendError {
     BackendError::Unavailable(format!("no CUDA kernel takes step `{}`: {why}", step.name))
 }
 
-fn linear(
+/// A product with its norm and its epilogue.
+pub fn linear(
     kernels: &Portable,
     weights: &Weights,
     bound: &Binding,
@@ -68,6 +69,9 @@ fn linear(
     linear: &Linear,
     launches: &mut Vec<Launch>,
 ) -> Result<(), BackendError> {
+    if matches!(linear.epilogue, Epilogue::AddFree { .. }) {
+        return Err(unsupported(step, "actions can't be given"));
+    }
     let (norm, modulation) = norm_of(weights, linear);
     let rows = (linear.groups * linear.input.count) as u32;
     let k = linear.input.cols as u32;
@@ -86,6 +90,7 @@ fn linear(
         let params =
             portable::RimParams { input, weight, modulation, rows, k, norm, pad: 0, output };
         launches.push(kernels.rim(params));
+        launches.extend(guide(kernels, bound, linear));
         return Ok(());
     }
     if norm != portable::Norm::None {
@@ -97,7 +102,42 @@ fn linear(
     let (packed_n, ldw) = (place.rows as u32, place.ld as u32);
     let params = portable::LinearParams { input, weight, rows, k, packed_n, ldw, output };
     launches.push(kernels.linear(params));
+    launches.extend(guide(kernels, bound, linear));
     Ok(())
+}
+
+/// The guided Euler step after its product; no other epilogue has a launch of its own here.
+fn guide(kernels: &Portable, bound: &Binding, linear: &Linear) -> Option<Launch> {
+    let Epilogue::Guide { out, guidance } = &linear.epilogue else { return None };
+    let Guidance { chunk, weights, limits, time, strength, pull } = *guidance;
+    let params = portable::GuideParams {
+        out: bound.view(out),
+        y: bound.product(),
+        chunk: bound.address(chunk),
+        weights: bound.address(weights),
+        limits: bound.address(limits),
+        n: out.cols as u32,
+        period: out.count as u32,
+        time,
+        strength,
+        pull,
+        pad: 0,
+    };
+    Some(kernels.guide(params, (linear.groups * out.count) as u32))
+}
+
+/// The room for a product that another launch finishes, rows one after the other in f32.
+fn product_view(bound: &Binding, linear: &Linear, out: &View) -> portable::View {
+    let (ld, rows) = (out.cols as u32, (linear.groups * out.count) as u32);
+    portable::View {
+        base: bound.product(),
+        ld,
+        stride: rows,
+        first: 0,
+        count: rows,
+        f32: 1,
+        pad: 0,
+    }
 }
 
 /// The launch that leaves norm(x) in the binding's room for it.
@@ -135,7 +175,7 @@ fn norm_of(weights: &Weights, linear: &Linear) -> (portable::Norm, u64) {
             (portable::Norm::Rms, scale.map_or(0, |scale| weights.address(scale)))
         }
         Norm::Layer { scale } => (portable::Norm::Layer, weights.address(scale)),
-        Norm::Adaptive { table, row } => {
+        Norm::Adaptive { table, row, .. } => {
             (portable::Norm::Adaptive, table_row(weights, table, row, 3 * linear.input.cols))
         }
     }
@@ -168,12 +208,19 @@ pub fn output(weights: &Weights, bound: &Binding, linear: &Linear) -> portable::
         Epilogue::Gelu { out } => (portable::Epilogue::Gelu, out),
         Epilogue::Silu { out } => (portable::Epilogue::Silu, out),
         Epilogue::GeGlu { out } => (portable::Epilogue::GeGlu, out),
+        // Refused before; the step of given actions differs from it in given rows alone.
+        Epilogue::AddFree { out } => (portable::Epilogue::Add, out),
         Epilogue::Add { out, gate } => {
             // The gate is the last third of its row.
             o.aux = gate.map_or(0, |gate| {
                 table_row(weights, gate.table, gate.row, 3 * n) + (2 * n * 4) as u64
             });
             (portable::Epilogue::Add, out)
+        }
+        Epilogue::Guide { out, .. } => {
+            o.epilogue = portable::Epilogue::Store as u32;
+            o.out = product_view(bound, linear, out);
+            return o;
         }
         Epilogue::Rope { q, k, v, head_dim, positions } => {
             o.aux = bound.rope();

@@ -1,6 +1,6 @@
 //! A request's sizes → the bucket (compiled shape) it runs in.
 
-use pirouette_model::Shape;
+use pirouette_model::{Rtc, Shape};
 
 /// What requests of one batch share: everything of a program's shape but the batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -13,6 +13,8 @@ pub struct Bucket {
     pub horizon: usize,
     /// Euler steps.
     pub steps: usize,
+    /// Whether the chunk is tied to the one before it.
+    pub rtc: Rtc,
 }
 
 impl Bucket {
@@ -24,6 +26,7 @@ impl Bucket {
             prompt_tokens: self.prompt_tokens,
             horizon: self.horizon,
             steps: self.steps,
+            rtc: self.rtc,
         }
     }
 }
@@ -80,7 +83,8 @@ impl BucketRule {
     /// Whether two requests may run in one batch.
     pub(crate) fn compatible(&self, a: &Bucket, b: &Bucket) -> bool {
         let same_prompt = self.mix_prompts || a.prompt_tokens == b.prompt_tokens;
-        same_prompt && (a.cameras, a.horizon, a.steps) == (b.cameras, b.horizon, b.steps)
+        let rest = |b: &Bucket| (b.cameras, b.horizon, b.steps, b.rtc);
+        same_prompt && rest(a) == rest(b)
     }
 }
 
@@ -110,11 +114,12 @@ mod tests {
 
     #[test]
     fn only_prompts_may_differ_within_a_batch() {
-        let a = Bucket { cameras: 2, prompt_tokens: 16, horizon: 50, steps: 10 };
+        let a = Bucket { cameras: 2, prompt_tokens: 16, horizon: 50, steps: 10, rtc: Rtc::Off };
         let longer = Bucket { prompt_tokens: 32, ..a };
         assert!(BucketRule::gpu(4).compatible(&a, &longer));
         assert!(!BucketRule::cpu(4).compatible(&a, &longer));
         assert!(!BucketRule::gpu(4).compatible(&a, &Bucket { cameras: 3, ..a }));
         assert!(!BucketRule::gpu(4).compatible(&a, &Bucket { steps: 5, ..a }));
+        assert!(!BucketRule::gpu(4).compatible(&a, &Bucket { rtc: Rtc::Guided, ..a }));
     }
 }

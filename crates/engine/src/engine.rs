@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use pirouette_model::Rtc;
 use tokio::sync::oneshot;
 
 use crate::batches::BatchRecord;
@@ -168,10 +169,19 @@ impl Engine {
         if let Some(i) = request.state.iter().position(|v| !v.is_finite()) {
             return invalid(format!("value {i} of the state is {}", request.state[i]));
         }
-        let (noise, seed) = self.noise(request.noise)?;
-        let bucket = crate::Bucket { steps, ..options.bucket(cameras, prompt) };
-        let Request { images, tokens, state, .. } = request;
-        Ok((JobInputs { bucket, images, tokens, state, noise }, seed))
+        if let Some(previous) = &request.previous {
+            previous
+                .check(config, options.horizon)
+                .map_err(|e| EngineError::Invalid(e.to_string()))?;
+        }
+        let rtc = request.previous.as_ref().map_or(Rtc::Off, |previous| previous.rtc);
+        let (mut noise, seed) = self.noise(request.noise)?;
+        if let Some(previous) = &request.previous {
+            previous.give(&mut noise);
+        }
+        let bucket = crate::Bucket { steps, rtc, ..options.bucket(cameras, prompt) };
+        let Request { images, tokens, state, previous, .. } = request;
+        Ok((JobInputs { bucket, images, tokens, state, noise, previous }, seed))
     }
 
     fn noise(&self, noise: Noise) -> Result<(Vec<f32>, Option<u64>), EngineError> {

@@ -119,7 +119,8 @@ impl NullDevice {
     }
 
     /// The actions of one sample: half its noise plus a number in [0, 1) that depends on every
-    /// pixel, token and state value of the sample and on nothing else.
+    /// pixel, token and state value of the sample and on nothing else. A program with real-time
+    /// chunking moves each towards the previous chunk's by its weight.
     pub fn actions(
         images: &[u8],
         tokens: &[u32],
@@ -185,6 +186,12 @@ impl Executable for NullExecutable {
                 &inputs.noise[b * row..][..row],
                 actions,
             );
+            for (i, actions) in actions.chunks_mut(config.action_dim).enumerate() {
+                let Some(previous) = inputs.previous else { break };
+                let (chunk, weight, _) = previous.row(b, i);
+                let pull = |(action, to): (&mut f32, &f32)| *action += weight * (to - *action);
+                actions.iter_mut().zip(chunk).for_each(pull);
+            }
         }
         if self.device.sensitive {
             let slots = shape.batch * 31 + shape.prompt_tokens * 7 + shape.cameras;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pirouette_model::{BackendError, Device, WeightTable};
+use pirouette_model::{BackendError, Device, Rtc, WeightTable};
 
 use crate::bucket::{Bucket, BucketRule};
 use crate::canary::CanaryOptions;
@@ -68,13 +68,15 @@ impl EngineOptions {
         }
     }
 
-    /// The bucket of the default steps for that many cameras and prompt tokens.
+    /// The bucket of the default steps, without real-time chunking, for that many cameras and
+    /// prompt tokens.
     pub fn bucket(&self, cameras: usize, prompt_len: usize) -> Bucket {
         Bucket {
             cameras: self.rule.cameras.map_or(cameras, |room| room.max(cameras)),
             prompt_tokens: self.rule.prompt_tokens(prompt_len, self.max_prompt_tokens),
             horizon: self.horizon,
             steps: self.tables.first().map_or(0, |t| t.steps),
+            rtc: Rtc::Off,
         }
     }
 

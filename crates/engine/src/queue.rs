@@ -6,6 +6,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use pirouette_model::PreviousChunk;
 use tokio::sync::oneshot;
 
 use crate::bucket::{Bucket, BucketRule};
@@ -30,6 +31,8 @@ pub(crate) struct JobInputs {
     pub(crate) tokens: Vec<u32>,
     pub(crate) state: Vec<f32>,
     pub(crate) noise: Vec<f32>,
+    /// There exactly if the bucket has real-time chunking.
+    pub(crate) previous: Option<PreviousChunk>,
 }
 
 /// Where the answer goes.
@@ -228,9 +231,12 @@ fn choose_slots(
 
 #[cfg(test)]
 mod tests {
+    use pirouette_model::Rtc;
+
     use super::*;
 
-    const BUCKET: Bucket = Bucket { cameras: 1, prompt_tokens: 16, horizon: 2, steps: 3 };
+    const BUCKET: Bucket =
+        Bucket { cameras: 1, prompt_tokens: 16, horizon: 2, steps: 3, rtc: Rtc::Off };
 
     type Receiver = oneshot::Receiver<Result<Answer, EngineError>>;
 
@@ -242,6 +248,7 @@ mod tests {
             tokens: Vec::new(),
             state: Vec::new(),
             noise: Vec::new(),
+            previous: None,
         };
         let deadline = deadline_ms.map(|ms| arrived + Duration::from_millis(ms));
         (

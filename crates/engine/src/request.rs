@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use pirouette_model::{BackendError, StageTimes};
+use pirouette_model::{BackendError, PreviousChunk, StageTimes};
 
 /// Where the denoising starts.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,6 +27,8 @@ pub struct Request {
     pub state: Vec<f32>,
     /// Where the denoising starts.
     pub noise: Noise,
+    /// The chunk in execution, to which the new one is tied (real-time chunking).
+    pub previous: Option<PreviousChunk>,
     /// Euler steps; the engine's default when `None`.
     pub steps: Option<usize>,
     /// An answer after this instant is worthless; the request is refused as soon as it is clear

@@ -309,11 +309,17 @@ impl Session {
                 self.shrink(slots, error);
                 self.end()
             }
-            BackendError::InputSize { .. } | BackendError::InputValue { .. } => self.end(),
+            BackendError::InputSize { .. }
+            | BackendError::InputValue { .. }
+            | BackendError::Unsupported(_) => self.end(),
             _ => return Err(error.to_string()),
         };
         let replies = replies.map(|r| r.replies).unwrap_or_default();
-        self.shared.refuse(replies, &EngineError::Unavailable(error.to_string()));
+        let error = match error {
+            BackendError::Unsupported(why) => EngineError::Invalid(why.clone()),
+            _ => EngineError::Unavailable(error.to_string()),
+        };
+        self.shared.refuse(replies, &error);
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! The inputs of a batch, gathered into the flat buffers a backend wants.
 
-use pirouette_model::{Config, Inputs, Shape};
+use pirouette_model::{Config, Inputs, Previous, Rtc, Shape};
 
 use crate::queue::JobInputs;
 
@@ -13,6 +13,8 @@ pub(crate) struct Staging {
     pub(crate) prompt_len: Vec<u32>,
     pub(crate) state: Vec<f32>,
     pub(crate) noise: Vec<f32>,
+    /// Previous chunks, weights and limits; empty without real-time chunking.
+    previous: [Vec<f32>; 3],
     pub(crate) actions: Vec<f32>,
 }
 
@@ -27,6 +29,14 @@ impl Staging {
         self.prompt_len.resize(shape.batch, 0);
         self.state.resize(shape.batch * config.action_dim, 0.0);
         self.noise.resize(actions, 0.0);
+        let tied = (shape.rtc != Rtc::Off) as usize;
+        // Zeros: warm-ups and the canary fill in none, and are not tied to anything.
+        for (values, n) in
+            self.previous.iter_mut().zip([actions, shape.batch * shape.horizon, shape.batch])
+        {
+            values.clear();
+            values.resize(tied * n, 0.0);
+        }
         self.actions.resize(actions, 0.0);
         // An answer must be written by the run it belongs to: anything left over is not finite.
         self.actions.fill(f32::NAN);
@@ -53,11 +63,17 @@ impl Staging {
             let (from, n) = (slot * config.action_dim, config.action_dim);
             self.state[from..from + n].copy_from_slice(&job.state);
             self.noise[slot * action_row..][..action_row].copy_from_slice(&job.noise);
+            if let (Some(p), [chunks, weights, limits]) = (&job.previous, &mut self.previous) {
+                chunks[slot * action_row..][..action_row].copy_from_slice(&p.chunk);
+                weights[slot * shape.horizon..][..shape.horizon].copy_from_slice(&p.weights);
+                limits[slot] = p.limit;
+            }
         }
     }
 
     /// The inputs, and where the actions go.
     pub(crate) fn split(&mut self) -> (Inputs<'_>, &mut [f32]) {
+        let [chunks, weights, limits] = &self.previous;
         let inputs = Inputs {
             images: &self.images,
             cameras: &self.cameras,
@@ -65,6 +81,7 @@ impl Staging {
             prompt_len: &self.prompt_len,
             state: &self.state,
             noise: &self.noise,
+            previous: (!limits.is_empty()).then_some(Previous { chunks, weights, limits }),
         };
         (inputs, &mut self.actions)
     }

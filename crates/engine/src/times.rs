@@ -80,9 +80,12 @@ fn millis(ms: f64) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use pirouette_model::Rtc;
+
     use super::*;
 
-    const BUCKET: Bucket = Bucket { cameras: 3, prompt_tokens: 48, horizon: 50, steps: 10 };
+    const BUCKET: Bucket =
+        Bucket { cameras: 3, prompt_tokens: 48, horizon: 50, steps: 10, rtc: Rtc::Off };
 
     #[test]
     fn estimates_follow_measurements() {

@@ -2,9 +2,14 @@
 
 mod rig;
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pirouette_engine::{Engine, EngineError, Noise, Request};
+use pirouette_engine::{Engine, EngineError, EngineOptions, Noise, NullDevice, NullTimes, Request};
+use pirouette_model::rtc::Settings;
+use pirouette_model::{
+    BackendError, Config, Device, Executable, Family, PreviousChunk, Program, Rtc, WeightTable,
+};
 use rig::{HORIZON, due, eventually, expected, request};
 
 /// Keeps the device busy so that what is submitted next has to queue.
@@ -83,6 +88,89 @@ async fn a_batch_forms_from_what_waits() {
     let stats = engine.stats();
     assert_eq!(stats.batches.get(&8), Some(&1));
     assert_eq!((stats.accepted, stats.completed, stats.queue_depth), (9, 9, 0));
+}
+
+fn tied(i: usize) -> Request {
+    let left_over: Vec<f32> = (0..2 * 4).map(|v| v as f32 - i as f32).collect();
+    let settings = Settings { delay: 1, ..Settings::default() };
+    let previous = PreviousChunk::new(&left_over, [2, 4], &settings, [HORIZON, 4]).unwrap();
+    Request { previous: Some(previous), ..request(i) }
+}
+
+#[tokio::test]
+async fn requests_with_a_previous_chunk_share_batches_with_their_kind() {
+    let engine = rig::engine(&[(1, 100.0), (4, 110.0)], rig::options(4));
+    engine.wait_ready().await.unwrap();
+    let first = occupy(&engine).await;
+    let submit = |i| {
+        let request = if i % 2 == 0 { request(i) } else { tied(i) };
+        (i, request.clone(), engine.submit(request).unwrap())
+    };
+    let waiting: Vec<_> = (0..8).map(submit).collect();
+    first.await.unwrap();
+    for (i, request, pending) in waiting {
+        let answer = pending.await.unwrap();
+        assert_eq!((answer.timing.batch, answer.timing.slots), (4, 4), "request {i}");
+        let mut want = expected(&request, i as u64);
+        if let Some(p) = &request.previous {
+            assert_eq!(p.weights[..3], [1.0, 0.5, 0.0]);
+            for (at, (want, to)) in want.iter_mut().zip(&p.chunk).enumerate() {
+                *want += p.weights[at / 4] * (to - *want);
+            }
+        }
+        assert_eq!(answer.actions, want, "request {i}");
+    }
+    // Nothing of a previous chunk is left for the next plain request.
+    assert!(engine.submit(tied(1)).unwrap().await.is_ok());
+    let plain = engine.submit(request(2)).unwrap().await.unwrap();
+    assert_eq!(plain.actions, expected(&request(2), 2));
+}
+
+/// A device that has no kernels for given actions.
+struct NoGivenActions(NullDevice);
+
+impl Device for NoGivenActions {
+    fn name(&self) -> String {
+        self.0.name()
+    }
+
+    fn compile(&mut self, program: Arc<Program>) -> Result<Box<dyn Executable>, BackendError> {
+        match program.shape.rtc {
+            Rtc::Trained => Err(BackendError::Unsupported("use the guided mode".into())),
+            _ => self.0.compile(program),
+        }
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        0
+    }
+}
+
+#[tokio::test]
+async fn given_actions_are_part_of_the_noise_or_refused_without_harm() {
+    let config = Config { family: Family::Pi05, rtc_max_delay: 2, ..rig::config() };
+    let tables = vec![Arc::new(WeightTable::new(config, 3))];
+    let options = EngineOptions { tables, warm: vec![], ..rig::options(1) };
+    let left_over: Vec<f32> = (0..2 * 4).map(|v| v as f32).collect();
+    let given = PreviousChunk::given(&left_over, [2, 4], 2, 2, [HORIZON, 4]).unwrap();
+    let tied = || Request { previous: Some(given.clone()), ..request(1) };
+
+    let engine = rig::engine(&[(1, 0.0)], options.clone());
+    engine.wait_ready().await.unwrap();
+    let answer = engine.submit(tied()).unwrap().await.unwrap();
+    // The null device halves the noise, adds a number, and draws by the weights: all the way.
+    assert_eq!(answer.actions[..8], left_over);
+    assert_eq!(answer.actions[8..], expected(&request(1), 1)[8..]);
+
+    let null = NullDevice::new(NullTimes::constant(0.0));
+    let factory: pirouette_engine::DeviceFactory =
+        Arc::new(move || Ok(Box::new(NoGivenActions(null.clone()))));
+    let engine = Engine::start(vec![factory], options).unwrap();
+    engine.wait_ready().await.unwrap();
+    let refused = engine.submit(tied()).unwrap().await.unwrap_err();
+    assert_eq!(refused, EngineError::Invalid("use the guided mode".into()));
+    assert!(engine.submit(request(1)).unwrap().await.is_ok(), "the device is as good as before");
+    assert_eq!(engine.stats().devices[0].restarts, 0);
 }
 
 #[tokio::test]
@@ -218,7 +306,12 @@ async fn wrong_requests_are_named() {
     let engine = rig::engine(&[(1, 0.0)], rig::options(1));
     engine.wait_ready().await.unwrap();
     let good = || request(1);
-    let cases: [(&str, Request); 9] = [
+    let spoilt = |change: fn(&mut PreviousChunk)| {
+        let mut request = tied(1);
+        change(request.previous.as_mut().unwrap());
+        request
+    };
+    let cases: [(&str, Request); 12] = [
         ("0 cameras", Request { images: vec![], ..good() }),
         ("4 cameras", Request { images: vec![good().images[0].clone(); 4], ..good() }),
         ("an image has 3 bytes", Request { images: vec![vec![0; 3].into()], ..good() }),
@@ -228,12 +321,15 @@ async fn wrong_requests_are_named() {
         ("the state has 3", Request { state: vec![0.0; 3], ..good() }),
         ("value 2 of the state", Request { state: vec![0.0, 0.0, f32::INFINITY, 0.0], ..good() }),
         ("num_steps 7", Request { steps: Some(7), ..good() }),
+        ("the model takes at most [5, 4]", spoilt(|p| p.weights.truncate(4))),
+        ("value 3 of the previous chunk", spoilt(|p| p.chunk[3] = f32::NAN)),
+        ("guidance limit", spoilt(|p| p.limit = -1.0)),
     ];
     for (text, request) in cases {
         let error = engine.submit(request).unwrap_err();
         assert!(matches!(&error, EngineError::Invalid(e) if e.contains(text)), "{text}: {error}");
     }
-    assert_eq!(engine.stats().errors_for("invalid"), 9);
+    assert_eq!(engine.stats().errors_for("invalid"), 12);
     assert!(engine.submit(good()).unwrap().await.is_ok());
 }
 

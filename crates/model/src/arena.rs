@@ -22,7 +22,12 @@ impl Op {
             Op::Patchify { images, .. } => vec![*images],
             Op::EmbedTokens { tokens, .. } => vec![*tokens],
             Op::Linear(Linear { input, epilogue, .. }) => match epilogue {
-                Epilogue::Add { out, .. } => vec![input.buffer, out.buffer],
+                Epilogue::Add { out, .. } | Epilogue::AddFree { out } => {
+                    vec![input.buffer, out.buffer]
+                }
+                Epilogue::Guide { out, guidance: g } => {
+                    vec![input.buffer, out.buffer, g.chunk, g.weights, g.limits]
+                }
                 _ => vec![input.buffer],
             },
             Op::Attention(Attention { q, k, v, .. }) => vec![q.buffer, k.buffer, v.buffer],
@@ -40,7 +45,9 @@ impl Op {
                 | Epilogue::Gelu { out }
                 | Epilogue::Silu { out }
                 | Epilogue::GeGlu { out }
-                | Epilogue::Add { out, .. } => vec![out.buffer],
+                | Epilogue::Add { out, .. }
+                | Epilogue::AddFree { out }
+                | Epilogue::Guide { out, .. } => vec![out.buffer],
                 Epilogue::Rope { q, k, v, .. } => {
                     q.iter().chain([&k, &v]).map(|view| view.buffer).collect()
                 }
@@ -121,6 +128,7 @@ mod tests {
     use crate::config::Config;
     use crate::program::Shape;
     use crate::record::record;
+    use crate::rtc::Rtc;
 
     fn bytes_per(element: Element) -> usize {
         match element {
@@ -159,10 +167,13 @@ mod tests {
     #[test]
     fn buffers_alive_together_never_overlap() {
         for config in [Config::pi0(), Config::pi05()] {
-            for (batch, cameras, prompt_tokens, horizon, steps) in
-                [(1, 1, 1, 1, 1), (1, 3, 20, 10, 10), (3, 2, 48, 50, 2), (8, 3, 200, 50, 3)]
-            {
-                let shape = Shape { batch, cameras, prompt_tokens, horizon, steps };
+            for (batch, cameras, prompt_tokens, horizon, steps, rtc) in [
+                (1, 1, 1, 1, 1, Rtc::Guided),
+                (1, 3, 20, 10, 10, Rtc::Off),
+                (3, 2, 48, 50, 2, Rtc::Guided),
+                (8, 3, 200, 50, 3, Rtc::Off),
+            ] {
+                let shape = Shape { batch, cameras, prompt_tokens, horizon, steps, rtc };
                 let program = record(&config, shape).unwrap();
                 for align in [1, 64, 256] {
                     check(&program, align);
@@ -173,7 +184,14 @@ mod tests {
 
     #[test]
     fn vision_prefix_and_suffix_share_memory() {
-        let shape = Shape { batch: 1, cameras: 3, prompt_tokens: 20, horizon: 10, steps: 10 };
+        let shape = Shape {
+            batch: 1,
+            cameras: 3,
+            prompt_tokens: 20,
+            horizon: 10,
+            steps: 10,
+            rtc: Rtc::Off,
+        };
         let program = record(&Config::pi0(), shape).unwrap();
         let plan = check(&program, 256);
         let all: usize =
@@ -187,7 +205,14 @@ mod tests {
 
     #[test]
     fn every_read_of_scratch_follows_a_write() {
-        let shape = Shape { batch: 2, cameras: 2, prompt_tokens: 5, horizon: 4, steps: 2 };
+        let shape = Shape {
+            batch: 2,
+            cameras: 2,
+            prompt_tokens: 5,
+            horizon: 4,
+            steps: 2,
+            rtc: Rtc::Guided,
+        };
         for config in [Config::pi0(), Config::pi05()] {
             let program = record(&config, shape).unwrap();
             let mut written: Vec<bool> =

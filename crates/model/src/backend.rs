@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::program::Program;
+use crate::rtc::{Rtc, check_values};
 
 /// Inputs of one run, `batch` samples, all buffers sized by the program's shape.
 #[derive(Clone, Copy, Debug)]
@@ -17,8 +18,23 @@ pub struct Inputs<'a> {
     pub prompt_len: &'a [u32],
     /// `[batch, action_dim]` normalised state (π0; ignored by π0.5).
     pub state: &'a [f32],
-    /// `[batch, horizon, action_dim]` standard normal noise.
+    /// `[batch, horizon, action_dim]` standard normal noise; with [`Rtc::Trained`] the rows of
+    /// given actions hold these ([`crate::PreviousChunk::give`]).
     pub noise: &'a [f32],
+    /// The chunks a program with real-time chunking ties the new ones to; other programs ignore
+    /// them.
+    pub previous: Option<Previous<'a>>,
+}
+
+/// The previous chunks of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Previous<'a> {
+    /// `[batch, horizon, action_dim]`, model space, all finite.
+    pub chunks: &'a [f32],
+    /// `[batch, horizon]`, 0 (the action is free) to 1. A sample without a previous chunk has 0s.
+    pub weights: &'a [f32],
+    /// `[batch]`: upper limit of each sample's guidance, 0 to 1000.
+    pub limits: &'a [f32],
 }
 
 /// Why a backend could not load, compile or run.
@@ -63,6 +79,9 @@ pub enum BackendError {
         /// What is wrong with it.
         reason: String,
     },
+    /// The device has no kernels for a program; others run. The text says what to do instead.
+    #[error("{0}")]
+    Unsupported(String),
     /// The device failed while running; it must be reopened.
     #[error("the device failed: {0}")]
     Device(String),
@@ -149,6 +168,25 @@ impl Inputs<'_> {
         if let Some(i) = self.noise.iter().position(|v| !v.is_finite()) {
             return value("noise", format!("element {i} is {}", self.noise[i]));
         }
-        Ok(())
+        if shape.rtc == Rtc::Off {
+            return Ok(());
+        }
+        let Some(previous) = &self.previous else {
+            return value("previous", "the program has real-time chunking, there is none".into());
+        };
+        size("previous.chunks", previous.chunks.len(), self.noise.len())?;
+        size("previous.weights", previous.weights.len(), shape.batch * shape.horizon)?;
+        size("previous.limits", previous.limits.len(), shape.batch)?;
+        let Previous { chunks, weights, limits } = *previous;
+        check_values(chunks, weights, limits).or_else(|e| value("previous", e.to_string()))
+    }
+}
+
+impl<'a> Previous<'a> {
+    /// Of action `row` of a sample: what it is drawn to, its weight, and the sample's limit.
+    pub fn row(&self, sample: usize, row: usize) -> (&'a [f32], f32, f32) {
+        let horizon = self.weights.len() / self.limits.len();
+        let (at, cols) = (sample * horizon + row, self.chunks.len() / self.weights.len());
+        (&self.chunks[at * cols..][..cols], self.weights[at], self.limits[sample])
     }
 }

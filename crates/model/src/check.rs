@@ -73,7 +73,10 @@ impl Program {
             Ok(())
         };
         match l.norm {
-            Norm::Adaptive { table: t, row } => table("modulation", t, row, 3 * spec.cols)?,
+            Norm::Adaptive { table: t, row, given_row } => {
+                table("modulation", t, row, 3 * spec.cols)?;
+                table("modulation", t, given_row.unwrap_or(row), 3 * spec.cols)?;
+            }
             Norm::Rms { scale: Some(t) } | Norm::Layer { scale: t } => {
                 table("norm scale", t, 0, spec.cols)?;
             }
@@ -99,7 +102,22 @@ impl Program {
             Epilogue::Add { out, gate } => {
                 if let Some(gate) = gate {
                     table("gate", gate.table, gate.row, 3 * spec.rows)?;
+                    let given_row = gate.given_row.unwrap_or(gate.row);
+                    table("gate", gate.table, given_row, 3 * spec.rows)?;
                 }
+                output(out, spec.rows)
+            }
+            Epilogue::AddFree { out } => {
+                same("rows of a chunk", out.count, self.shape.horizon)?;
+                output(out, spec.rows)
+            }
+            Epilogue::Guide { out, guidance } => {
+                let of = |id: BufferId| (self.buffers[id.0].rows, self.buffers[id.0].cols);
+                let rows = l.groups * out.count;
+                pair("previous chunk", of(guidance.chunk), (rows, out.cols))?;
+                pair("weights", of(guidance.weights), (rows, 1))?;
+                pair("limits", of(guidance.limits), (l.groups, 1))?;
+                same("rows of a chunk", out.count, self.shape.horizon)?;
                 output(out, spec.rows)
             }
             Epilogue::Rope { q, k, v, head_dim, .. } => {
@@ -141,22 +159,33 @@ fn same(what: &str, got: usize, want: usize) -> Result<(), String> {
     if got == want { Ok(()) } else { Err(format!("{what}: {got}, expected {want}")) }
 }
 
+fn pair(what: &str, got: (usize, usize), want: (usize, usize)) -> Result<(), String> {
+    same(what, got.0, want.0)?;
+    same(what, got.1, want.1)
+}
+
 #[cfg(test)]
 mod tests {
     use crate::program::{Op, Shape};
-    use crate::{Config, record};
+    use crate::{Config, Rtc, record};
 
     fn shape() -> Shape {
-        Shape { batch: 2, cameras: 2, prompt_tokens: 7, horizon: 5, steps: 2 }
+        Shape { batch: 2, cameras: 2, prompt_tokens: 7, horizon: 5, steps: 2, rtc: Rtc::Off }
     }
 
     #[test]
     fn recorded_programs_pass() {
-        for config in [Config::pi0(), Config::pi05()] {
+        let trained = Config { rtc_max_delay: 8, ..Config::pi05() };
+        for config in [Config::pi0(), Config::pi05(), trained] {
             for batch in [1, 2, 64] {
                 for cameras in 1..=3 {
-                    let program = record(&config, Shape { batch, cameras, ..shape() }).unwrap();
-                    assert_eq!(program.check(), Ok(()));
+                    for rtc in [Rtc::Off, Rtc::Guided, Rtc::Trained] {
+                        let shape = Shape { batch, cameras, rtc, ..shape() };
+                        match record(&config, shape) {
+                            Ok(program) => assert_eq!(program.check(), Ok(())),
+                            Err(e) => assert!(rtc == Rtc::Trained && config != trained, "{e}"),
+                        }
+                    }
                 }
             }
         }

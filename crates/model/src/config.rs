@@ -88,6 +88,9 @@ pub struct Config {
     /// RoPE frequencies rounded to bf16, as openpi's PyTorch server computes them. Off by default:
     /// JAX and the paper use exact ones.
     pub rope_bf16: bool,
+    /// Most leading actions the model was trained to take as given (LeRobot's
+    /// `rtc_training_max_delay`, π0.5 only); 0: it was not.
+    pub rtc_max_delay: usize,
 }
 
 /// Names of tensors and prefixes, openpi's PyTorch spelling.
@@ -144,6 +147,7 @@ impl Config {
             vocab: 257_152,
             action_dim: 32,
             rope_bf16: false,
+            rtc_max_delay: 0,
         }
     }
 
@@ -250,7 +254,14 @@ impl Config {
             vocab: embed[0],
             action_dim: action[1],
             rope_bf16: false,
+            rtc_max_delay: 0,
         })
+    }
+
+    /// Rows of a modulation table: one per Euler step and, for a model that was trained to take
+    /// actions as given, one for those (time 0).
+    pub fn modulation_rows(&self, steps: usize) -> usize {
+        steps + (self.rtc_max_delay > 0) as usize
     }
 
     /// Width of the K (or V) row of one token; there is one K/V head.

@@ -84,7 +84,10 @@ impl Program {
         let rows = (linear.groups * linear.input.count) as f64;
         let read = elements(linear.groups, &linear.input);
         let written = match &linear.epilogue {
-            Epilogue::Add { out, .. } => 2.0 * elements(linear.groups, out),
+            Epilogue::Add { out, .. } | Epilogue::AddFree { out } => {
+                2.0 * elements(linear.groups, out)
+            }
+            Epilogue::Guide { out, .. } => 3.0 * elements(linear.groups, out),
             Epilogue::GeGlu { out } => elements(linear.groups, out),
             _ => rows * spec.rows as f64,
         };
@@ -185,10 +188,17 @@ impl Op {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Config, Shape, record};
+    use crate::{Config, Rtc, Shape, record};
 
     fn reference() -> Program {
-        let shape = Shape { batch: 1, cameras: 3, prompt_tokens: 20, horizon: 10, steps: 10 };
+        let shape = Shape {
+            batch: 1,
+            cameras: 3,
+            prompt_tokens: 20,
+            horizon: 10,
+            steps: 10,
+            rtc: Rtc::Off,
+        };
         record(&Config::pi0(), shape).expect("the reference workload is within limits")
     }
 

@@ -7,10 +7,12 @@
 use crate::config::Family;
 use crate::config::names::EXPERT;
 use crate::program::{
-    Attention, Bias, Element, Epilogue, Gate, KeyMask, Linear, Norm, Op, Positions, View, WeightId,
+    Attention, Bias, Element, Epilogue, Gate, Guidance, KeyMask, Linear, Norm, Op, Positions, View,
+    WeightId,
 };
 use crate::record::Recorder;
-use crate::schedule::dt;
+use crate::rtc::{Rtc, strength};
+use crate::schedule::{dt, times};
 use crate::weights::{BiasPart, Columns, Kind, Part, Recipe, WeightTable};
 
 /// Weights of the expert and of the action, state and time projections.
@@ -26,7 +28,8 @@ pub(crate) fn weights(table: &mut WeightTable) {
         if pi05 {
             for (norm, of) in norms.into_iter().zip(["attention", "mlp"]) {
                 let name = format!("{name}.{of}.modulation");
-                table.add(name, steps, 3 * d, Kind::Vector, Recipe::Modulation(norm));
+                let rows = c.modulation_rows(steps);
+                table.add(name, rows, 3 * d, Kind::Vector, Recipe::Modulation(norm));
             }
         } else {
             let tensor = |n: &str| format!("{layer}{n}.weight");
@@ -53,7 +56,8 @@ pub(crate) fn weights(table: &mut WeightTable) {
             let bias = BiasPart::new("action_in_proj.bias".into(), d);
             table.bias("action.in.bias".into(), vec![bias]);
             let name = "expert.final.modulation".into();
-            table.add(name, steps, 3 * d, Kind::Vector, Recipe::Modulation(final_norm));
+            let rows = c.modulation_rows(steps);
+            table.add(name, rows, 3 * d, Kind::Vector, Recipe::Modulation(final_norm));
         }
     }
     table.rim("action.out", d, out);
@@ -84,7 +88,8 @@ pub(crate) fn record(r: &mut Recorder) {
     };
     let mixed = (c.family == Family::Pi0)
         .then(|| r.scratch("suffix.mixed", shape.batch * shape.horizon, c.expert.width));
-    for step in 0..shape.steps {
+    let guidance = guidance(r);
+    for (step, time) in times(shape.steps).into_iter().enumerate() {
         let with_state = c.family == Family::Pi0 && step == 0;
         let x = embed(r, &suffix, mixed, step, with_state);
         for layer in 0..c.depth {
@@ -92,12 +97,41 @@ pub(crate) fn record(r: &mut Recorder) {
         }
         let last = View { first: x.count - shape.horizon, count: shape.horizon, ..x };
         let norm = modulation(r, "expert.final")
-            .map_or(Norm::Rms { scale: None }, |table| Norm::Adaptive { table, row: step });
+            // What becomes of given rows here is not stored.
+            .map_or(Norm::Rms { scale: None }, |table| Norm::Adaptive {
+                table,
+                row: step,
+                given_row: None,
+            });
         let name = format!("denoise.step{step}.action.out");
         let bias = Some((r.weight("action.out.bias"), 0));
-        let euler = Epilogue::Add { out: suffix.actions, gate: None };
+        let out = suffix.actions;
+        let euler = match (guidance, shape.rtc) {
+            (None, Rtc::Trained) => Epilogue::AddFree { out },
+            (None, _) => Epilogue::Add { out, gate: None },
+            (Some(g), _) => {
+                let guidance = Guidance { time, strength: strength(time), ..g };
+                Epilogue::Guide { out, guidance }
+            }
+        };
         linear(r, &name, "action.out", (last, norm), bias, euler);
     }
+}
+
+/// What the Euler steps are drawn to, but for their times.
+fn guidance(r: &mut Recorder) -> Option<Guidance> {
+    let (a, shape) = (r.config.action_dim, r.shape);
+    let rows = shape.batch * shape.horizon;
+    let weights =
+        (shape.rtc != Rtc::Off).then(|| r.input("previous.weights", rows, 1, Element::F32))?;
+    (shape.rtc == Rtc::Guided).then(|| Guidance {
+        chunk: r.input("previous.chunk", rows, a, Element::F32),
+        weights,
+        limits: r.input("previous.limits", shape.batch, 1, Element::F32),
+        time: 0.0,
+        strength: 0.0,
+        pull: -dt(shape.steps),
+    })
 }
 
 /// Noise (and state) → the suffix stream; returns its view.
@@ -163,13 +197,14 @@ fn expert_layer(
     let hidden = View::rows(suffix.hidden, c.expert.mlp, x.count);
     let name = |op: &str| format!("denoise.step{step}.{layer}.{op}");
     let weight = |op: &str| format!("expert.{layer}.{op}");
+    let given_row = (r.shape.rtc == Rtc::Trained).then_some(r.shape.steps);
     let adaptive = |r: &Recorder, of: &str| {
         let table = modulation(r, &weight(of));
         let norm = match table {
-            Some(table) => Norm::Adaptive { table, row: step },
+            Some(table) => Norm::Adaptive { table, row: step, given_row },
             None => Norm::Rms { scale: Some(r.weight(&weight(&format!("{of}.norm")))) },
         };
-        (norm, table.map(|table| Gate { table, row: step }))
+        (norm, table.map(|table| Gate { table, row: step, given_row }))
     };
 
     let (norm, gate) = adaptive(r, "attention");

@@ -142,7 +142,7 @@ impl WeightTable {
         Ok(out)
     }
 
-    /// W_dense · cond + b for each step's conditioning vector, first third + 1.
+    /// W_dense · cond + b for each conditioning vector, first third + 1.
     fn modulation(&self, dense: &str, source: &dyn TensorSource) -> Result<Vec<f32>, SourceError> {
         let d = self.config.expert.width;
         let w = load(source, &format!("{dense}.dense.weight"), &[3 * d, d])?.to_f32();
@@ -157,7 +157,8 @@ impl WeightTable {
         Ok(out)
     }
 
-    /// Conditioning vectors of π0.5, `[steps, width]`:
+    /// Conditioning vectors of π0.5, `[steps, width]`, and one for time 0 where actions may be
+    /// given:
     /// silu(W_out · silu(W_in · emb(t) + b) + b).
     pub fn conditions(&self, source: &dyn TensorSource) -> Result<Vec<f32>, SourceError> {
         let d = self.config.expert.width;
@@ -171,7 +172,8 @@ impl WeightTable {
                 .collect())
         };
         let mut out = Vec::new();
-        for t in times(self.steps) {
+        let given = (self.config.rtc_max_delay > 0).then_some(0.0);
+        for t in times(self.steps).into_iter().chain(given) {
             let embedding = time_embedding(t, d, self.time_embedding);
             out.extend(layer("time_mlp_out", &layer("time_mlp_in", &embedding)?)?);
         }

@@ -4,6 +4,7 @@
 //! its rows sample after sample; a [`View`] picks the same rows of every sample.
 
 use crate::config::Config;
+use crate::rtc::Rtc;
 
 /// What a program is recorded for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -18,6 +19,8 @@ pub struct Shape {
     pub horizon: usize,
     /// Euler steps.
     pub steps: usize,
+    /// How a chunk is tied to the one before it.
+    pub rtc: Rtc,
 }
 
 impl Shape {
@@ -131,6 +134,9 @@ pub enum Norm {
         table: WeightId,
         /// Its row: the denoising step.
         row: usize,
+        /// The row for given actions instead: input rows of a weight above 0 in
+        /// `previous.weights`.
+        given_row: Option<usize>,
     },
 }
 
@@ -141,6 +147,8 @@ pub struct Gate {
     pub table: WeightId,
     /// Its row: the denoising step.
     pub row: usize,
+    /// The row for given actions instead, as in [`Norm::Adaptive`].
+    pub given_row: Option<usize>,
 }
 
 /// A bias vector: row `row` of an f32 table `[rows, N]` (`row` 0 of 1 for ordinary biases).
@@ -164,8 +172,27 @@ pub enum Positions {
     },
 }
 
+/// The pull of an Euler step towards the previous chunk, `Inputs::previous`: with y the step
+/// dt·v and a = weight · min(limit, strength), [`crate::rtc`]'s x + dt·v' is
+/// x + (1 − a·time)·y + a·pull·(chunk − x). Rows of weight 0 get x + y, bit for bit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Guidance {
+    /// `[batch · horizon, action_dim]` f32.
+    pub chunk: BufferId,
+    /// `[batch · horizon, 1]` f32.
+    pub weights: BufferId,
+    /// `[batch, 1]` f32.
+    pub limits: BufferId,
+    /// The step's time t.
+    pub time: f32,
+    /// [`crate::rtc::strength`] at that time, +∞ at 1.
+    pub strength: f32,
+    /// −dt.
+    pub pull: f32,
+}
+
 /// What happens to a product y = norm(x)·Wᵀ + bias.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Epilogue {
     /// out = y
     Store {
@@ -200,6 +227,18 @@ pub enum Epilogue {
         out: View,
         /// adaRMS gate.
         gate: Option<Gate>,
+    },
+    /// out += y, but for given actions (a weight above 0 in `previous.weights`), which stay
+    AddFree {
+        /// The actions, updated in place: all of a sample's rows.
+        out: View,
+    },
+    /// out += y, drawn towards the previous chunk: the Euler step of real-time chunking
+    Guide {
+        /// The actions, updated in place: all of a sample's rows.
+        out: View,
+        /// Where to and how hard.
+        guidance: Guidance,
     },
     /// The weight's rows are q‖k‖v (or k‖v when `q` is `None`): q and k rotated, then stored.
     Rope {
@@ -345,7 +384,8 @@ impl Step {
 }
 
 /// A recorded network. Well-known buffers: `images`, `tokens`, `lengths` (`[batch, 2]` u32:
-/// cameras, prompt length), `state`, `actions` (noise in, actions out).
+/// cameras, prompt length), `state`, `actions` (noise in, actions out); with real-time chunking
+/// `previous.weights`, and with [`Rtc::Guided`] `previous.chunk`, `previous.limits`.
 #[derive(Clone, Debug)]
 pub struct Program {
     /// Sizes.

@@ -5,18 +5,28 @@ use std::sync::Arc;
 
 use crate::config::Config;
 use crate::program::{Buffer, BufferId, Element, Op, Program, Role, Shape, Step, View, WeightId};
+use crate::rtc::Rtc;
 use crate::weights::WeightTable;
 
 /// Why a shape can't be recorded.
 #[derive(Debug, thiserror::Error)]
-#[error("{what} must be in 1..={limit}, got {got}")]
-pub struct ShapeError {
-    /// Which extent.
-    pub what: &'static str,
-    /// Its limit.
-    pub limit: usize,
-    /// What was asked for.
-    pub got: usize,
+pub enum ShapeError {
+    /// An extent.
+    #[error("{what} must be in 1..={limit}, got {got}")]
+    Extent {
+        /// Which.
+        what: &'static str,
+        /// Its limit.
+        limit: usize,
+        /// What was asked for.
+        got: usize,
+    },
+    /// Actions may be given only to a model that was trained for it.
+    #[error(
+        "this model was not trained to take actions as given (rtc_training_max_delay is 0): use \
+         guided real-time chunking"
+    )]
+    Untrained,
 }
 
 impl Shape {
@@ -30,7 +40,7 @@ impl Shape {
             ("steps", 1000, self.steps),
         ] {
             if got == 0 || got > limit {
-                return Err(ShapeError { what, limit, got });
+                return Err(ShapeError::Extent { what, limit, got });
             }
         }
         Ok(())
@@ -45,6 +55,9 @@ pub fn record(config: &Config, shape: Shape) -> Result<Program, ShapeError> {
 /// The same over a table that was made before (programs of one model share it).
 pub fn record_with(weights: Arc<WeightTable>, shape: Shape) -> Result<Program, ShapeError> {
     shape.check()?;
+    if shape.rtc == Rtc::Trained && weights.config.rtc_max_delay == 0 {
+        return Err(ShapeError::Untrained);
+    }
     let mut r = Recorder::new(weights, shape);
     crate::vision::record(&mut r);
     crate::prefill::record(&mut r);

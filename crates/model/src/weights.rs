@@ -86,7 +86,8 @@ pub enum Recipe {
     /// half applied to `action_in_proj`'s bias, `[steps, D]`.
     ComposedTimeBias,
     /// π0.5: adaRMS dense of the given prefix (`….input_layernorm`) for each step's conditioning
-    /// vector, `[steps, 1 + scale ‖ shift ‖ gate]`.
+    /// vector, `[steps, 1 + scale ‖ shift ‖ gate]`, and a row more for given actions
+    /// ([`Config::modulation_rows`]).
     Modulation(String),
 }
 

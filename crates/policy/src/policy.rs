@@ -157,10 +157,7 @@ impl Policy {
                 ),
             });
         }
-        let state = match self.config.processing {
-            Processing::Openpi => self.state.unnormalize(&prepared.state),
-            Processing::Lerobot => prepared.raw_state.clone(),
-        };
+        let state = self.origin(prepared);
         let dims = self.config.output_dims();
         let mut out = Vec::with_capacity(rows * dims);
         for row in actions.chunks_exact(columns) {
@@ -193,6 +190,45 @@ impl Policy {
             message: format!("{} actions do not fill {rows} × {dims}", out.len()),
             remedy: "the robot's transform lost columns".into(),
         })
+    }
+
+    /// The robot's actions (`[rows, robot dims]`) as the model would have given them, without the
+    /// columns no robot sees: the inverse of [`Policy::finish`]. What is left of an earlier chunk
+    /// becomes relative to the state of `prepared`, the observation of now.
+    pub fn model_actions(
+        &self,
+        prepared: &Prepared,
+        actions: &[f64],
+    ) -> Result<Vec<f32>, PolicyError> {
+        let (dims, state) = (self.config.output_dims(), self.origin(prepared));
+        let mut out = Vec::with_capacity(actions.len());
+        for row in actions.chunks(dims) {
+            let mut row = self.config.robot.read_action(row);
+            for ((x, relative), origin) in
+                row.iter_mut().zip(&self.config.absolute_mask).zip(&state)
+            {
+                if *relative {
+                    *x = self.add(*x, -*origin);
+                }
+            }
+            let normalized = self.actions.normalize(&row).ok_or_else(|| {
+                let covered = self.actions.covered().unwrap_or(0);
+                PolicyError::value(
+                    format!("the robot has {dims} action columns, the statistics cover {covered}"),
+                    "send the left-over in the model's space",
+                )
+            })?;
+            out.extend(normalized.into_iter().map(|x| x as f32));
+        }
+        Ok(out)
+    }
+
+    /// What relative actions are relative to.
+    fn origin(&self, prepared: &Prepared) -> Vec<f64> {
+        match self.config.processing {
+            Processing::Openpi => self.state.unnormalize(&prepared.state),
+            Processing::Lerobot => prepared.raw_state.clone(),
+        }
     }
 
     fn add(&self, x: f64, origin: f64) -> f64 {

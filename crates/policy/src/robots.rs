@@ -137,6 +137,15 @@ impl Robot {
         out
     }
 
+    /// One of the robot's action rows in the model's convention: the inverse of [`Robot::write`].
+    pub fn read_action(&self, row: &[f64]) -> Vec<f64> {
+        let mut out = row.to_vec();
+        if matches!(self, Robot::Aloha { adapt_to_pi: true }) {
+            aloha::decode_actions(&mut out);
+        }
+        out
+    }
+
     /// The observation expected, in one sentence.
     pub fn schema(&self) -> String {
         match self {

@@ -75,6 +75,7 @@ impl NullService {
             tokens: prompt.bytes().take(16).map(u32::from).chain([1]).take(16).collect(),
             state: values,
             noise,
+            previous: None,
             steps: context.steps,
             deadline: context.deadline,
         })

@@ -10,14 +10,15 @@ use crate::service::{GivenNoise, RequestContext, ServiceError};
 /// Longest deadline: a day.
 const MAX_DEADLINE_MS: f64 = 86_400_000.0;
 
-/// Elements a given noise may have: far more than any model's chunk.
-const MAX_NOISE: usize = 1 << 20;
+/// Elements a given matrix may have: far more than any model's chunk.
+const MAX_MATRIX: usize = 1 << 20;
 
-/// The optional keys.
+/// The optional keys; those of real-time chunking are [`crate::RtcFields`].
 pub(crate) const KEYS: [&str; 7] =
     ["seed", "noise", "deadline_ms", "num_steps", "explain", "newest_wins", "session"];
 
-/// Takes the optional keys out of the observation. A key that is nil counts as absent.
+/// Takes the optional keys, those of real-time chunking included, out of the observation. A key
+/// that is nil counts as absent.
 pub(crate) fn take(
     observation: &mut Vec<(String, Value)>,
     received: Instant,
@@ -35,7 +36,10 @@ pub(crate) fn take(
             "explain" => boolean(value).map(|b| context.explain = b),
             "newest_wins" => boolean(value).map(|b| context.newest_wins = b),
             "session" => name(value).map(|n| context.session = Some(n)),
-            _ => return true,
+            key => match context.rtc.take(key, value) {
+                Some(result) => result,
+                None => return true,
+            },
         };
         wrong = result.err().map(|want| format!("`{key}` must be {want}"));
         false
@@ -50,7 +54,7 @@ pub(crate) fn take(
 }
 
 /// A 0-d array or NumPy scalar counts as the number in it.
-fn number(value: &Value) -> Option<Value> {
+pub(crate) fn number(value: &Value) -> Option<Value> {
     match value {
         Value::Int(_) | Value::Float(_) => Some(value.clone()),
         Value::Scalar(_, inner) => number(inner),
@@ -70,7 +74,7 @@ fn number(value: &Value) -> Option<Value> {
     }
 }
 
-fn integer(value: &Value, max: i128) -> Result<i128, String> {
+pub(crate) fn integer(value: &Value, max: i128) -> Result<i128, String> {
     match number(value) {
         Some(Value::Int(n)) if (0..=max).contains(&n) => Ok(n),
         _ => Err(format!("an integer from 0 to {max}")),
@@ -113,26 +117,20 @@ fn milliseconds(value: &Value) -> Result<Duration, String> {
 
 fn noise(value: &Value) -> Result<GivenNoise, String> {
     let want = || "an array of float32 or float64 [horizon, action_dim], all finite".to_string();
-    let Value::Array(NdArray { dtype, shape, data }) = value else { return Err(want()) };
-    let [rows, cols] = shape[..] else { return Err(want()) };
-    if rows.checked_mul(cols).is_none_or(|n| n == 0 || n > MAX_NOISE) {
-        return Err(want());
-    }
-    let values: Vec<f32> = match dtype {
-        Scalar::F32 => {
-            data.chunks_exact(4).map(|c| f32::from_le_bytes([c[0], c[1], c[2], c[3]])).collect()
-        }
-        Scalar::F64 => data
-            .chunks_exact(8)
-            .map(|c| f64::from_le_bytes([c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]]) as f32)
-            .collect(),
-        _ => return Err(want()),
+    let Value::Array(array) = value else { return Err(want()) };
+    let (shape, values) = matrix(array).ok_or_else(want)?;
+    Ok(GivenNoise { shape, values: values.into_iter().map(|v| v as f32).collect() })
+}
+
+/// Shape and values of a matrix of floats that is not empty, not huge, and finite in float32.
+pub(crate) fn matrix(array: &NdArray) -> Option<([usize; 2], Vec<f64>)> {
+    let [rows, cols] = array.shape[..] else { return None };
+    rows.checked_mul(cols).filter(|n| (1..=MAX_MATRIX).contains(n))?;
+    let values = match array.dtype {
+        Scalar::F32 | Scalar::F64 => array.to_f64()?,
+        _ => return None,
     };
-    if values.iter().all(|v| v.is_finite()) {
-        Ok(GivenNoise { shape: [rows, cols], values })
-    } else {
-        Err(want())
-    }
+    values.iter().all(|v| (*v as f32).is_finite()).then_some(([rows, cols], values))
 }
 
 #[cfg(test)]

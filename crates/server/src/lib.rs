@@ -30,6 +30,7 @@ mod recent;
 mod record;
 mod reload;
 mod render;
+mod rtc;
 mod serve;
 mod service;
 mod tls;
@@ -46,6 +47,7 @@ pub use pages::{Method, Page, PageRequest};
 pub use preparation::{Preparation, Prepared};
 pub use record::{RecordOptions, Recorded, Recorder, Recording, RecordingError};
 pub use render::render_engine;
+pub use rtc::{LeftOver, RtcFields, Space};
 pub use serve::{Doors, Served, bind, serve, serve_doors, termination};
 pub use service::{
     Failure, GivenNoise, GpuReading, Reply, RequestContext, Service, ServiceError, ServiceFuture,

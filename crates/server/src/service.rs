@@ -9,6 +9,7 @@ use pirouette_policy::{NdArray, Value};
 
 use crate::newest::Ticket;
 use crate::pages::{Page, PageRequest};
+use crate::rtc::RtcFields;
 
 /// A boxed future, so that services can be trait objects.
 pub type ServiceFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -114,6 +115,8 @@ pub struct RequestContext {
     /// Whether the observation has vla-eval's keys (`images`, `task_description`, `states`) and
     /// not the robot's.
     pub scene: bool,
+    /// The keys of real-time chunking.
+    pub rtc: RtcFields,
     /// What decoding the frame took.
     pub decode_ms: f64,
 }
@@ -132,6 +135,7 @@ impl RequestContext {
             session: None,
             ticket: None,
             scene: false,
+            rtc: RtcFields::default(),
             decode_ms: 0.0,
         }
     }
@@ -186,7 +190,7 @@ pub struct Reply {
     /// The engine's account of it, for those who watch.
     pub timing: Option<Timing>,
     /// Further keys, after openpi's own. Only scalars, strings and lists of them: openpi's chunk
-    /// broker slices every array it finds.
+    /// broker slices every array it finds (right for a chunk alone, one row an action).
     pub extras: Vec<(String, Value)>,
 }
 

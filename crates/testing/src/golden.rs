@@ -127,6 +127,7 @@ impl Packed {
                 prompt_tokens,
                 horizon: observations[0].noise.len() / config.action_dim,
                 steps,
+                rtc: pirouette_model::Rtc::Off,
             },
             images: vec![],
             cameras: vec![],
@@ -163,6 +164,7 @@ impl Packed {
             prompt_len: &self.prompt_len,
             state: &self.state,
             noise: &self.noise,
+            previous: None,
         }
     }
 }

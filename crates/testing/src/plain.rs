@@ -5,7 +5,7 @@
 
 use pirouette_model::config::names::{EMBED, EXPERT, PREFIX, PROJECTOR, VISION};
 use pirouette_model::schedule::{TimeEmbedding, dt, time_embedding, times};
-use pirouette_model::{Config, Family, TensorSource};
+use pirouette_model::{Config, Family, PreviousChunk, Rtc, TensorSource};
 
 /// A row-major f64 matrix.
 #[derive(Clone, Debug)]
@@ -37,10 +37,15 @@ impl Matrix {
         Matrix { rows: parts.iter().map(|p| p.rows).sum(), cols: parts[0].cols, data }
     }
 
-    fn add(&mut self, other: &Matrix, gate: Option<&[f64]>) {
+    /// The row for row `i` of something: the only one, or the one of that number.
+    fn row_for(&self, i: usize) -> &[f64] {
+        self.row(i.min(self.rows - 1))
+    }
+
+    fn add(&mut self, other: &Matrix, gate: Option<&Matrix>) {
         for i in 0..self.rows {
             for j in 0..self.cols {
-                let g = gate.map_or(1.0, |g| g[j]);
+                let g = gate.map_or(1.0, |g| g.row_for(i)[j]);
                 self.data[i * self.cols + j] += g * other.data[i * self.cols + j];
             }
         }
@@ -127,14 +132,15 @@ impl<'s> Plain<'s> {
         out
     }
 
-    /// RMSNorm, adaptive when a conditioning vector is given; returns the gate too.
+    /// RMSNorm, adaptive when conditioning vectors are given, one for all rows or one each; returns
+    /// the gates too.
     fn rms_norm(
         &self,
         name: &str,
         x: &Matrix,
         condition: Option<&Matrix>,
-    ) -> (Matrix, Option<Vec<f64>>) {
-        let modulation = condition.map(|c| self.linear(&format!("{name}.dense"), c).data);
+    ) -> (Matrix, Option<Matrix>) {
+        let modulation = condition.map(|c| self.linear(&format!("{name}.dense"), c));
         let weight = match modulation {
             Some(_) => vec![],
             None => self.tensor(&format!("{name}.weight")),
@@ -146,12 +152,16 @@ impl<'s> Plain<'s> {
             for (j, o) in out.row_mut(i).iter_mut().enumerate() {
                 let y = *o / (mean + 1e-6).sqrt();
                 *o = match &modulation {
-                    Some(m) => y * (1.0 + m[j]) + m[n + j],
+                    Some(m) => y * (1.0 + m.row_for(i)[j]) + m.row_for(i)[n + j],
                     None => y * (1.0 + weight[j]),
                 };
             }
         }
-        (out, modulation.map(|m| m[2 * n..].to_vec()))
+        let gates = modulation.map(|m| {
+            let data = (0..m.rows).flat_map(|i| m.row(i)[2 * n..].to_vec()).collect();
+            Matrix { rows: m.rows, cols: n, data }
+        });
+        (out, gates)
     }
 
     /// SigLIP and projector of one image: `[tokens, prefix width]`.
@@ -228,14 +238,25 @@ impl<'s> Plain<'s> {
             Some(c) => [0, 1].map(|i| Matrix::stack(&[c[i].clone(), own[i].clone()])),
         };
         let a = attend(&q, &k, &v, self.config.heads, 1, visible);
-        x.add(&self.linear(&format!("{layer}self_attn.o_proj"), &a), gate.as_deref());
+        x.add(&self.linear(&format!("{layer}self_attn.o_proj"), &a), gate.as_ref());
         let (y, gate) = self.rms_norm(&format!("{layer}post_attention_layernorm"), x, condition);
-        x.add(&self.mlp(layer, &y), gate.as_deref());
+        x.add(&self.mlp(layer, &y), gate.as_ref());
         own
     }
 
     /// Actions `[horizon, action_dim]` after `steps` Euler steps.
     pub fn sample(&self, o: &Observation, steps: usize) -> Vec<f64> {
+        self.sample_after(o, steps, None)
+    }
+
+    /// The same with each step guided towards a previous chunk, if there is one, or with its first
+    /// actions given.
+    pub fn sample_after(
+        &self,
+        o: &Observation,
+        steps: usize,
+        previous: Option<&PreviousChunk>,
+    ) -> Vec<f64> {
         let c = self.config;
         let table = self.source.load(EMBED).unwrap_or_else(|e| panic!("{e}"));
         let width = c.prefix.width;
@@ -269,21 +290,33 @@ impl<'s> Plain<'s> {
             cache.push(self.gemma_layer(&layer, &mut x, None, &positions, None, &visible));
         }
         let mut actions: Vec<f64> = o.noise.iter().map(|&v| v as f64).collect();
+        let given = previous.filter(|p| p.rtc == Rtc::Trained);
+        let rows = given.map_or(0, |p| p.weights.iter().filter(|w| **w > 0.0).count());
+        let give = |actions: &mut [f64]| {
+            let values = given.map_or(&[][..], |p| &p.chunk[..rows * c.action_dim]);
+            actions.iter_mut().zip(values).for_each(|(a, v)| *a = *v as f64);
+        };
         for t in times(steps) {
-            let velocity = self.velocity(o, &actions, t, &cache, &mask, valid);
+            give(&mut actions);
+            let mut velocity = self.velocity(o, &actions, (t, rows), &cache, &mask, valid);
+            if let Some(previous) = previous.filter(|p| p.rtc == Rtc::Guided) {
+                guide(&mut velocity, &actions, t as f64, previous);
+            }
             for (a, v) in actions.iter_mut().zip(&velocity.data) {
                 *a += dt(steps) as f64 * v;
             }
+            give(&mut actions);
         }
         actions
     }
 
-    /// The network's velocity at time `t`, `[horizon, action_dim]`.
+    /// The network's velocity at time `t` for all but the first `given` actions, whose time is 0,
+    /// `[horizon, action_dim]`.
     fn velocity(
         &self,
         o: &Observation,
         actions: &[f64],
-        t: f32,
+        (t, given): (f32, usize),
         cache: &[[Matrix; 2]],
         mask: &[bool],
         valid: i64,
@@ -291,12 +324,14 @@ impl<'s> Plain<'s> {
         let (c, d) = (self.config, self.config.expert.width);
         let h = actions.len() / c.action_dim;
         let noisy = Matrix { rows: h, cols: c.action_dim, data: actions.to_vec() };
-        let embedding: Vec<f64> =
-            time_embedding(t, d, self.time_embedding).into_iter().map(f64::from).collect();
+        let embed = |t: f32| {
+            time_embedding(t, d, self.time_embedding).into_iter().map(f64::from).collect::<Vec<_>>()
+        };
         let tokens = self.linear("action_in_proj", &noisy);
         let (mut x, condition) = match c.family {
             Family::Pi05 => {
-                let e = Matrix { rows: 1, cols: d, data: embedding };
+                let data = (0..h).flat_map(|i| embed(if i < given { 0.0 } else { t })).collect();
+                let e = Matrix { rows: h, cols: d, data };
                 let inner = self.linear("time_mlp_in", &e).map(silu);
                 (tokens, Some(self.linear("time_mlp_out", &inner).map(silu)))
             }
@@ -304,7 +339,7 @@ impl<'s> Plain<'s> {
                 let mut both = Matrix::zeros(h, 2 * d);
                 for i in 0..h {
                     both.row_mut(i)[..d].copy_from_slice(tokens.row(i));
-                    both.row_mut(i)[d..].copy_from_slice(&embedding);
+                    both.row_mut(i)[d..].copy_from_slice(&embed(t));
                 }
                 let mixed = self.linear("action_time_mlp_in", &both).map(silu);
                 let mixed = self.linear("action_time_mlp_out", &mixed);
@@ -328,6 +363,18 @@ impl<'s> Plain<'s> {
         let first = y.rows - h;
         let last = Matrix { rows: h, cols: d, data: y.data[first * d..].to_vec() };
         self.linear("action_out_proj", &last)
+    }
+}
+
+/// v − g·w∘(y − (x − t·v)) with g = min(limit, (1 − τ)/τ · ((1 − τ)² + τ²)/(1 − τ)²), τ = 1 − t:
+/// the formula as LeRobot writes it, infinite where τ = 0.
+fn guide(velocity: &mut Matrix, x: &[f64], t: f64, previous: &PreviousChunk) {
+    let tau = 1.0 - t;
+    let strength = t / tau * (t * t + tau * tau) / (t * t);
+    let g = strength.min(previous.limit as f64);
+    for (i, v) in velocity.data.iter_mut().enumerate() {
+        let w = previous.weights[i / velocity.cols] as f64;
+        *v -= g * w * (previous.chunk[i] as f64 - (x[i] - t * *v));
     }
 }
 

@@ -179,6 +179,7 @@ fn the_program_leaves_out_what_nobody_reads() {
             prompt_tokens: 16,
             horizon: 10,
             steps: 10,
+            rtc: pirouette_model::Rtc::Off,
         };
         let program = pirouette_model::record(&config, shape).unwrap();
         let last: Vec<&str> = program

@@ -186,12 +186,21 @@ pub fn rows(ladder: &Ladder) -> Vec<Vec<String>> {
 
 #[cfg(test)]
 mod tests {
+    use pirouette_model::Rtc;
+
     use super::*;
     use crate::profile::Workload;
 
     #[test]
     fn factors_compare_with_the_rung_before_and_the_first() {
-        let shape = Shape { batch: 1, cameras: 3, prompt_tokens: 20, horizon: 10, steps: 10 };
+        let shape = Shape {
+            batch: 1,
+            cameras: 3,
+            prompt_tokens: 20,
+            horizon: 10,
+            steps: 10,
+            rtc: Rtc::Off,
+        };
         let rung = |name: &str, p50_ms: f64| Rung {
             name: name.into(),
             change: String::new(),
@@ -216,7 +225,14 @@ mod tests {
 
     #[test]
     fn each_rung_computes_less() {
-        let shape = Shape { batch: 1, cameras: 3, prompt_tokens: 20, horizon: 10, steps: 10 };
+        let shape = Shape {
+            batch: 1,
+            cameras: 3,
+            prompt_tokens: 20,
+            horizon: 10,
+            steps: 10,
+            rtc: Rtc::Off,
+        };
         for family in [Family::Pi0, Family::Pi05] {
             let work = work_shapes(family, shape);
             let size = |w: &Work| w.shape.cameras * 256 + w.shape.prompt_tokens;

@@ -128,12 +128,13 @@ pub fn kind(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use pirouette_model::{Config, Shape, record};
+    use pirouette_model::{Config, Rtc, Shape, record};
 
     use super::*;
 
     fn program() -> Program {
-        let shape = Shape { batch: 1, cameras: 2, prompt_tokens: 20, horizon: 10, steps: 3 };
+        let shape =
+            Shape { batch: 1, cameras: 2, prompt_tokens: 20, horizon: 10, steps: 3, rtc: Rtc::Off };
         record(&Config::pi0(), shape).unwrap()
     }
 

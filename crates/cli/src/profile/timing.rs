@@ -159,11 +159,14 @@ pub fn summary(shape: Shape, total: &[f64], stages: &[[f64; 3]], device_ms: Opti
 
 #[cfg(test)]
 mod tests {
+    use pirouette_model::Rtc;
+
     use super::*;
 
     #[test]
     fn medians_and_rates() {
-        let shape = Shape { batch: 4, cameras: 1, prompt_tokens: 2, horizon: 3, steps: 5 };
+        let shape =
+            Shape { batch: 4, cameras: 1, prompt_tokens: 2, horizon: 3, steps: 5, rtc: Rtc::Off };
         let t = summary(shape, &[9.0, 2.0, 4.0], &[[1.0, 2.0, 3.0], [3.0, 2.0, 1.0]], None);
         assert_eq!((t.p50_ms, t.min_ms, t.p99_ms, t.mean_ms), (4.0, 2.0, 9.0, 5.0));
         assert_eq!(t.samples_per_s, 1000.0);

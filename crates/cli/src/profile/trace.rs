@@ -64,7 +64,7 @@ pub fn trace(
 
 #[cfg(test)]
 mod tests {
-    use pirouette_model::{Config, Shape, record};
+    use pirouette_model::{Config, Rtc, Shape, record};
 
     use serde_json::Value;
 
@@ -72,7 +72,8 @@ mod tests {
 
     #[test]
     fn every_event_is_valid_and_no_two_steps_overlap() {
-        let shape = Shape { batch: 1, cameras: 1, prompt_tokens: 4, horizon: 5, steps: 2 };
+        let shape =
+            Shape { batch: 1, cameras: 1, prompt_tokens: 4, horizon: 5, steps: 2, rtc: Rtc::Off };
         let program = record(&Config::pi05(), shape).unwrap();
         let ms = vec![0.25; program.steps.len()];
         let run = StageTimes { copy_in_ms: 0.5, copy_out_ms: 0.1, ..StageTimes::default() };

@@ -45,6 +45,7 @@ fn request(i: usize) -> Request {
     let side = config().vision.image;
     let image = |camera: usize| Bytes::from(vec![(i * 3 + camera) as u8; side * side * 3]);
     Request {
+        previous: None,
         images: (0..1 + i % 3).map(image).collect(),
         tokens: (0..1 + i * 7 % PROMPT).map(|t| (t * i % 256) as u32).collect(),
         state: vec![i as f32 / 64.0; 8],

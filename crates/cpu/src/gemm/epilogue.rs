@@ -1,7 +1,7 @@
 //! Sums of a product → arena: bias, activation, residual, rotary embedding, while the tile is in
 //! cache.
 
-use pirouette_model::program::{Epilogue, Positions};
+use pirouette_model::program::{Epilogue, Gate, Guidance, Positions};
 
 use super::math::{gelu, silu};
 use super::operand::pack_chunk;
@@ -59,6 +59,19 @@ impl Finish<'_> {
     }
 }
 
+/// The previous chunk of a row, and the factors of the step and of the pull towards it; absent
+/// where the row is free, which then takes the plain step, bit for bit.
+fn guided<'a>(
+    context: &Context<'a>,
+    g: &Guidance,
+    (group, row): (u32, u32),
+) -> Option<(&'a [f32], f32, f32)> {
+    let previous = context.inputs.previous?;
+    let (chunk, weight, limit) = previous.row(group as usize, row as usize);
+    let a = weight * limit.min(g.strength);
+    (a != 0.0).then_some((chunk, 1.0 - a * g.time, a * g.pull))
+}
+
 pub(super) fn position(context: &Context<'_>, group: u32, row: u32, p: Positions) -> usize {
     match p {
         Positions::Prefix => row as usize,
@@ -77,11 +90,14 @@ impl Lanes for Finish<'_> {
             .plan
             .bias
             .map_or(zero, |b| self.columns(&self.context.vector(b.table.0)[b.row * n..][..n]));
-        let gate = match self.plan.epilogue {
+        let gate_of = |g: Gate, row: usize| {
+            self.columns(&self.context.vector(g.table.0)[(row * 3 + 2) * n..][..n])
+        };
+        let (gate, of_given) = match self.plan.epilogue {
             Epilogue::Add { gate: Some(g), .. } => {
-                self.columns(&self.context.vector(g.table.0)[(g.row * 3 + 2) * n..][..n])
+                (gate_of(g, g.row), g.given_row.map(|row| gate_of(g, row)))
             }
-            _ => [[1.0; CHUNK]; 2],
+            _ => ([[1.0; CHUNK]; 2], None),
         };
         let (sums, _) = self.sums.as_chunks::<CHUNK>();
         if let (Feeding::Feeds(cols), Some(fed)) = (self.plan.feeding, self.context.fed) {
@@ -95,7 +111,10 @@ impl Lanes for Finish<'_> {
                 }
             }
             match self.pair.role {
-                Role::Columns => self.columns_row::<FMA>(row, y, &gate),
+                Role::Columns => {
+                    let given = of_given.as_ref().filter(|_| self.context.is_given(row));
+                    self.columns_row::<FMA>(row, y, given.unwrap_or(&gate));
+                }
                 Role::GateUp => self.gate_up_row::<FMA>(row, y),
                 Role::Rotate { to_key, col, angle } => {
                     self.rotate_row::<FMA>(row, y, to_key, col, angle);
@@ -180,6 +199,16 @@ impl Finish<'_> {
                         *t = mul_add::<FMA>(*gate, *y, *t);
                     }
                 }
+                Epilogue::AddFree { .. } if self.context.is_given(row) => {}
+                Epilogue::AddFree { .. } => target.iter_mut().zip(y).for_each(|(t, y)| *t += y),
+                Epilogue::Guide { guidance, .. } => match guided(self.context, &guidance, row) {
+                    None => target.iter_mut().zip(y).for_each(|(t, y)| *t += y),
+                    Some((chunk, step, pull)) => {
+                        for ((t, y), to) in target.iter_mut().zip(y).zip(&chunk[col..]) {
+                            *t += mul_add::<FMA>(pull, to - *t, step * y);
+                        }
+                    }
+                },
                 Epilogue::StorePosition { table, .. } => {
                     let at = row.1 as usize * out.cols + col;
                     let table = &self.context.vector(table.0)[at..at + CHUNK];
@@ -252,9 +281,27 @@ pub(crate) fn finish_row(
     };
     match (&plan.places, plan.epilogue) {
         (Places::One(out), Epilogue::Add { gate, .. }) => {
+            let gate = gate.map(|g| {
+                let given = g.given_row.filter(|_| context.is_given((group, row)));
+                &context.vector(g.table.0)[(given.unwrap_or(g.row) * 3 + 2) * n..][..n]
+            });
             for (i, (t, y)) in target(out).iter_mut().zip(y).enumerate() {
-                let gate = gate.map_or(1.0, |g| context.vector(g.table.0)[(g.row * 3 + 2) * n + i]);
+                let gate = gate.map_or(1.0, |gate| gate[i]);
                 *t += gate * *y;
+            }
+        }
+        (Places::One(out), Epilogue::AddFree { .. }) => {
+            if !context.is_given((group, row)) {
+                target(out).iter_mut().zip(y).for_each(|(t, y)| *t += *y);
+            }
+        }
+        (Places::One(out), Epilogue::Guide { guidance, .. }) => {
+            let row_of = target(out).iter_mut().zip(y);
+            match guided(context, &guidance, (group, row)) {
+                None => row_of.for_each(|(t, y)| *t += *y),
+                Some((chunk, step, pull)) => {
+                    row_of.zip(chunk).for_each(|((t, y), to)| *t += step * *y + pull * (to - *t))
+                }
             }
         }
         (Places::One(out), Epilogue::GeGlu { .. }) => {

@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use pirouette_model::program::{Epilogue, Norm};
+use pirouette_model::program::{Epilogue, Norm, WeightId};
 
 use super::epilogue::{Finish, finish_row};
 use super::operand::{RowNorm, pack_row};
@@ -127,13 +127,16 @@ pub(crate) fn pack(context: &Context<'_>, plan: &LinearPlan, worker: &Worker<'_>
     let height = plan.kernel.panel_rows(rows.len());
     let panel_words = matrix.chunks() * height * CHUNK;
     let k = plan.input.cols;
-    let norm = match plan.norm {
-        Norm::None => RowNorm::None,
-        Norm::Rms { scale } => RowNorm::Rms(scale.map(|s| context.vector(s.0))),
-        Norm::Layer { scale } => RowNorm::Layer(context.vector(scale.0)),
-        Norm::Adaptive { table, row } => {
-            let m = &context.vector(table.0)[row * 3 * k..][..2 * k];
-            RowNorm::Adaptive(&m[..k], &m[k..])
+    let adaptive = |table: WeightId, row: usize| {
+        let m = &context.vector(table.0)[row * 3 * k..][..2 * k];
+        RowNorm::Adaptive(&m[..k], &m[k..])
+    };
+    let (norm, of_given) = match plan.norm {
+        Norm::None => (RowNorm::None, None),
+        Norm::Rms { scale } => (RowNorm::Rms(scale.map(|s| context.vector(s.0))), None),
+        Norm::Layer { scale } => (RowNorm::Layer(context.vector(scale.0)), None),
+        Norm::Adaptive { table, row, given_row } => {
+            (adaptive(table, row), given_row.map(|row| adaptive(table, row)))
         }
     };
     let share = |i: usize| rows.len() * i / worker.count;
@@ -143,6 +146,7 @@ pub(crate) fn pack(context: &Context<'_>, plan: &LinearPlan, worker: &Worker<'_>
         // SAFETY: nobody writes the arena in this half of the step.
         let x: &[f32] = unsafe { context.arena.read(at..at + k) };
         let to = r / height * panel_words + r % height * CHUNK;
+        let norm = of_given.filter(|_| context.is_given((group, row))).unwrap_or(norm);
         pack_row(plan.kernel.isa, x, norm, plan.kernel.storage, |chunk, words| {
             let to = to + chunk * height * CHUNK;
             // SAFETY: this worker alone writes row r of A.

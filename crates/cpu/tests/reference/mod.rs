@@ -52,6 +52,11 @@ impl Reference {
         set("tokens", inputs.tokens.iter().map(|v| *v as f64).collect());
         set("state", inputs.state.iter().map(|v| *v as f64).collect());
         set("actions", inputs.noise.iter().map(|v| *v as f64).collect());
+        if let Some(p) = inputs.previous {
+            set("previous.chunk", p.chunks.iter().map(|v| *v as f64).collect());
+            set("previous.weights", p.weights.iter().map(|v| *v as f64).collect());
+            set("previous.limits", p.limits.iter().map(|v| *v as f64).collect());
+        }
         self.run_on(program, inputs, &mut buffers, &mut observe);
         let actions = program.buffer("actions").unwrap();
         buffers[actions.0].iter().map(|v| *v as f32).collect()
@@ -129,7 +134,8 @@ impl Run<'_> {
         for group in 0..l.groups {
             for row in 0..l.input.count {
                 let at = self.at(&l.input, group, row);
-                let x = self.norm(&before[at..at + k], l.norm);
+                let given = self.is_given(group, row, l.input.count, buffers);
+                let x = self.norm(&before[at..at + k], l.norm, given);
                 let mut y: Vec<f64> = weight
                     .chunks_exact(k)
                     .map(|w| w.iter().zip(&x).map(|(w, x)| w * x).sum::<f64>() * l.scale as f64)
@@ -143,7 +149,14 @@ impl Run<'_> {
         }
     }
 
-    fn norm(&self, x: &[f64], norm: Norm) -> Vec<f64> {
+    /// Whether a row of a suffix is a given action.
+    fn is_given(&self, group: usize, row: usize, count: usize, buffers: &Buffers) -> bool {
+        let weights = self.program.buffer("previous.weights");
+        count == self.program.shape.horizon
+            && weights.is_some_and(|id| buffers[id.0][group * count + row] > 0.0)
+    }
+
+    fn norm(&self, x: &[f64], norm: Norm, given: bool) -> Vec<f64> {
         let k = x.len() as f64;
         let rms = || (x.iter().map(|v| v * v).sum::<f64>() / k + 1e-6).sqrt();
         match norm {
@@ -159,7 +172,8 @@ impl Run<'_> {
                 let scale = &self.reference.weights[scale.0];
                 x.iter().zip(scale).map(|(v, s)| (v - mean) / (var + 1e-6).sqrt() * s).collect()
             }
-            Norm::Adaptive { table, row } => {
+            Norm::Adaptive { table, row, given_row } => {
+                let row = given_row.filter(|_| given).unwrap_or(row);
                 let m = &self.reference.weights[table.0][row * 3 * x.len()..];
                 let (scale, shift) = (&m[..x.len()], &m[x.len()..]);
                 let rms = rms();
@@ -194,11 +208,31 @@ impl Run<'_> {
             }
             Epilogue::Add { out, gate } => {
                 let at = self.at(out, group, row);
+                let given = self.is_given(group, row, out.count, buffers);
                 for (i, y) in y.iter().enumerate() {
-                    let g = gate.map_or(1.0, |Gate { table, row }| {
+                    let g = gate.map_or(1.0, |Gate { table, row, given_row }| {
+                        let row = given_row.filter(|_| given).unwrap_or(row);
                         self.reference.weights[table.0][(row * 3 + 2) * out.cols + i]
                     });
                     buffers[out.buffer.0][at + i] += g * y;
+                }
+            }
+            Epilogue::AddFree { out } => {
+                let at = self.at(out, group, row);
+                if !self.is_given(group, row, out.count, buffers) {
+                    y.iter().enumerate().for_each(|(i, y)| buffers[out.buffer.0][at + i] += y);
+                }
+            }
+            Epilogue::Guide { out, guidance: g } => {
+                let (at, row) = (self.at(out, group, row), group * out.count + row);
+                let strength = buffers[g.limits.0][group].min(g.strength as f64);
+                let guide = strength * buffers[g.weights.0][row];
+                let (t, dt) = (g.time as f64, -g.pull as f64);
+                for (i, y) in y.iter().enumerate() {
+                    // v' = v − g·w·(chunk − (x − t·v)), x + dt·v'
+                    let (x, v) = (buffers[out.buffer.0][at + i], y / dt);
+                    let err = buffers[g.chunk.0][row * out.cols + i] - (x - t * v);
+                    buffers[out.buffer.0][at + i] = x + dt * (v - guide * err);
                 }
             }
             Epilogue::Rope { q, k, v, head_dim, positions } => {

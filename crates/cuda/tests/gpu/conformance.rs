@@ -6,11 +6,11 @@ use std::sync::Arc;
 use pirouette_cuda::{CudaDevice, Tier};
 use pirouette_model::config::{Gemma, Vision};
 use pirouette_model::program::{
-    Attention, Bias, Buffer, BufferId, Element, Epilogue, Gate, KeyMask, Linear, Norm, Op,
-    Positions, Program, Role, Step, View, WeightId,
+    Attention, Bias, Buffer, BufferId, Element, Epilogue, Gate, Guidance, KeyMask, Linear, Norm,
+    Op, Positions, Program, Role, Step, View, WeightId,
 };
 use pirouette_model::weights::{Kind, Recipe, WeightSpec};
-use pirouette_model::{Config, Family, MemorySource, Shape, WeightTable};
+use pirouette_model::{Config, Family, MemorySource, Rtc, Shape, WeightTable};
 
 use crate::fixture::OwnedInputs;
 use crate::reference::{Buffers, Reference};
@@ -34,6 +34,7 @@ fn config(head_dim: usize) -> Config {
         vocab: 50,
         action_dim: 5,
         rope_bf16: false,
+        rtc_max_delay: 0,
     }
 }
 
@@ -55,8 +56,14 @@ struct Builder {
 impl Builder {
     fn new(head_dim: usize) -> Self {
         let config = config(head_dim);
-        let shape =
-            Shape { batch: BATCH, cameras: 2, prompt_tokens: 5, horizon: HORIZON, steps: 1 };
+        let shape = Shape {
+            batch: BATCH,
+            cameras: 2,
+            prompt_tokens: 5,
+            horizon: HORIZON,
+            steps: 1,
+            rtc: Rtc::Off,
+        };
         let mut table = WeightTable::new(config, 1);
         table.specs.clear();
         let program = Program {
@@ -153,7 +160,7 @@ impl Builder {
             0 => Norm::None,
             1 => Norm::Rms { scale: (n % 16 != 8).then(|| self.vector(1, k)) },
             2 => Norm::Layer { scale: self.vector(1, k) },
-            _ => Norm::Adaptive { table: self.vector(2, 3 * k), row: 1 },
+            _ => Norm::Adaptive { table: self.vector(2, 3 * k), row: 1, given_row: None },
         };
         let element = of_rim(self);
         let out = |b: &mut Self, cols, poison| b.view(element, count, cols, gaps, poison);
@@ -169,7 +176,8 @@ impl Builder {
             4 => Epilogue::Add { out: out(self, n, false), gate: None },
             5 => {
                 let table = self.vector(3, 3 * n);
-                Epilogue::Add { out: out(self, n, false), gate: Some(Gate { table, row: 2 }) }
+                let gate = Some(Gate { table, row: 2, given_row: None });
+                Epilogue::Add { out: out(self, n, false), gate }
             }
             6 => {
                 rows = 2 * n;
@@ -199,6 +207,32 @@ impl Builder {
         let scale = [1.0, 0.75][self.random.below(2)];
         let linear = Linear { input, groups: BATCH, norm, weight, scale, bias, epilogue };
         self.push(name, Op::Linear(linear));
+    }
+
+    /// A guided Euler step: rows that are free, held fast, and in between.
+    fn guide(&mut self, (count, k, n): (usize, usize, usize), time: f32, rim: bool) {
+        let input = self.view(Element::Activation, count, k, true, false);
+        let out = self.view(Element::F32, count, n, true, false);
+        let name = format!("guide{}", self.program.steps.len());
+        let buffer = |b: &mut Self, part: &str, rows, cols, values| {
+            let name = format!("{name}.{part}");
+            b.buffer(&name, rows, cols, Element::F32, Role::Input, values)
+        };
+        let rows = BATCH * count;
+        let values = self.values(rows * n);
+        let chunk = buffer(self, "chunk", rows, n, values);
+        let values = (0..rows).map(|i| [0.0, 1.0, self.random.unit()][i % 3]).collect();
+        let weights = buffer(self, "weights", rows, 1, values);
+        let limits = buffer(self, "limits", BATCH, 1, vec![10.0, 0.0, 1.5]);
+        let strength = pirouette_model::rtc::strength(time);
+        let guidance = Guidance { chunk, weights, limits, time, strength, pull: 0.1 };
+        let kind = if rim { Kind::RimMatrix } else { Kind::Matrix };
+        let weight = self.weight(n, k, kind, 1.0 / (k as f32).sqrt());
+        let bias = Some(Bias { table: self.vector(2, n), row: 1 });
+        let epilogue = Epilogue::Guide { out, guidance };
+        let (norm, groups, scale) = (Norm::Rms { scale: None }, BATCH, 1.0);
+        let linear = Linear { input, groups, norm, weight, scale, bias, epilogue };
+        self.push(format!("guide {count}x{k}x{n} at {time} rim {rim}"), Op::Linear(linear));
     }
 
     fn attention(&mut self, queries: usize, head_dim: usize, shared: bool, mask: KeyMask) {
@@ -273,6 +307,10 @@ fn build(head_dim: usize) -> Builder {
                 }
             }
         }
+    }
+    for (i, time) in [1.0, 0.7, 0.5, 0.05].into_iter().enumerate() {
+        b.guide(sizes[i], time, true);
+        b.guide(sizes[i], time, i % 2 == 0);
     }
     let prefix = b.program.shape.prefix_rows(&b.program.config);
     for head_dim in [b.program.config.head_dim, 72, 256] {

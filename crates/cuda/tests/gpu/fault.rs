@@ -5,7 +5,9 @@ use std::sync::Arc;
 use pirouette_checkpoint::Synthetic;
 use pirouette_cuda::CudaDevice;
 use pirouette_model::config::Vision;
-use pirouette_model::{BackendError, Config, Executable, Inputs, Shape, WeightTable, record_with};
+use pirouette_model::{
+    BackendError, Config, Executable, Inputs, Rtc, Shape, WeightTable, record_with,
+};
 
 use crate::has_gpu;
 
@@ -18,7 +20,8 @@ fn an_illegal_address_kills_the_device_and_nothing_else() {
     let vision = Vision { depth: 1, ..full.vision };
     let config = Config { vision, depth: 1, vocab: 100, ..full };
     let table = Arc::new(WeightTable::new(config, 1));
-    let shape = Shape { batch: 1, cameras: 1, prompt_tokens: 4, horizon: 2, steps: 1 };
+    let shape =
+        Shape { batch: 1, cameras: 1, prompt_tokens: 4, horizon: 2, steps: 1, rtc: Rtc::Off };
     let source = Synthetic::new(&config, 1);
     let mut device = CudaDevice::open(0, table.clone(), &source).unwrap();
     let program = Arc::new(record_with(table.clone(), shape).unwrap());
@@ -30,6 +33,7 @@ fn an_illegal_address_kills_the_device_and_nothing_else() {
         prompt_len: &[4],
         state: &[0.1; 32],
         noise: &[0.2; 64],
+        previous: None,
     };
     let mut actions = vec![0.0; 64];
     executable.run(&inputs, &mut actions).unwrap();

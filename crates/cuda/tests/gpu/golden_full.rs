@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use pirouette_checkpoint::Synthetic;
 use pirouette_cuda::{CudaDevice, Tier};
-use pirouette_model::{Config, Executable, Shape, WeightTable, record_with};
+use pirouette_model::{Config, Executable, Rtc, Shape, WeightTable, record_with};
 use safetensors::SafeTensors;
 
 use crate::fixture::{CAMERAS, OwnedInputs};
@@ -60,6 +60,7 @@ fn open(family: &str, case: &str, drop_masked_slots: bool) -> Option<Golden> {
         prompt_tokens: inputs.tokens.len(),
         horizon: inputs.noise.len() / 32,
         steps: 10,
+        rtc: Rtc::Off,
     };
     Some(Golden { inputs, shape, actions: floats("out.actions") })
 }

@@ -7,7 +7,7 @@ use pirouette_cuda::driver::{DeviceMemory, Driver};
 use pirouette_cuda::{CudaDevice, Tier};
 use pirouette_model::config::Vision;
 use pirouette_model::{
-    BackendError, Config, Executable, Inputs, Shape, WeightTable, record, record_with,
+    BackendError, Config, Executable, Inputs, Rtc, Shape, WeightTable, record, record_with,
 };
 
 use crate::{Random, has_gpu};
@@ -56,7 +56,14 @@ fn thousands_of_replays_give_the_same_bits() {
         let mut device = CudaDevice::open(0, table.clone(), &Synthetic::new(&config, 5)).unwrap();
         for (tier, batch, runs) in [(Tier::Auto, 1, 5000), (Tier::Auto, 9, 500)] {
             device.set_tier(tier);
-            let shape = Shape { batch, cameras: 2, prompt_tokens: 12, horizon: 10, steps: 3 };
+            let shape = Shape {
+                batch,
+                cameras: 2,
+                prompt_tokens: 12,
+                horizon: 10,
+                steps: 3,
+                rtc: Rtc::Off,
+            };
             let program = Arc::new(record_with(table.clone(), shape).unwrap());
             let mut executable = device.compile_cuda(program).unwrap();
             let mut random = Random(3);
@@ -73,6 +80,7 @@ fn thousands_of_replays_give_the_same_bits() {
                 prompt_len: &lengths,
                 state: &state,
                 noise: &noise,
+                previous: None,
             };
             let mut first = vec![f32::NAN; noise.len()];
             executable.run(&inputs, &mut first).unwrap();
@@ -94,7 +102,8 @@ fn wrong_inputs_and_programs_are_refused_and_nothing_breaks() {
     let config = shallow(Config::pi0());
     let table = Arc::new(WeightTable::new(config, 1));
     let mut device = CudaDevice::open(0, table.clone(), &Synthetic::new(&config, 1)).unwrap();
-    let shape = Shape { batch: 1, cameras: 1, prompt_tokens: 4, horizon: 2, steps: 1 };
+    let shape =
+        Shape { batch: 1, cameras: 1, prompt_tokens: 4, horizon: 2, steps: 1, rtc: Rtc::Off };
     let mut executable = device.compile_cuda(Arc::new(record_with(table, shape).unwrap())).unwrap();
     let images = vec![9; 224 * 224 * 3];
     let good = Inputs {
@@ -104,6 +113,7 @@ fn wrong_inputs_and_programs_are_refused_and_nothing_breaks() {
         prompt_len: &[4],
         state: &[0.5; 32],
         noise: &[0.5; 64],
+        previous: None,
     };
     let mut actions = vec![0.0; 64];
     executable.run(&good, &mut actions).unwrap();

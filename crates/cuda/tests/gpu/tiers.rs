@@ -5,7 +5,7 @@ use std::sync::Arc;
 use pirouette_checkpoint::Synthetic;
 use pirouette_cuda::{CudaDevice, Tier};
 use pirouette_model::config::Vision;
-use pirouette_model::{Config, Program, Shape, WeightTable, record_with};
+use pirouette_model::{Config, Program, Rtc, Shape, WeightTable, record_with};
 
 use crate::{Random, has_gpu, relative_error};
 
@@ -22,10 +22,16 @@ fn tiers_agree_step_by_step() {
         let config = Config { vision, depth: 3, vocab: 1000, ..full };
         let table = Arc::new(WeightTable::new(config, 2));
         let mut device = CudaDevice::open(0, table.clone(), &Synthetic::new(&config, 3)).unwrap();
-        for (batch, cameras, prompt_tokens, horizon) in
-            [(1, 3, 20, 10), (3, 2, 13, 10), (1, 1, 200, 50), (2, 2, 48, 50), (9, 1, 7, 10)]
-        {
-            let shape = Shape { batch, cameras, prompt_tokens, horizon, steps: 2 };
+        for (batch, cameras, prompt_tokens, horizon, rtc) in [
+            (1, 3, 20, 10, Rtc::Off),
+            (3, 2, 13, 10, Rtc::Off),
+            (1, 1, 200, 50, Rtc::Off),
+            (2, 2, 48, 50, Rtc::Off),
+            (9, 1, 7, 10, Rtc::Off),
+            (2, 1, 7, 10, Rtc::Guided),
+            (9, 1, 7, 20, Rtc::Guided),
+        ] {
+            let shape = Shape { batch, cameras, prompt_tokens, horizon, steps: 2, rtc };
             let program = Arc::new(record_with(table.clone(), shape).unwrap());
             compare(&mut device, program);
         }
@@ -49,7 +55,9 @@ fn compare(device: &mut CudaDevice, program: Arc<Program>) {
                     [(b % shape.cameras + 1) as f32, (shape.prompt_tokens - b % 3) as f32]
                 })
                 .collect(),
-            "state" | "actions" => (0..count).map(|_| random.value()).collect(),
+            "state" | "actions" | "previous.chunk" => (0..count).map(|_| random.value()).collect(),
+            "previous.weights" => (0..count).map(|i| (i % 4) as f32 / 3.0).collect(),
+            "previous.limits" => vec![5.0; count],
             _ => continue,
         };
         portable.write_buffer(&buffer.name, &values).unwrap();

@@ -55,6 +55,7 @@ pub fn request(i: usize) -> Request {
         tokens: vec![1, 2, i as u32 % 100],
         state: vec![0.25, -0.5, i as f32, 1.0],
         noise: Noise::Seed(i as u64),
+        previous: None,
         steps: None,
         deadline: None,
     }

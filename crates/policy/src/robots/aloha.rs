@@ -76,6 +76,18 @@ pub(super) fn encode_actions(row: &mut [f64]) {
     }
 }
 
+/// The inverse of [`encode_actions`].
+pub(super) fn decode_actions(row: &mut [f64]) {
+    for gripper in GRIPPERS {
+        if let Some(x) = row.get_mut(gripper) {
+            *x = *x * (1.4910 - -0.6213) + -0.6213 - 0.5476;
+        }
+    }
+    for (x, flip) in row.iter_mut().zip(FLIP) {
+        *x *= flip;
+    }
+}
+
 /// The robot's gripper (0 closed, 1 open, linear in the finger's travel) as the angle of the
 /// model's gripper, scaled to its range.
 pub fn gripper_to_angular(gripper: f64) -> f64 {

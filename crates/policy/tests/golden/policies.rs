@@ -89,6 +89,14 @@ fn twelve_policies() {
 
         let actions: Vec<f32> = t.numbers("in.model_actions").iter().map(|&x| x as f32).collect();
         let out = policy.finish(&prepared, &actions).unwrap();
+        // And back: what is left of the chunk, as real-time chunking wants it.
+        let (dims, columns) = (policy.config().output_dims(), policy.config().action_dim);
+        let robot = out.to_f64().unwrap();
+        let back = policy.model_actions(&prepared, &robot[dims..]).unwrap();
+        let rows = actions.chunks(columns).skip(1).flat_map(|row| &row[..dims]);
+        assert_eq!(back.len(), rows.clone().count());
+        let worst = back.iter().zip(rows).map(|(b, a)| (b - a).abs()).fold(0.0, f32::max);
+        assert!(worst < 2e-5, "{folder}: the way back is off by {worst}");
         let expected = t.array("out.actions");
         assert_eq!(out.shape, expected.shape);
         let (out, expected) = (out.to_f64().unwrap(), expected.to_f64().unwrap());

@@ -60,6 +60,7 @@ impl Service for Arm {
             let input = prepared.input.clone();
             let noise = context.seed.map_or(Noise::Drawn, Noise::Seed);
             let pending = self.engine.submit(Request {
+                previous: None,
                 images: input.images,
                 tokens: input.tokens,
                 state: input.state,

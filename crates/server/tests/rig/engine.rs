@@ -100,6 +100,7 @@ impl Service for EngineService {
             let answer = self
                 .engine
                 .submit(Request {
+                    previous: None,
                     images: vec![vec![0; side * side * 3].into()],
                     tokens: vec![1, 2, 3],
                     state: vec![state; config.action_dim],
