@@ -1,4 +1,4 @@
-"""Writes the images beside it with Pillow, and what Pillow reads back from the lossy ones (*.rgb.png)."""
+"""Writes the images beside it with Pillow, and what Pillow reads of lossy ones (*.rgb.png)."""
 
 import pathlib
 import struct
@@ -12,7 +12,8 @@ HEIGHT, WIDTH = 40, 56
 
 y, x = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float64)
 rgb = np.stack(
-    [127 + 120 * np.sin(x / 9), 127 + 120 * np.cos(y / 7), 255 * (x + y) / (HEIGHT + WIDTH)], axis=-1
+    [127 + 120 * np.sin(x / 9), 127 + 120 * np.cos(y / 7), 255 * (x + y) / (HEIGHT + WIDTH)],
+    axis=-1,
 ).astype(np.uint8)
 rgb[8:20, 10:30] = (200, 30, 40)
 camera = Image.fromarray(rgb)
@@ -41,5 +42,8 @@ deep = (rgb.astype(">u2") * 257).astype(">u2")
 rows = b"".join(b"\0" + row.tobytes() for row in deep)
 head = struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, 2, 0, 0, 0)
 (HERE / "deep.png").write_bytes(
-    b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    b"\x89PNG\r\n\x1a\n"
+    + chunk(b"IHDR", head)
+    + chunk(b"IDAT", zlib.compress(rows))
+    + chunk(b"IEND", b"")
 )

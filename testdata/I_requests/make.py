@@ -1,4 +1,4 @@
-"""Writes requests with this server's extra keys and RoboArena's, as openpi-client 0.1.2 packs them."""
+"""Writes requests with extra keys and RoboArena's, as openpi-client 0.1.2 packs them."""
 
 import pathlib
 
@@ -21,7 +21,11 @@ noise = np.zeros((15, 32), dtype=np.float32)
 requests = {
     "keys": droid | keys | {"newest_wins": np.bool_(True), "session": "left arm"},
     "noise": droid | {"noise": noise, "seed": None},
-    "batch": {"batch": [droid, droid | {"seed": 3}, {"noise": noise}, 5], **keys, "newest_wins": True},
+    "batch": {
+        "batch": [droid, droid | {"seed": 3}, {"noise": noise}, 5],
+        **keys,
+        "newest_wins": True,
+    },
     "roboarena": droid | {"endpoint": "infer", "session_id": "38DSA3hd3"},
     "reset": {"endpoint": "reset", "session_id": "38DSA3hd3"},
 }

@@ -126,7 +126,8 @@ impl Report {
 
     fn print(&self) {
         println!(
-            "{} observations compared: {} identical bit for bit, {} different; {} requests had no answer",
+            "{} observations compared: {} identical bit for bit, {} different; \
+             {} requests had no answer",
             self.compared, self.identical, self.different, self.unanswered
         );
         if let Some(first) = &self.first {
