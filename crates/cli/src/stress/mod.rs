@@ -5,6 +5,7 @@
 //! the real thing: `pirouette serve` in a process of its own, loopback sockets, real frames.
 
 mod abuse;
+mod bare;
 mod engine;
 mod server;
 mod traffic;
@@ -89,6 +90,11 @@ impl Check {
     /// A count of something that must have happened, or the row shows nothing.
     pub fn some(what: &str, measured: u64) -> Check {
         Check::new(what, "> 0".into(), measured.to_string(), measured > 0)
+    }
+
+    /// A number that explains the others; nothing is promised of it.
+    pub fn told(what: &str, measured: f64) -> Check {
+        Check::new(what, "-".into(), format!("{measured:.3}"), true)
     }
 
     fn new(what: &str, bar: String, measured: String, holds: bool) -> Check {
