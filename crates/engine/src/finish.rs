@@ -110,6 +110,7 @@ impl State {
         let mut free: Vec<Duration> = lanes.iter().map(|(_, lane)| lane.free).collect();
         let mut ahead = self.queue.ahead_of(deadline, now);
         let behind_others = ahead > 0;
+        let mut behind_full = false;
         loop {
             let finish = |i: &usize| free[*i] + lanes[*i].1.took;
             let first = (0..lanes.len()).min_by_key(finish)?;
@@ -119,8 +120,12 @@ impl State {
             }
             ahead -= per_batch;
             free[first] += took;
+            behind_full = true;
         }
-        let slots = rule.batches.iter().copied().find(|s| *s > ahead);
+        // With a full batch ahead there is more work than time: its own batch will be full as well
+        // when its turn comes. Let in for less, it would force a small batch then, and with it a
+        // throughput that makes the next ones late.
+        let slots = rule.batches.iter().copied().find(|s| *s > ahead).filter(|_| !behind_full);
         let finish = lanes.iter().zip(free).map(|((device, lane), free)| {
             let run = device.times.predict(bucket, slots.unwrap_or(lane.per_batch));
             // A quarter of a batch in reserve: a request let in with no slack would force small
