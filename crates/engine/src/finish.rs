@@ -155,3 +155,69 @@ impl State {
         finished.sum()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use pirouette_model::{Config, WeightTable};
+    use tokio::sync::oneshot;
+
+    use super::*;
+    use crate::options::EngineOptions;
+    use crate::queue::{Job, JobInputs, Queue, Reply};
+
+    /// One ready device that does nothing, with these times in milliseconds by batch size, and as
+    /// many requests waiting as `ahead`.
+    fn state(times: &[(usize, u64)], ahead: usize) -> (State, Bucket, BucketRule) {
+        let tables = vec![Arc::new(WeightTable::new(Config::pi0(), 10))];
+        let options = EngineOptions::new(tables, 10, 48);
+        let bucket = options.bucket(3, 16);
+        let mut device = DeviceState::new(&options);
+        device.phase = Phase::Ready;
+        for (batch, ms) in times {
+            for _ in 0..200 {
+                device.times.record(bucket, *batch, Duration::from_millis(*ms));
+            }
+        }
+        let mut queue = Queue::new(256);
+        let arrived = Instant::now();
+        for _ in 0..ahead {
+            let inputs = JobInputs {
+                bucket,
+                images: Vec::new(),
+                tokens: Vec::new(),
+                state: Vec::new(),
+                noise: Vec::new(),
+                previous: None,
+            };
+            let (sender, _) = oneshot::channel();
+            let reply = Reply { arrived, seed: None, sender, started: Arc::default() };
+            queue.push(Job { inputs, deadline: None, reply }).unwrap();
+        }
+        let (draining, stop, threads) = (false, false, Vec::new());
+        let state = State { queue, devices: vec![device], draining, stop, threads };
+        (state, bucket, BucketRule::gpu(16))
+    }
+
+    #[test]
+    fn behind_a_full_batch_a_request_is_judged_by_another_full_one() {
+        let times = [(1, 10), (2, 19), (4, 33), (8, 64), (16, 115)];
+        let predicted_ms = |ahead: usize| {
+            let (state, bucket, rule) = state(&times, ahead);
+            // Later than all that wait, so that they are served before it.
+            let now = Instant::now() + Duration::from_secs(1);
+            state.predict(&rule, now, bucket, None).unwrap().as_secs_f64() * 1e3
+        };
+        let near = |ahead: usize, want: f64| {
+            let got = predicted_ms(ahead);
+            assert!((got - want).abs() < 0.05 * want, "{ahead} ahead: {got} ms, {want} expected");
+        };
+        near(0, 10.0);
+        // A quarter of a full batch is in reserve once somebody is ahead.
+        near(3, 33.0 + 29.0);
+        near(16, 115.0 + 115.0 + 29.0);
+        near(20, 115.0 + 115.0 + 29.0);
+        near(36, 3.0 * 115.0 + 29.0);
+    }
+}

@@ -217,7 +217,7 @@ impl Shared {
 }
 
 impl DeviceState {
-    fn new(options: &EngineOptions) -> Self {
+    pub(crate) fn new(options: &EngineOptions) -> Self {
         DeviceState {
             generation: 0,
             hung: 0,
