@@ -272,19 +272,20 @@ async fn a_full_queue_refuses() {
 
 #[tokio::test]
 async fn twice_the_load_keeps_the_capacity() {
-    // Batches of 4 in 20 ms: 200 requests per second; 400 arrive, each with 120 ms to live.
-    let engine = rig::engine(&[(1, 18.0), (4, 20.0)], rig::options(4));
+    // Batches of 4 in 100 ms: 40 requests per second; 80 arrive, each with 600 ms to live. Slow,
+    // so that a machine with other things to do does not fail it.
+    let engine = rig::engine(&[(1, 90.0), (4, 100.0)], rig::options(4));
     engine.wait_ready().await.unwrap();
     let engine = std::sync::Arc::new(engine);
     let started = Instant::now();
     let mut tasks = Vec::new();
     let mut slowest_refusal = Duration::ZERO;
-    for i in 0..800u32 {
-        tokio::time::sleep_until((started + Duration::from_micros(2500) * i).into()).await;
+    for i in 0..240u32 {
+        tokio::time::sleep_until((started + Duration::from_micros(12_500) * i).into()).await;
         let asked = Instant::now();
-        match engine.submit(due(i as usize, 120)) {
+        match engine.submit(due(i as usize, 600)) {
             Ok(pending) => tasks.push(tokio::spawn(async move {
-                pending.await.is_ok() && asked.elapsed() < Duration::from_millis(120)
+                pending.await.is_ok() && asked.elapsed() < Duration::from_millis(600)
             })),
             Err(_) => slowest_refusal = slowest_refusal.max(asked.elapsed()),
         }
@@ -295,10 +296,10 @@ async fn twice_the_load_keeps_the_capacity() {
         good += task.await.unwrap() as usize;
     }
     let per_second = good as f64 / started.elapsed().as_secs_f64();
-    println!("{per_second:.0}/s good of 200/s possible; {admitted} of 800 admitted");
-    assert!(per_second > 170.0, "{per_second:.0} good answers per second of 200 possible");
-    assert!(admitted < 560, "the rest was refused on arrival, {admitted} were let in");
-    assert!(slowest_refusal < Duration::from_millis(20), "{slowest_refusal:?}");
+    println!("{per_second:.0}/s good of 40/s possible; {admitted} of 240 admitted");
+    assert!(per_second > 34.0, "{per_second:.0} good answers per second of 40 possible");
+    assert!(admitted < 168, "the rest was refused on arrival, {admitted} were let in");
+    assert!(slowest_refusal < Duration::from_millis(100), "{slowest_refusal:?}");
 }
 
 #[tokio::test]
