@@ -161,11 +161,11 @@ mod tests {
     use std::sync::Arc;
 
     use pirouette_model::{Config, WeightTable};
-    use tokio::sync::oneshot;
 
     use super::*;
     use crate::options::EngineOptions;
-    use crate::queue::{Job, JobInputs, Queue, Reply};
+    use crate::queue::Queue;
+    use crate::queue::tests::job;
 
     /// One ready device that does nothing, with these times in milliseconds by batch size, and as
     /// many requests waiting as `ahead`.
@@ -183,17 +183,7 @@ mod tests {
         let mut queue = Queue::new(256);
         let arrived = Instant::now();
         for _ in 0..ahead {
-            let inputs = JobInputs {
-                bucket,
-                images: Vec::new(),
-                tokens: Vec::new(),
-                state: Vec::new(),
-                noise: Vec::new(),
-                previous: None,
-            };
-            let (sender, _) = oneshot::channel();
-            let reply = Reply { arrived, seed: None, sender, started: Arc::default() };
-            queue.push(Job { inputs, deadline: None, reply }).unwrap();
+            queue.push(job(arrived, None, bucket).0).unwrap();
         }
         let (draining, stop, threads) = (false, false, Vec::new());
         let state = State { queue, devices: vec![device], draining, stop, threads };

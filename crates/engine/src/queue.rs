@@ -230,7 +230,7 @@ fn choose_slots(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use pirouette_model::Rtc;
 
     use super::*;
@@ -238,9 +238,13 @@ mod tests {
     const BUCKET: Bucket =
         Bucket { cameras: 1, prompt_tokens: 16, horizon: 2, steps: 3, rtc: Rtc::Off };
 
-    type Receiver = oneshot::Receiver<Result<Answer, EngineError>>;
+    pub(crate) type Receiver = oneshot::Receiver<Result<Answer, EngineError>>;
 
-    fn job(arrived: Instant, deadline_ms: Option<u64>, bucket: Bucket) -> (Job, Receiver) {
+    pub(crate) fn job(
+        arrived: Instant,
+        deadline_ms: Option<u64>,
+        bucket: Bucket,
+    ) -> (Job, Receiver) {
         let (sender, receiver) = oneshot::channel();
         let inputs = JobInputs {
             bucket,
