@@ -3,6 +3,7 @@
 //   out  = [silu](x_t * W_in^T + b_in)                    action_in of the next step, unless null
 // CTAs past `rows` write a sample's state token: state_out = state * W_state^T + b_state.
 //   shapes   stream bf16 [rows, 1024], actions f32 [rows, 32], out bf16 [rows, 1024]
+//   what goes to the stream is also written times the first norm's scale (`scaled`)
 //   weights  f32, out_weight [32][1024], in_weight and state_weight [32][1024] (input-major)
 //   launch   grid rows + (state ? samples : 0), 1024 threads, no dynamic shared memory
 //   limit    none worth naming: 10 launches of about 3 us in a loop of 2-3 ms
@@ -20,16 +21,22 @@ __device__ __forceinline__ u64 edge_row(const DenoiseRows& rows, u32 i) {
   return static_cast<u64>(edge_index(rows, i)) * rows.width;
 }
 
-// Writes feature n of a row, and every 16 features the sum of their squares.
-__device__ __forceinline__ void put(u16* out, float* sums, const DenoiseRows& rows, u32 row, u32 n,
-                                    float v) {
+// Writes feature n of a row; of the stream also its scaled copy, and every 16 features the sum of
+// their squares.
+__device__ __forceinline__ void put(const DenoiseEdgeParams& p, u16* out, bool stream,
+                                    const DenoiseRows& rows, u32 row, u32 n, float v) {
   const u16 rounded = static_cast<u16>(bf16_pair(v, 0.0f));
-  out[edge_row(rows, row) + n] = rounded;
-  if (!sums) return;
+  const u64 at = edge_row(rows, row) + n;
+  out[at] = rounded;
+  if (!stream) return;
+  if (p.scaled) {
+    const float scaled = bf16_value(rounded) * __ldg(p.next_scale + n);
+    p.scaled[at] = static_cast<u16>(bf16_pair(scaled, 0.0f));
+  }
   float s = bf16_value(rounded) * bf16_value(rounded);
 #pragma unroll
   for (int d = 8; d > 0; d /= 2) s += __shfl_xor_sync(~0u, s, d);
-  if (n % 16 == 0) sums[edge_index(rows, row) * 64 + n / 16] = s;
+  if (n % 16 == 0) p.sums[edge_index(rows, row) * 64 + n / 16] = s;
 }
 
 // Warp j: column j of action_out for this row; lane 0 advances x_t. w is the column with the
@@ -104,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
     if (tid < 32) in[tid] = p.state[sample * 32 + tid];
     __syncthreads();
     const float v = project(in, p.state_weight, p.state_bias, tid);
-    put(p.state_out, p.sums, p.state_rows, sample, tid, v);
+    put(p, p.state_out, true, p.state_rows, sample, tid, v);
     return;
   }
   if (p.stream) advance(p, row, warp, lane, w, shifted);
@@ -114,5 +121,5 @@ extern "C" __global__ void __launch_bounds__(1024, 1)
   __syncthreads();
   float v = project(in, p.in_weight, p.in_bias, tid);
   if (p.silu) v = __fdividef(v, 1.0f + __expf(-v));
-  put(p.out, p.silu ? nullptr : p.sums, p.out_rows, row, tid, v);
+  put(p, p.out, !p.silu, p.out_rows, row, tid, v);
 }

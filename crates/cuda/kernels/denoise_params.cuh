@@ -16,15 +16,16 @@ static_assert(sizeof(DenoiseRows) == 16, "shared with the host");
 // One product with its norm and epilogue. Pointers a kernel does not use are null.
 struct DenoiseProductParams {
   const uint4* weight;         // packed bf16, see denoise_load.cu
-  const denoise::u16* input;   // bf16 [*, K]
+  const denoise::u16* input;   // bf16 [*, K]; qkv, gate‖up: with the norm's scale in it
   denoise::u16* out;           // bf16: q, hidden units, or the residual stream (may be `old`)
   const denoise::u16* old;     // o, down: bf16 residual stream to add to (rows as `out`'s)
   denoise::u16* k;             // qkv: bf16 key rows of this layer's cache, 256 wide
   denoise::u16* v;             // qkv: bf16 value rows of this layer's cache, 256 wide
   const float* bias;           // f32 [N] in the weight's original row order, or null
-  const float* scale;          // f32 [K], adaptive norm's 1 + scale of this step, or null
   const float* gate;           // f32 [N], adaptive norm's gate of this step, or null
-  const float* input_sums;     // qkv, gate‖up: f32 [stream rows][64] sums of squares of `input`
+  const float* input_sums;     // qkv, gate‖up: f32 [stream rows][64] sums of squares of the stream
+  const float* next_scale;     // o, down, mlp_out: f32 [N], scale of the norm that follows
+  denoise::u16* scaled;        // the same: bf16 copy of `out` times it, laid out as `out`, or null
   float* out_sums;             // o, down, mlp_out: the same of `out`, 16 features each
   const float2* rope;          // qkv: (cos, sin) [positions][128]
   const denoise::u32* lengths; // qkv: [samples][2]: cameras, prompt tokens
@@ -34,9 +35,9 @@ struct DenoiseProductParams {
   denoise::u32 rows;           // rows of work: samples * count
   denoise::u32 image_tokens;   // qkv: prefix tokens of one camera
   denoise::u32 first_position; // qkv: position of a sample's row 0 less its prefix length
-  denoise::u32 depth;          // copies of 8 KB of weights under way at a time: 4
+  denoise::u32 depth;          // copies of 8 KB of weights under way at a time
 };
-static_assert(sizeof(DenoiseProductParams) == 13 * 8 + 3 * 16 + 16, "shared with the host");
+static_assert(sizeof(DenoiseProductParams) == 14 * 8 + 3 * 16 + 16, "shared with the host");
 
 // The edge between two steps: action_out + Euler of the step before, action_in of the next.
 struct DenoiseEdgeParams {
@@ -53,6 +54,9 @@ struct DenoiseEdgeParams {
   const float* state_weight;      // f32 [32][1024] (input-major)
   const float* state_bias;        // f32 [1024]
   denoise::u16* state_out;        // bf16 residual stream for the state token
+  const float* next_scale;        // f32 [1024] scale of the norm of the first layer
+  denoise::u16* scaled;           // bf16 copy of what goes to the stream times it, laid out as the
+                                  // stream, or null
   float* sums;                    // f32 [stream rows][64] sums of squares of what goes to the
                                   // stream (`state_out`, and `out` unless silu), 16 features each
   DenoiseRows stream_rows;        // where the action rows of `stream` lie
@@ -63,4 +67,4 @@ struct DenoiseEdgeParams {
   denoise::u32 silu;              // 1: action_in ends in x * sigmoid(x)
   denoise::u32 unused;
 };
-static_assert(sizeof(DenoiseEdgeParams) == 14 * 8 + 3 * 16 + 16, "shared with the host");
+static_assert(sizeof(DenoiseEdgeParams) == 16 * 8 + 3 * 16 + 16, "shared with the host");

@@ -3,26 +3,26 @@
 //
 // | kernel denoise_…       | N x K       | out                      | grid _16, _many | grid _56 |
 // |------------------------|-------------|--------------------------|-----------------|----------|
-// | qkv_{rms,adaptive}     | 2560 x 1024 | rotary; q, k, v rows     | 160             | 80       |
-// | o                      | 1024 x 2048 | old + gate * y, sums     | 128, cluster 2  | same     |
-// | gate_up_{rms,adaptive} | 8192 x 1024 | gelu(gate) * up          | 256             | 128, 256 |
-// | down                   | 1024 x 4096 | old + gate * y, sums     | 256, cluster 4  | same     |
-// | mlp_out                | 1024 x 1024 | y + bias, sums           | 64              | same     |
+// | qkv                    | 2560 x 1024 | rotary; q, k, v rows     | 160             | 80       |
+// | o                      | 1024 x 2048 | old + gate * y, stream   | 128, cluster 2  | same     |
+// | gate_up                | 8192 x 1024 | gelu(gate) * up          | 256             | 128      |
+// | down                   | 1024 x 4096 | old + gate * y, stream   | 256, cluster 4  | same     |
+// | mlp_out                | 1024 x 1024 | y + bias, stream         | 64              | same     |
 //
 // _16: rows <= 16; _56: rows <= 56; _many: any number, 32 at a time. 288 threads: 8 warps that
 // compute, one that loads weights. A CTA has N / 16 / (grid / cluster) tiles of 16 outputs.
 // Dynamic shared memory: 32 KB a tile, for _many 48 KB a tile. The cluster size and programmatic
-// dependent launch are launch attributes. `depth` 4 is best.
+// dependent launch are launch attributes.
 //
 // Weights: packed as denoise_load.cu says; a tile of 16 outputs is contiguous, K-slices in order.
 // A cluster splits K. A warp owns an eighth of the CTA's inputs and all of its outputs; x goes
 // from L2 straight to registers as the B fragment of mma.m16n8k16 (tokens are the n side),
 // weights through shared memory.
-// Norm: adaptive: rows are multiplied by a scale (held as two bf16, so that the product rounds
-// once), adaptive (1 + scale; W * shift comes as `bias` from denoise_fold_shift) or learned (no
-// bias); rms: y = rms(x) * (W * x) without one, launched by the lab alone, since a learned scale
-// in W rounds weights twice. Sums of squares come from the stream's writers, one per 16 features:
-// `input_sums` belongs to `input` as `out_sums` does to `out`; a kernel that reads one stream and
+// Norm (qkv, gate‖up): y = rms(x) * (W * (scale * x)) + bias. Whoever writes the stream also writes
+// it times the scale of the norm that follows (learned, or an adaptive norm's 1 + scale), rounded
+// once, and its sums of squares, one per 16 features; W * shift of an adaptive norm comes as `bias`
+// from denoise_fold_shift. A scale inside W would round the weights twice.
+// `input_sums` belongs to the stream as `out_sums` does to `out`; a kernel that reads one stream and
 // writes the next must not share one buffer of sums between them.
 // Every sum has a fixed order: over warps as a tree, over the cluster by rank.
 //
@@ -56,37 +56,20 @@
     run_product<__VA_ARGS__>(p);                                        \
   }
 
-#define DENOISE_QKV(name, CTAS, NORM, TILES, NT, many) \
-  DENOISE_PRODUCT(name, CTAS, Epilogue::Qkv, Norm::NORM, TILES, 1024, 1, NT, many)
-#define DENOISE_O(name, CTAS, TILES, NT, many) \
-  DENOISE_PRODUCT(name, CTAS, Epilogue::Add, Norm::None, TILES, 1024, 2, NT, many)
-#define DENOISE_GATE_UP(name, CTAS, NORM, TILES, NT, many) \
-  DENOISE_PRODUCT(name, CTAS, Epilogue::GeGlu, Norm::NORM, TILES, 1024, 1, NT, many)
-#define DENOISE_DOWN(name, CTAS, NT, many) \
-  DENOISE_PRODUCT(name, CTAS, Epilogue::Add, Norm::None, 1, 1024, 4, NT, many)
-#define DENOISE_MLP_OUT(name, CTAS, NT, many) \
-  DENOISE_PRODUCT(name, CTAS, Epilogue::Store, Norm::None, 1, 1024, 1, NT, many)
+DENOISE_PRODUCT(denoise_qkv_16, 3, Epilogue::Qkv, 1, 1024, 1, 2, false)
+DENOISE_PRODUCT(denoise_o_16, 3, Epilogue::Add, 1, 1024, 2, 2, false)
+DENOISE_PRODUCT(denoise_gate_up_16, 3, Epilogue::GeGlu, 2, 1024, 1, 2, false)
+DENOISE_PRODUCT(denoise_down_16, 3, Epilogue::Add, 1, 1024, 4, 2, false)
+DENOISE_PRODUCT(denoise_mlp_out_16, 3, Epilogue::Store, 1, 1024, 1, 2, false)
 
-DENOISE_QKV(denoise_qkv_rms_16, 3, Rms, 1, 2, false)
-DENOISE_QKV(denoise_qkv_adaptive_16, 2, Adaptive, 1, 2, false)
-DENOISE_O(denoise_o_16, 3, 1, 2, false)
-DENOISE_GATE_UP(denoise_gate_up_rms_16, 3, Rms, 2, 2, false)
-DENOISE_GATE_UP(denoise_gate_up_adaptive_16, 2, Adaptive, 2, 2, false)
-DENOISE_DOWN(denoise_down_16, 3, 2, false)
-DENOISE_MLP_OUT(denoise_mlp_out_16, 3, 2, false)
+DENOISE_PRODUCT(denoise_qkv_56, 1, Epilogue::Qkv, 2, 1024, 1, 7, false)
+DENOISE_PRODUCT(denoise_o_56, 1, Epilogue::Add, 1, 1024, 2, 7, false)
+DENOISE_PRODUCT(denoise_gate_up_56, 1, Epilogue::GeGlu, 4, 1024, 1, 7, false)
+DENOISE_PRODUCT(denoise_down_56, 1, Epilogue::Add, 1, 1024, 4, 7, false)
+DENOISE_PRODUCT(denoise_mlp_out_56, 1, Epilogue::Store, 1, 1024, 1, 7, false)
 
-DENOISE_QKV(denoise_qkv_rms_56, 1, Rms, 2, 7, false)
-DENOISE_QKV(denoise_qkv_adaptive_56, 1, Adaptive, 2, 7, false)
-DENOISE_O(denoise_o_56, 1, 1, 7, false)
-DENOISE_GATE_UP(denoise_gate_up_rms_56, 1, Rms, 4, 7, false)
-DENOISE_GATE_UP(denoise_gate_up_adaptive_56, 1, Adaptive, 2, 7, false)
-DENOISE_DOWN(denoise_down_56, 1, 7, false)
-DENOISE_MLP_OUT(denoise_mlp_out_56, 1, 7, false)
-
-DENOISE_QKV(denoise_qkv_rms_many, 1, Rms, 1, 4, true)
-DENOISE_QKV(denoise_qkv_adaptive_many, 1, Adaptive, 1, 4, true)
-DENOISE_O(denoise_o_many, 1, 1, 4, true)
-DENOISE_GATE_UP(denoise_gate_up_rms_many, 1, Rms, 2, 4, true)
-DENOISE_GATE_UP(denoise_gate_up_adaptive_many, 1, Adaptive, 2, 4, true)
-DENOISE_DOWN(denoise_down_many, 1, 4, true)
-DENOISE_MLP_OUT(denoise_mlp_out_many, 1, 4, true)
+DENOISE_PRODUCT(denoise_qkv_many, 1, Epilogue::Qkv, 1, 1024, 1, 4, true)
+DENOISE_PRODUCT(denoise_o_many, 1, Epilogue::Add, 1, 1024, 2, 4, true)
+DENOISE_PRODUCT(denoise_gate_up_many, 1, Epilogue::GeGlu, 2, 1024, 1, 4, true)
+DENOISE_PRODUCT(denoise_down_many, 1, Epilogue::Add, 1, 1024, 4, 4, true)
+DENOISE_PRODUCT(denoise_mlp_out_many, 1, Epilogue::Store, 1, 1024, 1, 4, true)

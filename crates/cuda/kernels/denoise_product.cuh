@@ -7,7 +7,6 @@
 namespace denoise {
 
 enum class Epilogue { Qkv, GeGlu, Add, Store };
-enum class Norm { None, Rms, Adaptive };
 
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;    // that compute; one more warp loads the weights
@@ -48,6 +47,7 @@ __device__ __forceinline__ float4 add(float4 a, float4 b) {
 // What an output item needs besides its sum: fetched before the sum is there.
 struct Extra {
   float first, second;  // bias (Qkv, GeGlu, Store) or gate (Add) of rows r and r + 8 of the tile
+  float next_first, next_second;  // Add, Store: the scale of the norm that follows, same rows
   float2 turn0, turn1;  // Qkv: cos, sin of tokens t and t + 1
   u16 old[4];           // Add: stream values (row r: t, t + 1; row r + 8: t, t + 1)
   const u16* old_from[2];  // Add: where they are, tokens t and t + 1, row r
@@ -55,12 +55,12 @@ struct Extra {
   float* sum_to;        // Add, Store: where the sum of squares goes
 };
 
-template <Epilogue E, Norm S, int MT, int KC, int CL, int NT, bool kMulti>
+template <Epilogue E, int MT, int KC, int CL, int NT, bool kMulti>
 struct Product {
   static constexpr int kSlice = KC / kWarps;  // inputs of a warp
   static constexpr int kBlocks = kSlice / 32;
-  // Blocks of x under way: as many as 140 registers hold beside the sums and the scale.
-  static constexpr int kRoom = 140 - MT * NT * 4 - (S == Norm::Adaptive ? 32 : 0);
+  // Blocks of x under way: as many as 140 registers hold beside the sums.
+  static constexpr int kRoom = 140 - MT * NT * 4;
   static constexpr int kAhead =
       kRoom >= kBlocks * NT * 4 ? kBlocks : kRoom >= 2 * NT * 4 ? 2 : 1;
   static constexpr int kHeld = MT == 1 && NT <= 2 ? kBlocks : 1;  // blocks of A in registers
@@ -73,7 +73,8 @@ struct Product {
   static constexpr u32 kWeightBytes = MT * kTileBytes;
   static constexpr u32 kBoxes = kWeightBytes / kBox;
   static constexpr u32 kSliceBytes = kSlice * 32;
-  static constexpr bool kHasNorm = S != Norm::None;
+  static constexpr bool kHasNorm = E == Epilogue::Qkv || E == Epilogue::GeGlu;
+  static constexpr bool kToStream = !kHasNorm;
   static_assert(CL == 1 || CL == 2 || CL == 4, "tokens are shared out by pairs");
   static_assert(kBlocks >= 1 && NT * 512 <= kSliceBytes, "partial sums reuse the weights");
 
@@ -90,8 +91,6 @@ struct Product {
   u32 tid, warp, lane, rank, tile0;
   const u16* x[NT];        // this lane's part of the input rows
   u32 sums_from[NT];       // and of their sums of squares
-  uint2 scale_high[S == Norm::Adaptive ? kBlocks : 1][2];  // 1 + scale of its inputs = high + low
-  uint2 scale_low[S == Norm::Adaptive ? kBlocks : 1][2];
 
   // The first feature of rows 0-7 and of rows 8-15 of a tile. q and k keep the order in which the
   // host packs a head, rotary partners 8 apart: q * k does not care, and prefill does the same.
@@ -179,6 +178,10 @@ struct Product {
       const float neutral = E == Epilogue::Add ? 1.0f : 0.0f;
       e.first = per_output ? __ldg(per_output + f.x + r) : neutral;
       e.second = per_output ? __ldg(per_output + f.y + r) : neutral;
+      if (kToStream && p.scaled) {
+        e.next_first = __ldg(p.next_scale + f.x + r);
+        e.next_second = __ldg(p.next_scale + f.y + r);
+      }
       if (E == Epilogue::Qkv && tile_of(item) < 144) {
         e.turn0 = turn_of(token, tile_of(item) % 16 * 8 + r);
         e.turn1 = turn_of(token + 1, tile_of(item) % 16 * 8 + r);
@@ -203,24 +206,6 @@ struct Product {
       for (int n = 0; n < NT; ++n) {
         const u32 token = min(row0 + n * 8 + warp, p.rows - 1);
         sums_from[n] = row_index(p.input_rows, token) * kSums + lane * 2;
-      }
-    }
-  }
-
-  // The adaptive scale of this lane's inputs, split in two bf16 so that x * scale takes two
-  // packed operations and rounds once.
-  __device__ __forceinline__ void load_scale() {
-    const u32 column = rank * KC + warp * kSlice + (lane & 3) * 8;
-#pragma unroll
-    for (int k = 0; k < (S == Norm::Adaptive ? kBlocks : 0); ++k) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float4 s =
-            __ldg(reinterpret_cast<const float4*>(p.scale + column + k * 32 + i * 4));
-        const uint2 high = make_uint2(bf16_pair(s.x, s.y), bf16_pair(s.z, s.w));
-        scale_high[k][i] = high;
-        scale_low[k][i] = make_uint2(bf16_pair(s.x - bf16_low(high.x), s.y - bf16_high(high.x)),
-                                     bf16_pair(s.z - bf16_low(high.y), s.w - bf16_high(high.y)));
       }
     }
   }
@@ -254,14 +239,6 @@ struct Product {
             rsqrtf(s * (1.0f / (KC * CL)) + 1e-6f);
       }
     }
-  }
-
-  __device__ __forceinline__ uint4 scaled(uint4 b, int k) const {
-    if (S != Norm::Adaptive) return b;
-    return make_uint4(bf16_scale(b.x, scale_high[k][0].x, scale_low[k][0].x),
-                      bf16_scale(b.y, scale_high[k][0].y, scale_low[k][0].y),
-                      bf16_scale(b.z, scale_high[k][1].x, scale_low[k][1].x),
-                      bf16_scale(b.w, scale_high[k][1].y, scale_low[k][1].y));
   }
 
   // This warp's share of the sums for kTokens rows from row0.
@@ -298,7 +275,6 @@ struct Product {
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         now[n] = b[k % kAhead][n];
-        now[n] = scaled(now[n], k);
         if (k + kAhead < kBlocks) b[k % kAhead][n] = load_l2(x[n] + (k + kAhead) * 32);
       }
 #pragma unroll
@@ -365,6 +341,11 @@ struct Product {
       const u32 low = bf16_pair(sum.x, sum.y), high = bf16_pair(sum.z, sum.w);
       store(e.to, 0, low);
       store(e.to, 8, high);
+      if (p.scaled) {
+        u16* to = e.to ? p.scaled + (e.to - p.out) : nullptr;
+        store(to, 0, bf16_pair(bf16_low(low) * e.next_first, bf16_high(low) * e.next_first));
+        store(to, 8, bf16_pair(bf16_low(high) * e.next_second, bf16_high(high) * e.next_second));
+      }
       store_sum(e, low, high);
     }
   }
@@ -444,7 +425,6 @@ struct Product {
     }
     Extra extra[kRounds];
     prepare(extra, 0);
-    load_scale();
     if (CL > 1) cluster_wait();
     dependency_wait();
     for (u32 row0 = 0, pass = 0; pass == 0 || (kMulti && row0 < p.rows); ++pass) {
@@ -461,9 +441,9 @@ struct Product {
   }
 };
 
-template <Epilogue E, Norm S, int MT, int KC, int CL, int NT, bool kMulti>
+template <Epilogue E, int MT, int KC, int CL, int NT, bool kMulti>
 __device__ __forceinline__ void run_product(const DenoiseProductParams& p) {
-  using Body = Product<E, S, MT, KC, CL, NT, kMulti>;
+  using Body = Product<E, MT, KC, CL, NT, kMulti>;
   extern __shared__ __align__(128) unsigned char dynamic[];
   __shared__ __align__(16) typename Body::Fixed fixed;
   const u32 rank = CL > 1 ? cluster_rank() : 0;

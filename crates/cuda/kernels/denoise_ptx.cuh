@@ -179,17 +179,4 @@ __device__ __forceinline__ u32 bf16_pair(float low, float high) {
   return d;
 }
 
-// x * (high + low) for a bf16 pair, rounded once.
-__device__ __forceinline__ u32 bf16_scale(u32 x, u32 high, u32 low) {
-  u32 d;
-  asm("{\n"
-      ".reg .b32 t;\n"
-      "mul.rn.bf16x2 t, %1, %3;\n"
-      "fma.rn.bf16x2 %0, %1, %2, t;\n"
-      "}\n"
-      : "=r"(d)
-      : "r"(x), "r"(high), "r"(low));
-  return d;
-}
-
 }  // namespace denoise

@@ -69,7 +69,7 @@ float* make_f32(size_t n, unsigned seed, float scale, float offset = 0.0f) {
 
 struct Layer {
   Weight qkv, o, gu, down;
-  float *table1, *table2;  // [steps][3072]
+  float *table1, *table2;  // [steps][3072]: scale, shift, gate; pi0 has the first step's scale alone
   float *bias1, *bias2;    // [steps][2560], [steps][8192]
 };
 
@@ -83,17 +83,17 @@ struct Model {
   Model() {
     unsigned seed = 1;
     for (Layer& l : layer) {
-      l.qkv = make_weight(2560, 1024, 2, seed++, 1 / 32.0f);
+      l.qkv = make_weight(2560, 1024, 0, seed++, 1 / 32.0f);
       // 1/16 of the softmax scale is folded into q.
       fill_bf16<<<1024, 256>>>(l.qkv.plain, 2048 * 1024, seed++, 1 / 512.0f);
-      denoise_pack<<<2560 * 1024 / 8 / 256, 256>>>((u16*)l.qkv.plain, l.qkv.packed, 2560, 1024, 2);
+      denoise_pack<<<2560 * 1024 / 8 / 256, 256>>>((u16*)l.qkv.plain, l.qkv.packed, 2560, 1024, 0);
       l.o = make_weight(1024, 2048, 0, seed++, 0.1f);
       l.gu = make_weight(8192, 1024, 1, seed++, 1 / 32.0f);
       l.down = make_weight(1024, 4096, 0, seed++, 1 / 64.0f);
       for (float** t : {&l.table1, &l.table2}) *t = make_table(seed);
       l.bias1 = device<float>(kSteps * 2560);
       l.bias2 = device<float>(kSteps * 8192);
-      denoise_fold_shift<<<dim3(160, kSteps), 32>>>(l.qkv.packed, l.table1, l.bias1, 2560, 1024, 2);
+      denoise_fold_shift<<<dim3(160, kSteps), 32>>>(l.qkv.packed, l.table1, l.bias1, 2560, 1024, 0);
       denoise_fold_shift<<<dim3(512, kSteps), 32>>>(l.gu.packed, l.table2, l.bias2, 8192, 1024, 1);
     }
     mlp = make_weight(1024, 1024, 0, seed++, 1 / 32.0f);
@@ -134,7 +134,7 @@ struct Case {
 
 // Everything a run writes.
 struct Arena {
-  bf16 *stream, *q, *attended, *hidden, *u, *k[kLayers], *v[kLayers];
+  bf16 *stream, *scaled, *q, *attended, *hidden, *u, *k[kLayers], *v[kLayers];
   float *sums, *middle_sums;
   float *actions, *noise, *state, *y;
   u32* lengths;
@@ -143,6 +143,7 @@ struct Arena {
   explicit Arena(const Case& c) {
     const size_t rows = (size_t)c.samples * c.tokens();
     stream = device<bf16>(rows * 1024);
+    scaled = device<bf16>(rows * 1024);
     q = device<bf16>(rows * 2048);
     attended = device<bf16>(rows * 2048);
     hidden = device<bf16>(rows * 4096);
@@ -204,14 +205,12 @@ std::vector<char> bytes_of(const P& p) {
   return std::vector<char>((const char*)&p, (const char*)&p + sizeof p);
 }
 
-constexpr u32 kDepth = 4;  // copies of weights under way
-
 Launch product_launch(const Shape& s, DenoiseProductParams p, int outputs, Kind kind) {
   size_t smem = (size_t)s.mt * s.kc * 32;
   if (s.multi) smem += 8 * s.mt * s.nt * 512;
   if (!s.multi && (int)p.rows > s.nt * 8) printf("%s: too many rows\n", s.name), exit(1);
   CHECK(cudaFuncSetAttribute(s.fn, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem));
-  p.depth = kDepth;
+  p.depth = kind == kGateUp || kind == kDown ? 4 : 2;
   return {s.fn, dim3(outputs / 16 / s.mt * s.cl), denoise::kBlock, s.cl, smem, bytes_of(p), kind};
 }
 
@@ -227,6 +226,9 @@ struct Loop {
     return {n, first, n - first, (u32)width};
   }
   u32 rows(bool state) const { return c.samples * (state ? c.tokens() : c.h); }
+
+  // Scale of a norm: adaptive or learned.
+  const float* scale(const float* table, int step) const { return table + (c.pi05 ? step : 0) * 3072; }
 
   void edge(int step) {
     DenoiseEdgeParams p = {};
@@ -244,6 +246,9 @@ struct Loop {
     if (state) p.state = a.state;
     p.state_weight = m.state_weight, p.state_bias = m.state_bias, p.state_out = (u16*)a.stream;
     p.sums = a.sums;
+    if (step < kSteps) {
+      p.scaled = (u16*)a.scaled, p.next_scale = scale(m.layer[0].table1, step);
+    }
     p.stream_rows = view(1024, false);
     p.out_rows = c.pi05 ? view(1024, false) : DenoiseRows{(u32)c.h, 0, (u32)c.h, 1024};
     p.state_rows = {(u32)c.tokens(), 0, 1, 1024};
@@ -253,7 +258,8 @@ struct Loop {
     if (!c.pi05 && step < kSteps) {
       DenoiseProductParams q = {};
       q.weight = m.mlp.packed, q.input = (u16*)a.u, q.out = (u16*)a.stream, q.bias = m.mlp_bias;
-      q.out_sums = a.sums;
+      q.out_sums = a.sums, q.scaled = (u16*)a.scaled;
+      q.next_scale = scale(m.layer[0].table1, step);
       q.input_rows = p.out_rows, q.out_rows = view(1024, false), q.rows = p.rows;
       list.push_back(product_launch(choice.mlp, q, 1024, kMlp));
     }
@@ -282,14 +288,14 @@ struct Loop {
     DenoiseProductParams p = {};
     p.rows = rows(state), p.image_tokens = 256, p.first_position = state || c.pi05 ? 0 : 1;
     p.lengths = a.lengths, p.rope = m.rope;
-    p.weight = w.qkv.packed, p.input = (u16*)a.stream, p.out = (u16*)a.q;
+    p.weight = w.qkv.packed, p.input = (u16*)a.scaled, p.out = (u16*)a.q;
     p.input_sums = a.sums;
     p.k = (u16*)a.k[l], p.v = (u16*)a.v[l];
     p.input_rows = view(1024, state), p.out_rows = view(2048, state);
     p.cache_rows = p.out_rows;
     p.cache_rows.stride = kPrefix + c.tokens(), p.cache_rows.first += kPrefix;
     p.cache_rows.width = 256;
-    if (c.pi05) p.scale = w.table1 + step * 3072, p.bias = w.bias1 + step * 2560;
+    if (c.pi05) p.bias = w.bias1 + step * 2560;
     list.push_back(product_launch(choice.qkv, p, 2560, kQkv));
 
     attention(l, state);
@@ -299,13 +305,14 @@ struct Loop {
     o.old = (u16*)a.stream, o.out = (u16*)a.stream, o.out_sums = a.middle_sums;
     o.input_rows = view(2048, state), o.out_rows = view(1024, state);
     if (c.pi05) o.gate = w.table1 + step * 3072 + 2048;
+    o.scaled = (u16*)a.scaled, o.next_scale = scale(w.table2, step);
     list.push_back(product_launch(choice.o, o, 1024, kO));
 
     DenoiseProductParams g = {};
     g.input_sums = a.middle_sums;
-    g.rows = p.rows, g.weight = w.gu.packed, g.input = (u16*)a.stream, g.out = (u16*)a.hidden;
+    g.rows = p.rows, g.weight = w.gu.packed, g.input = (u16*)a.scaled, g.out = (u16*)a.hidden;
     g.input_rows = view(1024, state), g.out_rows = view(4096, state);
-    if (c.pi05) g.scale = w.table2 + step * 3072, g.bias = w.bias2 + step * 8192;
+    if (c.pi05) g.bias = w.bias2 + step * 8192;
     list.push_back(product_launch(choice.gu, g, 8192, kGateUp));
 
     DenoiseProductParams d = {};
@@ -313,6 +320,9 @@ struct Loop {
     d.old = (u16*)a.stream, d.out = (u16*)a.stream, d.out_sums = a.sums;
     d.input_rows = view(4096, state), d.out_rows = view(1024, state);
     if (c.pi05) d.gate = w.table2 + step * 3072 + 2048;
+    if (l + 1 < kLayers) {
+      d.scaled = (u16*)a.scaled, d.next_scale = scale(m.layer[l + 1].table1, step);
+    }
     list.push_back(product_launch(choice.down, d, 1024, kDown));
   }
 

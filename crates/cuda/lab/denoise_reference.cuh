@@ -26,7 +26,7 @@ __global__ void fill_f32(float* p, size_t n, unsigned seed, float scale, float o
     p[i] = hash_normal(seed, i) * scale + offset;
 }
 
-// out[row][n] = sum of f(x)[k] * w[n][k]; norm 0 none, 1 rms, 2 adaptive (table row of 3 K).
+// out[row][n] = sum of f(x)[k] * w[n][k]; norm 0 none, 1 rms (scale), 2 adaptive (3 K).
 struct RefProduct {
   const bf16* x; const bf16* w; float* out; const float* table;
   int rows, n, k, norm, first;  // x rows start at `first`
@@ -42,7 +42,8 @@ __global__ void ref_product(RefProduct p) {
   float sum = 0;
   for (int k = lane; k < p.k; k += 32) {
     float v = (float)x[k] * r;
-    if (p.norm == 2) v = v * p.table[k] + p.table[p.k + k];
+    if (p.norm) v *= p.table[k];
+    if (p.norm == 2) v += p.table[p.k + k];
     sum += v * (float)p.w[(size_t)n * p.k + k];
   }
   for (int d = 16; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
@@ -53,9 +54,9 @@ __global__ void ref_rope(const float* y, bf16* q, bf16* k, bf16* v, const float2
                          int cache0, int position) {
   const int row = blockIdx.x;
   for (int i = threadIdx.x; i < 1280; i += blockDim.x) {
-    const int head = i / 128, j = i % 128;
-    const float* from = y + (size_t)row * 2560 + head * 256 + j;
-    float a = from[0], b = from[128];
+    const int head = i / 128, j = i % 128, at = j / 8 * 16 + j % 8;  // partners lie 8 apart
+    const float* from = y + (size_t)row * 2560 + head * 256 + at;
+    float a = from[0], b = from[8];
     if (head < 9) {
       const float2 cs = rope[(size_t)(position + row) * 128 + j];
       const float c = a * cs.x - b * cs.y, d = b * cs.x + a * cs.y;
@@ -63,8 +64,8 @@ __global__ void ref_rope(const float* y, bf16* q, bf16* k, bf16* v, const float2
     }
     bf16* to = head < 8 ? q + (size_t)(first + row) * 2048 + head * 256
                         : (head == 8 ? k : v) + (size_t)(cache0 + row) * 256;
-    to[j] = __float2bfloat16(a);
-    to[j + 128] = __float2bfloat16(b);
+    to[at] = __float2bfloat16(a);
+    to[at + 8] = __float2bfloat16(b);
   }
 }
 __global__ void ref_attention(const bf16* q, const bf16* k, const bf16* v, bf16* out, int first,
@@ -141,4 +142,9 @@ __global__ void ref_sums(const bf16* x, float* sums, float* more) {
   float s = 0;
   for (int k = 0; k < 16; ++k) s += (float)x[i * 16 + k] * (float)x[i * 16 + k];
   sums[i] = more[i] = s;
+}
+// scaled = stream * scale, one block a row of 1024.
+__global__ void ref_scale(const bf16* stream, bf16* scaled, const float* scale) {
+  const int at = blockIdx.x * 1024 + threadIdx.x;
+  scaled[at] = __float2bfloat16((float)stream[at] * scale[threadIdx.x]);
 }

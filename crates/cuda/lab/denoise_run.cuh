@@ -87,14 +87,14 @@ struct Reference {
   void layer(int l, int s, int first, int rows, bool state, const Launch* fast) {
     const Layer& w = m.layer[l];
     const bool check = (s == 0 || s == kSteps - 1) && (l == 0 || l == kLayers - 1);
-    const float* t1 = c.pi05 ? w.table1 + s * 3072 : nullptr;
-    const float* t2 = c.pi05 ? w.table2 + s * 3072 : nullptr;
+    const float *t1 = w.table1 + (c.pi05 ? s : 0) * 3072, *t2 = w.table2 + (c.pi05 ? s : 0) * 3072;
     const int norm = c.pi05 ? 2 : 1;
     std::vector<float> got, got_k, got_v;
     bf16 *k = a.k[l] + (kPrefix + first) * 256, *v = a.v[l] + (kPrefix + first) * 256;
     bf16 *q = a.q + first * 2048, *x = a.stream + first * 1024;
     if (check) {
       ref_sums<<<c.tokens(), 64>>>(a.stream, a.sums, a.middle_sums);
+      ref_scale<<<c.tokens(), 1024>>>(a.stream, a.scaled, t1);
       got = probe(fast[0], q, rows * 2048, true);
       got_k = probe(fast[0], k, rows * 256, true);
       got_v = probe(fast[0], v, rows * 256, true);
@@ -115,10 +115,11 @@ struct Reference {
       got = probe(fast[2], x, rows * 1024, false);
     }
     linear(a.attended, w.o, 1024, 2048, 0, nullptr, first, rows);
-    ref_finish<<<rows, 256>>>(a.y, a.stream, t1 ? t1 + 2048 : nullptr, 1024, first, 0);
+    ref_finish<<<rows, 256>>>(a.y, a.stream, c.pi05 ? t1 + 2048 : nullptr, 1024, first, 0);
     if (check) {
       note(kO, got, x, rows * 1024);
       ref_sums<<<c.tokens(), 64>>>(a.stream, a.sums, a.middle_sums);
+      ref_scale<<<c.tokens(), 1024>>>(a.stream, a.scaled, t2);
       got = probe(fast[3], a.hidden + first * 4096, rows * 4096, true);
     }
     linear(a.stream, w.gu, 8192, 1024, norm, t2, first, rows);
@@ -128,7 +129,7 @@ struct Reference {
       got = probe(fast[4], x, rows * 1024, false);
     }
     linear(a.hidden, w.down, 1024, 4096, 0, nullptr, first, rows);
-    ref_finish<<<rows, 256>>>(a.y, a.stream, t2 ? t2 + 2048 : nullptr, 1024, first, 0);
+    ref_finish<<<rows, 256>>>(a.y, a.stream, c.pi05 ? t2 + 2048 : nullptr, 1024, first, 0);
     if (check) note(kDown, got, x, rows * 1024);
   }
 };
@@ -183,42 +184,30 @@ void print_worst(const Reference& r) {
   fflush(stdout);
 }
 
-const Choice rms_16{SHAPE(denoise_qkv_rms_16, 1, 1024, 1, 2), SHAPE(denoise_o_16, 1, 1024, 2, 2),
-                    SHAPE(denoise_gate_up_rms_16, 2, 1024, 1, 2),
-                    SHAPE(denoise_down_16, 1, 1024, 4, 2),
-                    SHAPE(denoise_mlp_out_16, 1, 1024, 1, 2)};
-const Choice adaptive_16{SHAPE(denoise_qkv_adaptive_16, 1, 1024, 1, 2), rms_16.o,
-                         SHAPE(denoise_gate_up_adaptive_16, 2, 1024, 1, 2), rms_16.down,
-                         rms_16.mlp};
-const Choice rms_56{SHAPE(denoise_qkv_rms_56, 2, 1024, 1, 7), SHAPE(denoise_o_56, 1, 1024, 2, 7),
-                    SHAPE(denoise_gate_up_rms_56, 4, 1024, 1, 7),
-                    SHAPE(denoise_down_56, 1, 1024, 4, 7),
-                    SHAPE(denoise_mlp_out_56, 1, 1024, 1, 7)};
-const Choice adaptive_56{SHAPE(denoise_qkv_adaptive_56, 2, 1024, 1, 7), rms_56.o,
-                         SHAPE(denoise_gate_up_adaptive_56, 2, 1024, 1, 7), rms_56.down,
-                         rms_56.mlp};
-const Choice rms_many{SHAPE_MULTI(denoise_qkv_rms_many, 1, 1024, 1, 4),
-                      SHAPE_MULTI(denoise_o_many, 1, 1024, 2, 4),
-                      SHAPE_MULTI(denoise_gate_up_rms_many, 2, 1024, 1, 4),
-                      SHAPE_MULTI(denoise_down_many, 1, 1024, 4, 4),
-                      SHAPE_MULTI(denoise_mlp_out_many, 1, 1024, 1, 4)};
-const Choice adaptive_many{SHAPE_MULTI(denoise_qkv_adaptive_many, 1, 1024, 1, 4), rms_many.o,
-                           SHAPE_MULTI(denoise_gate_up_adaptive_many, 2, 1024, 1, 4),
-                           rms_many.down, rms_many.mlp};
+const Choice rows_16{SHAPE(denoise_qkv_16, 1, 1024, 1, 2), SHAPE(denoise_o_16, 1, 1024, 2, 2),
+                     SHAPE(denoise_gate_up_16, 2, 1024, 1, 2), SHAPE(denoise_down_16, 1, 1024, 4, 2),
+                     SHAPE(denoise_mlp_out_16, 1, 1024, 1, 2)};
+const Choice rows_56{SHAPE(denoise_qkv_56, 2, 1024, 1, 7), SHAPE(denoise_o_56, 1, 1024, 2, 7),
+                     SHAPE(denoise_gate_up_56, 4, 1024, 1, 7), SHAPE(denoise_down_56, 1, 1024, 4, 7),
+                     SHAPE(denoise_mlp_out_56, 1, 1024, 1, 7)};
+const Choice rows_many{SHAPE_MULTI(denoise_qkv_many, 1, 1024, 1, 4),
+                       SHAPE_MULTI(denoise_o_many, 1, 1024, 2, 4),
+                       SHAPE_MULTI(denoise_gate_up_many, 2, 1024, 1, 4),
+                       SHAPE_MULTI(denoise_down_many, 1, 1024, 4, 4),
+                       SHAPE_MULTI(denoise_mlp_out_many, 1, 1024, 1, 4)};
 
 void run_cases(const Model& m, cudaStream_t stream) {
   const Case cases[] = {{false, 10, 1}, {true, 10, 1}, {false, 50, 1}, {true, 50, 1}};
   for (const Case& c : cases) {
     const bool few = c.tokens() <= 16;
-    const Choice& best = few ? (c.pi05 ? adaptive_16 : rms_16) : (c.pi05 ? adaptive_56 : rms_56);
-    const Choice& many = c.pi05 ? adaptive_many : rms_many;
+    const Choice& best = few ? rows_16 : rows_56;
     Reference ref(m, c);
     ref.run(best);
     print_worst(ref);
     study(m, c, best, ref, few ? 200 : 50, true, stream);
     Case batch = c;
     batch.samples = few ? 7 : 3;
-    study(m, batch, many, ref, 3, false, stream);
+    study(m, batch, rows_many, ref, 3, false, stream);
   }
 }
 

@@ -11,7 +11,6 @@ use pirouette_model::schedule::rope_angles;
 
 use crate::driver::{Context, DeviceMemory, Pinned, Stream};
 use crate::portable;
-use crate::tier_hopper::scale_of;
 
 /// Bytes of an element on the GPU.
 pub fn element_bytes(element: Element) -> usize {
@@ -44,7 +43,7 @@ pub struct Binding {
     sums: usize,
     /// Offset of each residual stream's row statistics.
     stats: Vec<Option<usize>>,
-    /// Offset of each residual stream's copy that a learned scale has multiplied.
+    /// Offset of each residual stream's copy that a norm's scale has multiplied.
     scaled: Vec<Option<usize>>,
 }
 
@@ -153,8 +152,8 @@ impl Binding {
         self.stats[id.0].map_or(0, |at| self.scratch.address() + at as u64)
     }
 
-    /// A residual stream's copy that the next norm's learned scale has multiplied, laid out as the
-    /// stream; 0 if it has none.
+    /// A residual stream's copy that the next norm's scale has multiplied, laid out as the stream;
+    /// 0 if it has none.
     pub fn scaled(&self, id: BufferId) -> u64 {
         self.scaled[id.0].map_or(0, |at| self.scratch.address() + at as u64)
     }
@@ -252,18 +251,18 @@ fn stats_offsets(program: &Program, mut at: usize) -> (Vec<Option<usize>>, usize
     (offsets, at)
 }
 
-/// A copy of every stream of a tower that a norm with a learned scale reads, from `at` on; returns
-/// the end.
+/// A copy of every stream that a norm with a scale reads, from `at` on; returns the end.
 fn scaled_offsets(
     program: &Program,
     pitches: &[usize],
     mut at: usize,
 ) -> (Vec<Option<usize>>, usize) {
     let mut offsets = vec![None; program.buffers.len()];
-    for step in program.steps.iter().filter(|step| step.stage() != Stage::Denoise) {
+    for step in &program.steps {
         let Op::Linear(Linear { input, norm, .. }) = &step.op else { continue };
         let id = input.buffer.0;
-        if scale_of(norm).is_some() && offsets[id].is_none() {
+        let has_scale = !matches!(norm, Norm::None | Norm::Rms { scale: None });
+        if has_scale && offsets[id].is_none() {
             at = at.next_multiple_of(ALIGN);
             offsets[id] = Some(at);
             at += program.buffers[id].rows * pitches[id] * 2;

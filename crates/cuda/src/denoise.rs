@@ -36,7 +36,7 @@ impl Rows {
 pub struct ProductParams {
     /// Packed bf16.
     pub weight: u64,
-    /// bf16 rows.
+    /// bf16 rows, behind a norm with its scale in them.
     pub input: u64,
     /// bf16 rows.
     pub out: u64,
@@ -48,13 +48,15 @@ pub struct ProductParams {
     pub v: u64,
     /// f32 [N] or 0.
     pub bias: u64,
-    /// f32 [K] or 0.
-    pub scale: u64,
     /// f32 [N] or 0.
     pub gate: u64,
-    /// f32 [stream rows][64] sums of squares of `input`.
+    /// f32 [stream rows][64] sums of squares of the stream that `input` is a copy of.
     pub input_sums: u64,
-    /// The same of `out`.
+    /// Where the stream is written: f32 [N] scale of the norm that follows, or 0.
+    pub next_scale: u64,
+    /// `out` times it, laid out as `out`, or 0.
+    pub scaled: u64,
+    /// Sums of squares of `out`.
     pub out_sums: u64,
     /// (cos, sin) [positions][128].
     pub rope: u64,
@@ -106,6 +108,10 @@ pub struct EdgeParams {
     pub state_bias: u64,
     /// bf16 stream for the state token.
     pub state_out: u64,
+    /// f32 [1024]: scale of the norm of the first layer, or 0.
+    pub next_scale: u64,
+    /// What goes to the stream times it, laid out as the stream, or 0.
+    pub scaled: u64,
     /// f32 [stream rows][64].
     pub sums: u64,
     /// Rows of `stream`.
@@ -124,17 +130,17 @@ pub struct EdgeParams {
     pub unused: u32,
 }
 
-const _: () = assert!(size_of::<ProductParams>() == 13 * 8 + 48 + 16);
-const _: () = assert!(size_of::<EdgeParams>() == 14 * 8 + 48 + 16);
+const _: () = assert!(size_of::<ProductParams>() == 14 * 8 + 48 + 16);
+const _: () = assert!(size_of::<EdgeParams>() == 16 * 8 + 48 + 16);
 
 /// What a product ends in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
-    /// RMS or adaptive norm → q, k, v.
+    /// norm → q, k, v.
     Qkv,
     /// attention → stream.
     Out,
-    /// RMS or adaptive norm → hidden units.
+    /// norm → hidden units.
     Up,
     /// hidden units → stream.
     Down,
@@ -142,18 +148,10 @@ pub enum Role {
     Mlp,
 }
 
-impl Role {
-    /// Whether a norm, which has a scale, comes first.
-    fn is_normed(self) -> bool {
-        matches!(self, Role::Qkv | Role::Up)
-    }
-}
-
 /// One instance: 16-row tiles per CTA, inputs of a CTA, CTAs that share K, 8-token groups.
 struct Instance {
     name: &'static str,
     role: Role,
-    scaled: bool,
     tiles: u32,
     k_slice: u32,
     cluster: u32,
@@ -165,43 +163,44 @@ struct Instance {
 const fn instance(
     name: &'static str,
     role: Role,
-    scaled: bool,
     [tiles, k_slice, cluster, groups]: [u32; 4],
     multi: bool,
 ) -> Instance {
-    Instance { name, role, scaled, tiles, k_slice, cluster, groups, multi }
+    Instance { name, role, tiles, k_slice, cluster, groups, multi }
 }
 
 /// Fastest first among those that take the rows.
 const INSTANCES: &[Instance] = &[
-    instance("denoise_qkv_adaptive_16", Role::Qkv, true, [1, 1024, 1, 2], false),
-    instance("denoise_o_16", Role::Out, false, [1, 1024, 2, 2], false),
-    instance("denoise_gate_up_adaptive_16", Role::Up, true, [2, 1024, 1, 2], false),
-    instance("denoise_down_16", Role::Down, false, [1, 1024, 4, 2], false),
-    instance("denoise_mlp_out_16", Role::Mlp, false, [1, 1024, 1, 2], false),
-    instance("denoise_qkv_adaptive_56", Role::Qkv, true, [2, 1024, 1, 7], false),
-    instance("denoise_o_56", Role::Out, false, [1, 1024, 2, 7], false),
-    instance("denoise_gate_up_adaptive_56", Role::Up, true, [2, 1024, 1, 7], false),
-    instance("denoise_down_56", Role::Down, false, [1, 1024, 4, 7], false),
-    instance("denoise_mlp_out_56", Role::Mlp, false, [1, 1024, 1, 7], false),
-    instance("denoise_qkv_adaptive_many", Role::Qkv, true, [1, 1024, 1, 4], true),
-    instance("denoise_o_many", Role::Out, false, [1, 1024, 2, 4], true),
-    instance("denoise_gate_up_adaptive_many", Role::Up, true, [2, 1024, 1, 4], true),
-    instance("denoise_down_many", Role::Down, false, [1, 1024, 4, 4], true),
-    instance("denoise_mlp_out_many", Role::Mlp, false, [1, 1024, 1, 4], true),
+    instance("denoise_qkv_16", Role::Qkv, [1, 1024, 1, 2], false),
+    instance("denoise_o_16", Role::Out, [1, 1024, 2, 2], false),
+    instance("denoise_gate_up_16", Role::Up, [2, 1024, 1, 2], false),
+    instance("denoise_down_16", Role::Down, [1, 1024, 4, 2], false),
+    instance("denoise_mlp_out_16", Role::Mlp, [1, 1024, 1, 2], false),
+    instance("denoise_qkv_56", Role::Qkv, [2, 1024, 1, 7], false),
+    instance("denoise_o_56", Role::Out, [1, 1024, 2, 7], false),
+    instance("denoise_gate_up_56", Role::Up, [4, 1024, 1, 7], false),
+    instance("denoise_down_56", Role::Down, [1, 1024, 4, 7], false),
+    instance("denoise_mlp_out_56", Role::Mlp, [1, 1024, 1, 7], false),
+    instance("denoise_qkv_many", Role::Qkv, [1, 1024, 1, 4], true),
+    instance("denoise_o_many", Role::Out, [1, 1024, 2, 4], true),
+    instance("denoise_gate_up_many", Role::Up, [2, 1024, 1, 4], true),
+    instance("denoise_down_many", Role::Down, [1, 1024, 4, 4], true),
+    instance("denoise_mlp_out_many", Role::Mlp, [1, 1024, 1, 4], true),
 ];
 
 /// Threads of a product: eight warps compute, one loads weights.
 const THREADS: u32 = 288;
 /// Copies of 8 KB of weights a block keeps under way: more crowd out the kernel in front.
-const DEPTH: u32 = 4;
+const fn depth(role: Role) -> u32 {
+    if matches!(role, Role::Up | Role::Down) { 4 } else { 2 }
+}
 /// Beyond so many rows the passes over tiles of rows cost more than tower products.
 const MAX_ROWS: u32 = 128;
 const MAX_SHARED: usize = 200 << 10;
 
 impl Instance {
-    fn takes(&self, role: Role, scaled: bool, rows: u32) -> bool {
-        self.role == role && self.scaled == scaled && (self.multi || rows <= self.groups * 8)
+    fn takes(&self, role: Role, rows: u32) -> bool {
+        self.role == role && (self.multi || rows <= self.groups * 8)
     }
 }
 
@@ -228,21 +227,15 @@ impl Denoise {
     /// they hand each other sums of squares.
     pub fn takes(rows: u32) -> bool {
         let roles = [Role::Qkv, Role::Out, Role::Up, Role::Down, Role::Mlp];
-        let served = |role| INSTANCES.iter().any(|i| i.takes(role, role.is_normed(), rows));
+        let served = |role| INSTANCES.iter().any(|i| i.takes(role, rows));
         roles.into_iter().all(served) && rows <= MAX_ROWS
     }
 
     /// A product of `outputs` rows of weight; `None` when no instance takes it.
-    pub fn product(
-        &self,
-        role: Role,
-        scaled: bool,
-        outputs: u32,
-        mut p: ProductParams,
-    ) -> Option<Launch> {
-        let at = INSTANCES.iter().position(|i| i.takes(role, scaled, p.rows))?;
+    pub fn product(&self, role: Role, outputs: u32, mut p: ProductParams) -> Option<Launch> {
+        let at = INSTANCES.iter().position(|i| i.takes(role, p.rows))?;
         let i = &INSTANCES[at];
-        p.depth = DEPTH;
+        p.depth = depth(role);
         let scratch = if i.multi { 8 * i.tiles * i.groups * 512 } else { 0 };
         let shared_bytes = i.tiles * i.k_slice * 32 + scratch;
         let grid = [outputs / 16 / i.tiles * i.cluster, 1, 1];

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use pirouette_model::config::Vision;
 use pirouette_model::program::{
     Attention as AttentionOp, Bias, BufferId, Epilogue, KeyMask, Linear, Norm, Op, Program, Stage,
-    Step, View, WeightId,
+    Step, View,
 };
 use pirouette_model::weights::Kind;
 use pirouette_model::{BackendError, Config};
@@ -285,22 +285,24 @@ impl Hopper {
     }
 }
 
-/// A norm's learned scale.
-pub fn scale_of(norm: &Norm) -> Option<WeightId> {
-    match norm {
-        Norm::Rms { scale } => *scale,
-        Norm::Layer { scale } => Some(*scale),
-        Norm::None | Norm::Adaptive { .. } => None,
-    }
-}
-
-/// Address of the learned scale of the norm that reads a stream next after step `at`, or 0.
-fn next_scale(weights: &Weights, program: &Program, at: usize, stream: BufferId) -> u64 {
+/// Address of the scale of the norm that reads a stream next after step `at`, or 0: if nothing does,
+/// or a product that scales by itself, as those at the loop's rim do.
+pub fn next_scale(weights: &Weights, program: &Program, at: usize, stream: BufferId) -> u64 {
     let reader = program.steps[at + 1..].iter().find_map(|step| match &step.op {
-        Op::Linear(Linear { input, norm, .. }) if input.buffer == stream => scale_of(norm),
+        Op::Linear(linear) if linear.input.buffer == stream && linear.norm != Norm::None => {
+            Some(linear)
+        }
         _ => None,
     });
-    reader.map_or(0, |scale| weights.address(scale))
+    let Some(reader) = reader else { return 0 };
+    if weights.table.spec(reader.weight).kind == Kind::RimMatrix {
+        return 0;
+    }
+    match reader.norm {
+        Norm::Rms { scale: Some(scale) } | Norm::Layer { scale } => weights.address(scale),
+        Norm::Adaptive { table, row, .. } => table_row(weights, table, row, 3 * reader.input.cols),
+        Norm::None | Norm::Rms { scale: None } => 0,
+    }
 }
 
 /// Whether the prefix half of the cache was surely written before this step may start early: with

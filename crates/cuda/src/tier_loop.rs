@@ -1,7 +1,7 @@
 //! Euler-loop step → launches on Hopper: the denoise kernels while a step has few rows, tower
 //! products beyond.
 
-use pirouette_model::program::{Epilogue, Linear, Norm, Op, Positions, Program};
+use pirouette_model::program::{BufferId, Epilogue, Linear, Norm, Op, Positions, Program};
 use pirouette_model::{BackendError, Rtc};
 
 use crate::bind::Binding;
@@ -11,6 +11,7 @@ use crate::driver::Launch;
 use crate::gemm::{Gemm, GemmEpilogue, GemmParams, Operand};
 use crate::load::Weights;
 use crate::portable::{FinishParams, Portable};
+use crate::tier_hopper::next_scale;
 use crate::tier_portable::{self, normalise, normed_view, output, table_row};
 
 /// Whether the loop runs on the denoise kernels.
@@ -52,7 +53,7 @@ impl LoopPlan<'_> {
             "action.in" if step > 0 && !guided => return Ok(Vec::new()),
             "action.in" => {
                 let state = self.linear_named("denoise.step0.state").filter(|_| step == 0);
-                Some(denoise.edge(self.edge(packed, None, Some(linear), state)))
+                Some(denoise.edge(self.edge(packed, at, None, Some(linear), state)))
             }
             "action.out" if guided => {
                 let (portable, weights, bound) = (self.portable, self.weights, self.bound);
@@ -62,9 +63,9 @@ impl LoopPlan<'_> {
             }
             "action.out" => {
                 let next = self.linear_named(&format!("denoise.step{}.action.in", step + 1));
-                Some(denoise.edge(self.edge(packed, Some(linear), next, None)))
+                Some(denoise.edge(self.edge(packed, at, Some(linear), next, None)))
             }
-            _ => self.product(denoise, packed, linear),
+            _ => self.product(denoise, packed, at, linear),
         };
         let missing =
             || BackendError::Unavailable(format!("no denoise kernel takes step `{name}`"));
@@ -81,6 +82,7 @@ impl LoopPlan<'_> {
     fn edge(
         &self,
         packed: &Packed,
+        at: usize,
         out: Option<&Linear>,
         next: Option<&Linear>,
         state: Option<&Linear>,
@@ -112,6 +114,7 @@ impl LoopPlan<'_> {
             p.in_weight = packed.matrix(linear.weight).unwrap_or(0);
             p.in_bias = bias(linear);
             if let Epilogue::Store { out } | Epilogue::Silu { out } = &linear.epilogue {
+                (p.next_scale, p.scaled) = self.scaled(at, out.buffer);
                 let out = bound.view(out);
                 (p.out, p.out_rows) = (out.base, Rows::of(&out));
             }
@@ -122,6 +125,7 @@ impl LoopPlan<'_> {
             p.state_weight = packed.matrix(linear.weight).unwrap_or(0);
             p.state_bias = bias(linear);
             if let Epilogue::Store { out } = &linear.epilogue {
+                (p.next_scale, p.scaled) = self.scaled(at, out.buffer);
                 let out = bound.view(out);
                 (p.state_out, p.state_rows) = (out.base, Rows::of(&out));
             }
@@ -129,7 +133,22 @@ impl LoopPlan<'_> {
         p
     }
 
-    fn product(&self, denoise: &Denoise, packed: &Packed, linear: &Linear) -> Option<Launch> {
+    /// The scale of the norm that reads `stream` after step `at`, and where the stream's copy times
+    /// it lies; zeros if none does.
+    fn scaled(&self, at: usize, stream: BufferId) -> (u64, u64) {
+        match next_scale(self.weights, &self.bound.program, at, stream) {
+            0 => (0, 0),
+            scale => (scale, self.bound.scaled(stream)),
+        }
+    }
+
+    fn product(
+        &self,
+        denoise: &Denoise,
+        packed: &Packed,
+        at: usize,
+        linear: &Linear,
+    ) -> Option<Launch> {
         let (bound, weights) = (self.bound, self.weights);
         let place = weights.place(linear.weight);
         let input = bound.view(&linear.input);
@@ -149,19 +168,14 @@ impl LoopPlan<'_> {
             p.bias =
                 table_row(weights, bias.table, bias.row, weights.table.spec(linear.weight).rows);
         }
-        let mut scaled = false;
         match linear.norm {
-            Norm::Rms { scale: Some(scale) } => {
-                scaled = true;
-                p.scale = weights.address(scale);
-            }
+            Norm::None => {}
+            Norm::Rms { scale: Some(_) } => p.input = bound.scaled(linear.input.buffer),
             Norm::Adaptive { table, row, .. } => {
-                scaled = true;
-                p.scale = table_row(weights, table, row, 3 * linear.input.cols);
+                p.input = bound.scaled(linear.input.buffer);
                 p.bias = packed.bias(linear.weight, table, row)?;
             }
-            Norm::None | Norm::Rms { scale: None } => {}
-            Norm::Layer { .. } => return None,
+            Norm::Rms { scale: None } | Norm::Layer { .. } => return None,
         }
         let role = match &linear.epilogue {
             Epilogue::Rope { q: Some(q), k, v, positions: Positions::Suffix { first }, .. } => {
@@ -177,6 +191,7 @@ impl LoopPlan<'_> {
                 Role::Up
             }
             Epilogue::Store { out } => {
+                (p.next_scale, p.scaled) = self.scaled(at, out.buffer);
                 let out = bound.view(out);
                 (p.out, p.out_rows) = (out.base, Rows::of(&out));
                 Role::Mlp
@@ -186,6 +201,7 @@ impl LoopPlan<'_> {
                 p.gate = gate.map_or(0, |gate| {
                     table_row(weights, gate.table, gate.row, 3 * cols) + (2 * cols * 4) as u64
                 });
+                (p.next_scale, p.scaled) = self.scaled(at, out.buffer);
                 let out = bound.view(out);
                 (p.out, p.old, p.out_rows) = (out.base, out.base, Rows::of(&out));
                 let from_heads = linear.input.cols == bound.program.config.q_dim();
@@ -193,7 +209,7 @@ impl LoopPlan<'_> {
             }
             _ => return None,
         };
-        denoise.product(role, scaled, place.rows as u32, p)
+        denoise.product(role, place.rows as u32, p)
     }
 
     /// A product of the loop over many rows: norm, tower product, and an epilogue of its own where
