@@ -367,7 +367,7 @@ impl<'a> Planner<'a> {
             feeding: Feeding::Apart,
         };
         let most = self.plan.row_sets[rows].most(self.program);
-        let chunks = matrix.chunks();
+        let chunks = kernel.panel_chunks(matrix.chunks());
         // Fewer rows than the most may be cut into taller panels, but never take more words.
         let packed = (most + kernel.rows) * chunks * 16;
         self.plan.packed_words = self.plan.packed_words.max(packed);

@@ -46,11 +46,24 @@ pub fn product(
     repetitions: usize,
     cold_bytes: usize,
 ) -> Result<Probe, BackendError> {
-    let storage = precision.storage();
+    let kernel = Kernel::choose(isa, precision.storage());
+    let measured = measure(kernel, [rows, k, n], threads, repetitions, cold_bytes)?;
+    Ok(measured.0)
+}
+
+/// As [`product`], with any kernel; with the bits of the last repetition's result.
+fn measure(
+    kernel: Kernel,
+    [rows, k, n]: [usize; 3],
+    threads: usize,
+    repetitions: usize,
+    cold_bytes: usize,
+) -> Result<(Probe, Vec<u32>), BackendError> {
+    let (isa, storage) = (kernel.isa, kernel.storage);
     let one = (n * k * storage.bytes()).max(1);
     let copies = cold_bytes.div_ceil(one).clamp(1, 64);
     let weights = weights(storage, n, k, threads, copies)?;
-    let mut linear = linear(Kernel::choose(isa, storage), [rows, k, n]);
+    let mut linear = linear(kernel, [rows, k, n]);
     let plan = plan(&linear, storage, [rows, k]);
     let mut arena = Shared::zeroed(rows * (k + n), "a probe's arena")?;
     for (i, v) in arena.exclusive()[..rows * k].iter_mut().enumerate() {
@@ -104,12 +117,14 @@ pub fn product(
         }
     }
     let flop = 2.0 * (rows * k * n) as f64;
-    Ok(Probe {
+    let result = &arena.exclusive()[rows * k..];
+    let probe = Probe {
         gflop_per_s: flop / fastest / 1e9,
         gflop_per_cpu_s: flop / least_cpu / 1e9,
         weight_gb_per_s: one as f64 / fastest / 1e9,
-        worst_error: worst_error(&arena.exclusive()[rows * k..], storage, [rows, k, n]),
-    })
+        worst_error: worst_error(result, storage, [rows, k, n]),
+    };
+    Ok((probe, result.to_vec()))
 }
 
 fn activation(i: usize) -> f32 {
@@ -170,7 +185,9 @@ fn plan(linear: &LinearPlan, storage: Storage, [rows, k]: [usize; 2]) -> Plan {
         steps: Vec::new(),
         row_sets: vec![RowSet::All { groups: 1, count: rows }],
         ropes: Vec::new(),
-        packed_words: (rows + linear.kernel.rows) * storage.chunks(k) * CHUNK,
+        packed_words: (rows + linear.kernel.rows)
+            * linear.kernel.panel_chunks(storage.chunks(k))
+            * CHUNK,
         store_words: 0,
         scratch_words: linear.scratch_words(),
     }
@@ -201,6 +218,7 @@ fn noise(index: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::gemm::Ahead;
 
     #[test]
     fn every_kernel_multiplies_odd_and_even_sizes() {
@@ -218,6 +236,36 @@ mod tests {
                     let probe = product(isa, precision, shape, 2, 1, 0).unwrap();
                     let off = probe.worst_error;
                     assert!(off < 2e-6, "{isa:?} {precision:?} {shape:?}: {off}");
+                }
+            }
+        }
+    }
+    #[test]
+    fn no_cutting_and_no_fetching_ahead_changes_a_bit() {
+        let fetch = |rows, bytes| Some(Ahead { rows, bytes });
+        let cuts = [
+            (16, 256, 8, None),
+            (16, 256, 8, fetch(false, 4096)),
+            (16, 416, 12, fetch(true, 4096)),
+            (18, 800, 16, fetch(true, 0)),
+            (3, 64, 1, fetch(true, 8192)),
+        ];
+        for isa in Isa::ALL {
+            if !isa.is_available() {
+                println!("skipped {}: this machine does not have it", isa.name());
+                continue;
+            }
+            for storage in [Storage::Bf16, Storage::F32] {
+                for shape in [[10, 1024, 96], [50, 2048, 80], [100, 2100, 336]] {
+                    let mut first = None;
+                    for (chunks_per_block, block_rows, block_pairs, ahead) in cuts {
+                        let chosen = Kernel::choose(isa, storage);
+                        let cut =
+                            Kernel { chunks_per_block, block_rows, block_pairs, ahead, ..chosen };
+                        let (_, bits) = measure(cut, shape, 2, 1, 0).unwrap();
+                        let same = *first.get_or_insert_with(|| bits.clone()) == bits;
+                        assert!(same, "{isa:?} {storage:?} {shape:?}: {block_rows} rows");
+                    }
                 }
             }
         }

@@ -1,6 +1,6 @@
 //! Zeroed, page-aligned words: weights, arena, packed operands.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::alloc::{Layout, alloc, dealloc};
 use std::ops::Range;
 use std::ptr::NonNull;
 
@@ -56,14 +56,17 @@ impl Words {
         let align = if bytes >= HUGE_PAGE { HUGE_PAGE } else { 64 };
         let layout = Layout::from_size_align(bytes, align).map_err(|_| failed(bytes))?;
         // SAFETY: the size is not zero.
-        let start = unsafe { alloc_zeroed(layout) };
+        let start = unsafe { alloc(layout) };
         let start = NonNull::new(start.cast::<u32>()).ok_or_else(|| failed(bytes))?;
         #[cfg(target_os = "linux")]
         if bytes >= HUGE_PAGE {
+            // Pages get their size when they are first written, so the advice comes before that.
             // SAFETY: the range is ours; the advice changes page sizes, not contents. It may be
             // refused, which costs speed alone.
             unsafe { libc::madvise(start.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
         }
+        // SAFETY: allocated with this size.
+        unsafe { start.as_ptr().cast::<u8>().write_bytes(0, bytes) };
         Ok(Words { start, len, layout })
     }
 

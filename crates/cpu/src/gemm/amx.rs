@@ -77,17 +77,20 @@ impl Drop for Session {
 }
 
 /// One variant: load or clear the sums, go along K, store. `{a}`, `{b0}`, `{b1}` advance by one
-/// chunk: 1 KB of a B panel, `{a_step}` bytes of the A panel.
+/// chunk: 1 KB of a B panel, `{a_step}` bytes of the A panel. Each chunk fetches `{p_lines}` and
+/// `{q_lines}` lines of the two runs ahead. `{t}` is free for use in all parts but the loop over K.
 macro_rules! variant {
     ($name:ident: load $($load:literal)*; clear $($clear:literal)*;
-     multiply $($multiply:literal)*; store $($store:literal)*) => {
+     multiply $($multiply:literal)*; then $($then:literal)*; store $($store:literal)*) => {
         /// # Safety
         /// As for [`tile`].
         unsafe fn $name(t: &Tile) {
-            // SAFETY: reads and writes what the tile's shape says, the caller vouches for it.
+            let [p, q] = t.ahead;
+            // SAFETY: reads and writes what the tile's shape says, the caller vouches for it; a
+            // prefetch may name any address.
             unsafe {
                 asm!(
-                    "test {accumulate:e}, {accumulate:e}",
+                    "test {t:e}, {t:e}",
                     "jz 2f",
                     $($load,)*
                     "jmp 3f",
@@ -95,20 +98,35 @@ macro_rules! variant {
                     $($clear,)*
                     "3:",
                     "test {n}, {n}",
-                    "jz 5f",
+                    "jz 9f",
                     "4:",
                     $($multiply,)*
+                    "mov {t}, {p_lines}",
+                    "5:",
+                    "dec {t}",
+                    "js 6f",
+                    "prefetcht1 [{p}]",
+                    "add {p}, 64",
+                    "jmp 5b",
+                    "6:",
+                    $($then,)*
+                    "mov {t}, {q_lines}",
+                    "7:",
+                    "dec {t}",
+                    "js 8f",
+                    "prefetcht1 [{q}]",
+                    "add {q}, 64",
+                    "jmp 7b",
+                    "8:",
                     "add {b0}, 1024",
                     "add {b1}, 1024",
                     "add {a}, {a_step}",
                     "dec {n}",
                     "jnz 4b",
-                    "5:",
+                    "9:",
                     $($store,)*
-                    "/* {c} {below} {stride} {row} */",
-                    accumulate = in(reg) t.accumulate as u32,
+                    t = inout(reg) t.accumulate as usize => _,
                     c = in(reg) t.c,
-                    below = in(reg) t.c.wrapping_add(16 * t.c_stride),
                     stride = in(reg) t.c_stride * size_of::<f32>(),
                     row = in(reg) CHUNK * size_of::<u32>(),
                     a = inout(reg) t.a => _,
@@ -116,6 +134,10 @@ macro_rules! variant {
                     b0 = inout(reg) t.b[0] => _,
                     b1 = inout(reg) t.b[1] => _,
                     n = inout(reg) t.chunks => _,
+                    p = inout(reg) p.start => _,
+                    p_lines = in(reg) p.lines_per_chunk(t.chunks),
+                    q = inout(reg) q.start => _,
+                    q_lines = in(reg) q.lines_per_chunk(t.chunks),
                     options(nostack),
                 );
             }
@@ -126,32 +148,40 @@ macro_rules! variant {
 // A passes by once per pair of panels: it is loaded without displacing B from the nearest cache.
 variant!(two_by_two:
     load
+        "lea {t}, [{c} + 8 * {stride}]" "lea {t}, [{t} + 8 * {stride}]"
         "tileloadd tmm0, [{c} + {stride}]" "tileloadd tmm1, [{c} + {stride} + 64]"
-        "tileloadd tmm2, [{below} + {stride}]" "tileloadd tmm3, [{below} + {stride} + 64]";
+        "tileloadd tmm2, [{t} + {stride}]" "tileloadd tmm3, [{t} + {stride} + 64]";
     clear "tilezero tmm0" "tilezero tmm1" "tilezero tmm2" "tilezero tmm3";
     multiply
         "tileloadd tmm6, [{b0} + {row}]"
         "tileloaddt1 tmm4, [{a} + {row}]"
         "tdpbf16ps tmm0, tmm4, tmm6"
         "tileloadd tmm7, [{b1} + {row}]"
-        "tdpbf16ps tmm1, tmm4, tmm7"
+        "tdpbf16ps tmm1, tmm4, tmm7";
+    then
         "tileloaddt1 tmm5, [{a} + {row} + 1024]"
         "tdpbf16ps tmm2, tmm5, tmm6"
         "tdpbf16ps tmm3, tmm5, tmm7";
     store
+        "lea {t}, [{c} + 8 * {stride}]" "lea {t}, [{t} + 8 * {stride}]"
         "tilestored [{c} + {stride}], tmm0" "tilestored [{c} + {stride} + 64], tmm1"
-        "tilestored [{below} + {stride}], tmm2" "tilestored [{below} + {stride} + 64], tmm3");
+        "tilestored [{t} + {stride}], tmm2" "tilestored [{t} + {stride} + 64], tmm3");
 
 variant!(two_by_one:
-    load "tileloadd tmm0, [{c} + {stride}]" "tileloadd tmm2, [{below} + {stride}]";
+    load
+        "lea {t}, [{c} + 8 * {stride}]" "lea {t}, [{t} + 8 * {stride}]"
+        "tileloadd tmm0, [{c} + {stride}]" "tileloadd tmm2, [{t} + {stride}]";
     clear "tilezero tmm0" "tilezero tmm2";
     multiply
         "tileloadd tmm6, [{b0} + {row}]"
         "tileloadd tmm4, [{a} + {row}]"
-        "tdpbf16ps tmm0, tmm4, tmm6"
+        "tdpbf16ps tmm0, tmm4, tmm6";
+    then
         "tileloadd tmm5, [{a} + {row} + 1024]"
         "tdpbf16ps tmm2, tmm5, tmm6";
-    store "tilestored [{c} + {stride}], tmm0" "tilestored [{below} + {stride}], tmm2");
+    store
+        "lea {t}, [{c} + 8 * {stride}]" "lea {t}, [{t} + 8 * {stride}]"
+        "tilestored [{c} + {stride}], tmm0" "tilestored [{t} + {stride}], tmm2");
 
 variant!(one_by_two:
     load "tileloadd tmm0, [{c} + {stride}]" "tileloadd tmm1, [{c} + {stride} + 64]";
@@ -159,7 +189,8 @@ variant!(one_by_two:
     multiply
         "tileloadd tmm4, [{a} + {row}]"
         "tileloadd tmm6, [{b0} + {row}]"
-        "tdpbf16ps tmm0, tmm4, tmm6"
+        "tdpbf16ps tmm0, tmm4, tmm6";
+    then
         "tileloadd tmm7, [{b1} + {row}]"
         "tdpbf16ps tmm1, tmm4, tmm7";
     store "tilestored [{c} + {stride}], tmm0" "tilestored [{c} + {stride} + 64], tmm1");
@@ -167,10 +198,8 @@ variant!(one_by_two:
 variant!(one_by_one:
     load "tileloadd tmm0, [{c} + {stride}]";
     clear "tilezero tmm0";
-    multiply
-        "tileloadd tmm4, [{a} + {row}]"
-        "tileloadd tmm6, [{b0} + {row}]"
-        "tdpbf16ps tmm0, tmm4, tmm6";
+    multiply "tileloadd tmm4, [{a} + {row}]" "tileloadd tmm6, [{b0} + {row}]";
+    then "tdpbf16ps tmm0, tmm4, tmm6";
     store "tilestored [{c} + {stride}], tmm0");
 
 /// # Safety
@@ -184,6 +213,89 @@ pub(super) unsafe fn tile(t: &Tile) {
             (true, true) => two_by_one(t),
             (false, false) => one_by_two(t),
             (false, true) => one_by_one(t),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::ahead::Run;
+    use super::*;
+
+    /// Small whole numbers, whose sums are exact in any order.
+    fn number(i: usize) -> f32 {
+        (i * 7919 % 1009 % 13) as f32 - 6.0
+    }
+
+    fn word(at: usize) -> u32 {
+        number(2 * at).to_bits() >> 16 | number(2 * at + 1).to_bits() & 0xffff_0000
+    }
+
+    /// One call of the kernel against the plain sum.
+    fn check(rows: usize, chunks: usize, panels: usize, accumulate: bool, ahead: [Run; 2]) {
+        let (height, stride) = (rows.next_multiple_of(16), 48);
+        let a: Vec<u32> = (0..chunks * height * CHUNK).map(word).collect();
+        let b: Vec<Vec<u32>> = (0..2)
+            .map(|p| (0..chunks * CHUNK * CHUNK).map(|i| word(i + 17 * p + 5)).collect())
+            .collect();
+        let before: Vec<f32> = (0..height * stride).map(number).collect();
+        let mut c = before.clone();
+        let _session = Session::enter();
+        let t = Tile {
+            rows,
+            chunks,
+            a: a.as_ptr(),
+            a_stride: height * CHUNK,
+            b: [b[0].as_ptr(), if panels == 2 { b[1].as_ptr() } else { std::ptr::null() }],
+            c: c.as_mut_ptr(),
+            c_stride: stride,
+            accumulate,
+            ahead,
+        };
+        // SAFETY: all three are as large as the shape says.
+        unsafe { tile(&t) };
+        let [low, high] =
+            [|w: u32| f32::from_bits(w << 16), |w: u32| f32::from_bits(w & 0xffff_0000)];
+        for (r, got) in c.chunks_exact(stride).enumerate() {
+            for (j, got) in got.iter().enumerate() {
+                let start = before[r * stride + j];
+                let mut want = start;
+                if j < panels * CHUNK {
+                    want = if accumulate { start } else { 0.0 };
+                    for (chunk, w) in (0..chunks).flat_map(|c| (0..CHUNK).map(move |w| (c, w))) {
+                        let a = a[(chunk * height + r) * CHUNK + w];
+                        let b = b[j / CHUNK][(chunk * CHUNK + w) * CHUNK + j % CHUNK];
+                        want += low(a) * low(b) + high(a) * high(b);
+                    }
+                }
+                assert_eq!(*got, want, "row {r}, column {j} of {rows} × {chunks} × {panels}");
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_are_right_whatever_they_fetch_ahead() {
+        if !is_available() {
+            println!("skipped: this machine has no AMX BF16, or does not let us use it");
+            return;
+        }
+        let words = vec![0u32; 300 * CHUNK];
+        let beyond = Run { start: std::ptr::without_provenance(64), lines: 100 };
+        let runs = [
+            [Run::NONE; 2],
+            [Run::share(&words, 0, 7), Run::NONE],
+            [Run::NONE, Run::share(&words, 1, 2)],
+            [Run::behind(&words, 4096), beyond],
+        ];
+        for rows in [1, 16, 17, 20, 32] {
+            for chunks in [0, 1, 2, 5, 18] {
+                for panels in [1, 2] {
+                    for ahead in runs {
+                        check(rows, chunks, panels, false, ahead);
+                        check(rows, chunks, panels, true, ahead);
+                    }
+                }
+            }
         }
     }
 }

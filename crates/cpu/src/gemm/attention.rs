@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use bytemuck::cast_slice_mut;
 use pirouette_model::program::KeyMask;
 
+use super::ahead::Run;
 use super::keys::Store;
 use super::math::exp;
 use super::operand::{RowNorm, Storage, bf16_bits, fold, pack_row};
@@ -232,6 +233,7 @@ impl Block<'_> {
                 c: c.as_mut_ptr(),
                 c_stride,
                 accumulate: false,
+                ahead: [Run::NONE; 2],
             };
             // SAFETY: the lengths of all three were just checked; the kernel was chosen for this
             // machine and the worker is in a session.

@@ -142,7 +142,7 @@ impl Finish<'_> {
         let (chunk, half) = (panel / 2, panel % 2 * (CHUNK / 2));
         // The end of K is filled up with zeros by whoever writes the last columns.
         let wide = !gated || half == 0 && (panel + 1) * CHUNK == cols;
-        let chunks = Storage::Bf16.chunks(cols);
+        let chunks = self.plan.kernel.panel_chunks(Storage::Bf16.chunks(cols));
         let width = if wide { CHUNK } else { CHUNK / 2 };
         let (sums, _) = self.sums.as_chunks::<CHUNK>();
         for (r, sums) in (self.first_row..).zip(sums.chunks_exact(2)).take(self.rows.len()) {

@@ -10,6 +10,7 @@
 //! of multiply-adds in order of K, whatever the tiling: results do not depend on the number of
 //! threads, nor on which rows are computed together.
 
+pub(crate) mod ahead;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
 pub(crate) mod attention;
@@ -26,6 +27,7 @@ pub(crate) mod operand;
 mod plain;
 pub(crate) mod product;
 
+use ahead::Run;
 pub use isa::Isa;
 pub(crate) use isa::{Lanes, mul_add};
 pub(crate) use operand::Storage;
@@ -55,6 +57,8 @@ pub(crate) struct Tile {
     pub(crate) c_stride: usize,
     /// Whether to add to what is there.
     pub(crate) accumulate: bool,
+    /// What to fetch meanwhile.
+    pub(crate) ahead: [Run; 2],
 }
 
 /// A micro-kernel.
@@ -63,6 +67,15 @@ pub(crate) struct Tile {
 /// The pointers cover what the shape says (A panels and results hold `capacity(rows)` rows), the
 /// instruction set is available, and for AMX the thread is inside an `amx::Session`.
 pub(crate) type TileFn = unsafe fn(&Tile);
+
+/// How far ahead tiles fetch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ahead {
+    /// Where there are several panels of rows: next to B, A of the next block of K.
+    pub(crate) rows: bool,
+    /// Where there is one, and B passes by once: so many bytes of each B panel.
+    pub(crate) bytes: usize,
+}
 
 /// A micro-kernel and its geometry.
 #[derive(Clone, Copy)]
@@ -73,10 +86,14 @@ pub(crate) struct Kernel {
     pub(crate) rows: usize,
     /// Rows come in multiples of this in memory.
     pub(crate) granule: usize,
-    /// Chunks of K kept in the nearest caches at a time.
+    /// Most chunks of K kept in the nearest caches at a time.
     pub(crate) chunks_per_block: usize,
-    /// Rows of a task.
+    /// Most rows of a task.
     pub(crate) block_rows: usize,
+    /// Most pairs of B panels of a task.
+    pub(crate) block_pairs: usize,
+    /// What the tiles fetch ahead; absent: nothing.
+    pub(crate) ahead: Option<Ahead>,
     pub(crate) tile: TileFn,
     /// What the plain loops around it are compiled for.
     pub(crate) isa: Isa,
@@ -91,6 +108,8 @@ impl Kernel {
             granule: 1,
             chunks_per_block: 16,
             block_rows: 16 * rows,
+            block_pairs: 8,
+            ahead: None,
             tile,
             isa,
         };
@@ -98,8 +117,12 @@ impl Kernel {
             #[cfg(target_arch = "x86_64")]
             (Isa::Amx, Storage::Bf16) => Kernel {
                 granule: 16,
+                // A pair of B takes 32 KB of the nearest cache; A of all rows 416 KB of the
+                // second, as much again for what is fetched ahead, sums 624 KB.
                 chunks_per_block: 16,
-                block_rows: 256,
+                block_rows: 13 * 32,
+                block_pairs: 12,
+                ahead: Some(Ahead { rows: true, bytes: 4096 }),
                 ..plain(32, amx::tile as TileFn)
             },
             #[cfg(target_arch = "x86_64")]
@@ -128,6 +151,14 @@ impl Kernel {
     /// Rows that `rows` rows take in memory.
     pub(crate) fn capacity(&self, rows: usize) -> usize {
         rows.next_multiple_of(self.granule)
+    }
+
+    /// Chunks from one panel of A to the next: some more where panels that are read together would
+    /// share the sets of a cache.
+    pub(crate) fn panel_chunks(&self, chunks: usize) -> usize {
+        const WAY_CHUNKS: usize = 64;
+        let aligned = self.ahead.is_some() && chunks.is_multiple_of(WAY_CHUNKS);
+        if aligned { chunks + self.chunks_per_block } else { chunks }
     }
 
     /// Rows per panel when `rows` rows are cut into as few and as equal panels as possible.

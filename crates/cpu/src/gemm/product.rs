@@ -1,20 +1,24 @@
 //! `Linear` steps: input rows are packed (norm applied) by all workers, then tasks of row blocks ×
 //! column pairs are multiplied and finished.
+//!
+//! A task goes along K in blocks; in each, a pair of B's panels meets all panels of A. B stays in
+//! the nearest cache meanwhile, A and the sums in the second. What comes from further away per
+//! multiply-add falls with 1 / pairs (A) and 1 / panels (B) of a task; kernels that outrun it fetch
+//! the next pair, and A of the next block, while they compute (`ahead`).
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pirouette_model::program::{Epilogue, Norm, WeightId};
 
+use super::ahead::Run;
 use super::epilogue::{Finish, finish_row};
-use super::operand::{RowNorm, pack_row};
-use super::{CHUNK, Kernel, PAIR, Tile};
+use super::operand::{Matrix, RowNorm, pack_row};
+use super::{Ahead, CHUNK, PAIR, Tile};
 use crate::driver::memory::Shared;
 use crate::driver::pool::Worker;
 use crate::executable::Context;
 use crate::plan::{Feeding, LinearPlan};
-
-/// Most pairs of a task.
-const PAIRS: usize = 8;
 
 /// What the columns of a pair become.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,8 +97,11 @@ impl LinearPlan {
         let blocks = panels.div_ceil(most).max(1);
         let panels_per_block = panels.div_ceil(blocks);
         let pairs = self.pairs.len();
-        let pairs_per_task =
-            if self.whole { pairs } else { (pairs * blocks / (4 * threads)).clamp(1, PAIRS) };
+        let pairs_per_task = if self.whole {
+            pairs
+        } else {
+            (pairs * blocks / (4 * threads)).clamp(1, self.kernel.block_pairs)
+        };
         Cut { height, panels, panels_per_block, blocks, pairs_per_task }
     }
 
@@ -112,7 +119,7 @@ impl LinearPlan {
         if self.whole {
             (k.rows + 1) * self.pairs.len() * PAIR
         } else {
-            (k.block_rows + k.rows) * PAIRS * PAIR
+            (k.block_rows + k.rows) * k.block_pairs * PAIR
         }
     }
 }
@@ -125,7 +132,7 @@ pub(crate) fn pack(context: &Context<'_>, plan: &LinearPlan, worker: &Worker<'_>
     let rows = &context.rows[plan.rows].rows;
     let matrix = context.matrix(plan.weight);
     let height = plan.kernel.panel_rows(rows.len());
-    let panel_words = matrix.chunks() * height * CHUNK;
+    let panel_words = plan.kernel.panel_chunks(matrix.chunks()) * height * CHUNK;
     let k = plan.input.cols;
     let adaptive = |table: WeightId, row: usize| {
         let m = &context.vector(table.0)[row * 3 * k..][..2 * k];
@@ -168,18 +175,13 @@ pub(crate) fn multiply(
         return;
     }
     let cut = plan.cut(rows.len(), worker.count);
-    let tasks = cut.blocks * plan.pairs.len().div_ceil(cut.pairs_per_task);
     loop {
-        let task = counter.fetch_add(1, Ordering::Relaxed);
-        if task >= tasks {
-            return;
-        }
-        // Neighbouring tasks share columns of the weight.
-        let first = task % cut.blocks * cut.panels_per_block;
-        let panels = first..(first + cut.panels_per_block).min(cut.panels);
-        let pairs = plan.pairs.chunks(cut.pairs_per_task).nth(task / cut.blocks);
-        let pairs = pairs.unwrap_or_default();
-        sums(context, plan, &cut, panels.clone(), pairs, scratch);
+        let number = counter.fetch_add(1, Ordering::Relaxed);
+        let Some(task) = cut.task(plan, number) else { return };
+        // Workers take turns, more or less: a wrong guess costs a little bandwidth.
+        let next = cut.task(plan, number + worker.count);
+        sums(context, plan, &cut, &task, next.as_ref(), scratch);
+        let Task { panels, pairs } = task;
         let first_row = panels.start * cut.height;
         let rows = &rows[first_row..(panels.end * cut.height).min(rows.len())];
         let pair_words = panels.len() * cut.height * PAIR;
@@ -200,44 +202,128 @@ fn sums(
     context: &Context<'_>,
     plan: &LinearPlan,
     cut: &Cut,
-    panels: std::ops::Range<usize>,
-    pairs: &[Pair],
+    task: &Task<'_>,
+    next: Option<&Task<'_>>,
     scratch: &mut [f32],
 ) {
     let matrix = context.matrix(plan.weight);
     let chunks = matrix.chunks();
     let rows = context.rows[plan.rows].rows.len();
-    let Kernel { tile, chunks_per_block, .. } = plan.kernel;
-    let panel_words = chunks * cut.height * CHUNK;
-    let pair_words = panels.len() * cut.height * PAIR;
-    assert!(scratch.len() >= pairs.len() * pair_words, "scratch of a product is too small");
+    let panel_words = plan.kernel.panel_chunks(chunks) * cut.height * CHUNK;
+    let pair_words = task.panels.len() * cut.height * PAIR;
+    assert!(scratch.len() >= task.pairs.len() * pair_words, "scratch of a product is too small");
     // With one panel of rows B is read once: nothing to keep in cache, stream it.
-    let block = if panels.len() == 1 { chunks } else { chunks_per_block };
+    let blocks = chunks.div_ceil(plan.kernel.chunks_per_block).max(1);
+    let block = if task.panels.len() == 1 { chunks } else { chunks.div_ceil(blocks) };
     // SAFETY: A was packed before a barrier, nobody writes it in this half of the step.
     let a: &[u32] = unsafe { plan.operand(context).read(0..cut.panels * panel_words) };
+    let operands = Operands { matrix, a, panel_words, height: cut.height, chunks, block };
     for from in (0..chunks).step_by(block) {
-        for (p, pair) in pairs.iter().enumerate() {
-            let b = pair.panels.map(|panel| match panel {
-                Some(panel) => matrix.panel(panel)[from * CHUNK * CHUNK..].as_ptr(),
-                None => std::ptr::null(),
-            });
-            for (i, panel) in panels.clone().enumerate() {
+        let at = At { task, from };
+        let after = if from + block < chunks {
+            Some(At { task, from: from + block })
+        } else {
+            next.map(|task| At { task, from: 0 })
+        };
+        for (p, pair) in task.pairs.iter().enumerate() {
+            let b = operands.b(pair, from);
+            for (i, panel) in task.panels.clone().enumerate() {
                 let c = &mut scratch[p * pair_words + i * cut.height * PAIR..];
+                let ahead = plan.kernel.ahead.map(|how| operands.ahead(how, at, after, [p, i]));
                 let t = Tile {
                     rows: cut.height.min(rows - panel * cut.height),
                     chunks: block.min(chunks - from),
-                    a: a[panel * panel_words + from * cut.height * CHUNK..].as_ptr(),
+                    a: operands.a(at, i).as_ptr(),
                     a_stride: cut.height * CHUNK,
-                    b,
+                    b: b.map(|b| b.map_or(std::ptr::null(), <[u32]>::as_ptr)),
                     c: c[..cut.height * PAIR].as_mut_ptr(),
                     c_stride: PAIR,
                     accumulate: from > 0,
+                    ahead: ahead.unwrap_or([Run::NONE; 2]),
                 };
                 // SAFETY: A and B panels have `chunks` chunks, the sums `height` rows of 32; the
                 // kernel was chosen for this machine and the worker is in a session.
-                unsafe { tile(&t) };
+                unsafe { (plan.kernel.tile)(&t) };
             }
         }
+    }
+}
+
+/// Rows × columns of a product that a worker computes at a time.
+struct Task<'a> {
+    /// Of A.
+    panels: Range<usize>,
+    pairs: &'a [Pair],
+}
+
+impl Cut {
+    /// A task by its number: neighbours share columns of the weight.
+    fn task<'a>(&self, plan: &'a LinearPlan, number: usize) -> Option<Task<'a>> {
+        let first = number % self.blocks * self.panels_per_block;
+        let panels = first..(first + self.panels_per_block).min(self.panels);
+        let first = number / self.blocks * self.pairs_per_task;
+        let pairs = plan.pairs.get(first..)?;
+        let pairs = &pairs[..pairs.len().min(self.pairs_per_task)];
+        (!pairs.is_empty()).then_some(Task { panels, pairs })
+    }
+}
+
+/// A place along K in a task.
+#[derive(Clone, Copy)]
+struct At<'a> {
+    task: &'a Task<'a>,
+    /// Chunk.
+    from: usize,
+}
+
+/// Both operands of a product, and how K is cut.
+struct Operands<'a> {
+    matrix: &'a Matrix,
+    a: &'a [u32],
+    /// From one panel of A to the next.
+    panel_words: usize,
+    height: usize,
+    chunks: usize,
+    /// Chunks of a block.
+    block: usize,
+}
+
+impl<'a> Operands<'a> {
+    /// A block of the task's `i`-th panel of A; empty if it has fewer.
+    fn a(&self, at: At<'_>, i: usize) -> &'a [u32] {
+        let panel = at.task.panels.start + i;
+        if panel >= at.task.panels.end {
+            return &[];
+        }
+        let words = self.block.min(self.chunks - at.from) * self.height * CHUNK;
+        &self.a[panel * self.panel_words + at.from * self.height * CHUNK..][..words]
+    }
+
+    /// What tile `i` of pair `p` fetches: its part of the next pair's block of B, and of block
+    /// `after` of A; with one panel of rows, its own pair some way on.
+    fn ahead(&self, how: Ahead, at: At<'_>, after: Option<At<'_>>, [p, i]: [usize; 2]) -> [Run; 2] {
+        let (pairs, panels) = (at.task.pairs, at.task.panels.len());
+        if panels == 1 {
+            let run = |b| Run::behind(b, how.bytes);
+            return self.b(&pairs[p], at.from).map(|b| b.map_or(Run::NONE, run));
+        }
+        let following = match pairs.get(p + 1) {
+            Some(pair) => Some((pair, at.from)),
+            None => after.and_then(|after| Some((after.task.pairs.first()?, after.from))),
+        };
+        let of_b = following.map(|(pair, from)| {
+            let pair = self.b(pair, from).map(Option::unwrap_or_default);
+            Run::of_pair(pair, i, panels)
+        });
+        let of_a =
+            after.filter(|_| how.rows).map(|after| Run::share(self.a(after, i), p, pairs.len()));
+        [of_b, of_a].map(|run| run.unwrap_or(Run::NONE))
+    }
+
+    /// The block of a pair's panels that begins with chunk `from`.
+    fn b(&self, pair: &Pair, from: usize) -> [Option<&'a [u32]>; 2] {
+        let words = self.block.min(self.chunks - from) * CHUNK * CHUNK;
+        pair.panels.map(|p| Some(&self.matrix.panel(p?)[from * CHUNK * CHUNK..][..words]))
     }
 }
 
