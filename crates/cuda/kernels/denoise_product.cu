@@ -26,9 +26,10 @@
 // writes the next must not share one buffer of sums between them.
 // Every sum has a fixed order: over warps as a tree, over the cluster by rank.
 //
-// Notes (H200, CUDA 13.0, 2026-11-22; π0, h = 10, whole loop of 10 x 18 with 788 prefix keys)
-// Limit: 6.23 GB of weights, 1.35 ms. Predicted 2.6 ms for five dependent launches a layer-step.
-// | version                                                                | ms          |
+// Notes (π0 / π0.5, h = 10, whole loop of 10 x 18 with 788 prefix keys, CUDA 13.0)
+// Limit: 6.23 GB of weights, 1.35 ms (H200) or 2.05 ms (H100). Predicted 2.6 ms for five dependent
+// launches a layer-step.
+// | version (2026-11-22, H200)                                             | ms          |
 // |------------------------------------------------------------------------|-------------|
 // | norm in each CTA from x itself, addresses after the wait                | 4.39        |
 // | cluster mail by st.async instead of stores and a barrier (no MEMBAR)    | 4.21        |
@@ -38,15 +39,30 @@
 // | no run-time modes, every address before the wait: 1650 -> 780 instrs    | 3.55 - 3.74 |
 // | down in 256 CTAs of 32 KB instead of 128 of 64 KB                       | 3.45        |
 // | attention_suffix_r16_c8 instead of a stand-in of our own                | 3.18        |
-// | depth 4                                                                 | 3.13        |
-// By difference (alone), us: qkv 1.6 (2.8), attention 3.0 (3.5), o 1.9 (2.7), gate‖up 4.7 (5.0),
-// down 2.7 (3.3). π0.5 h = 10: 3.51 ms. h = 50: π0 6.97, π0.5 7.56 ms.
-// Predictions were too low because after the wait x takes 1000 - 1700 clocks from L2, not 500:
-// 128 - 256 CTAs read the same 20 KB while the weights stream. At h = 50 that (13 - 26 MB a
-// product) and one CTA a multiprocessor are the whole story: gate‖up 10.4, down 9.9 us.
-// Tried, no better: o with all of K (64 CTAs), o and down in 8-CTA clusters, gate‖up in 4 tiles
-// (128 CTAs) or 1 tile (512) at h = 10.
-// Not tried: x by multicast into a cluster's shared memory; one persistent kernel.
+// | depth 4, scales folded into W (dropped: it rounds W twice)              | 3.13        |
+// | norm scales multiplied by every reader of x (96 registers)              | 3.51        |
+// | version (2026-11-25, H100)                                             |             |
+// | the same                                                                | 3.74        |
+// | the stream's writers also write it times the scale (predicted 3.4)      | 3.40        |
+// | depth by kernel (all 4 before)                                          | 3.35        |
+// | rows of padding not fetched                                             | 3.31        |
+// | x through L1 instead of L2 (predicted 3.1: half of gate‖up's traffic)   | 3.20        |
+// | sums through L1, depth 3 2 4 3                                          | 3.12        |
+// h = 50: 7.40 with scales in the readers, 7.10 without.
+//
+// Where a layer-step goes (H100, stamps of %globaltimer in every CTA, us): from a kernel's last store
+// to the release of the next 0.6 - 0.7; from there to x in the slowest CTA 1.9 - 2.8 (0.6 in the
+// fastest), 1.2 - 1.5 less through L1; products and sums 0.3 - 1.1; cluster mail of o and down 0.7.
+// Attention 4.4. The weights are there before x but for the gate‖up CTAs that find no room beside
+// attention's. What shortens the fetch of x helps, what makes room or fetches weights earlier does
+// not: a loaded memory system answers x later.
+// Tried, no better (H100, against 3.40): weights of later kernels brought into L2 by this one, all or
+// part, early or once released (3.74 - 4.2); x by bulk copies into shared memory (3.5 - 3.9), by
+// multicast to 2 or 4 CTAs (qkv 3.36, gate‖up 3.48 and 3.64: x is there after 0.9, but takes room and
+// is read twice); K split over clusters so that a CTA needs a part of x (qkv 3.37, o 3.49, gate‖up 3.61,
+// down 3.44); 56 or 40 registers for more CTAs at once (3.51, 4.6); gate‖up in 4 tiles (3.43) or with
+// 16 warps (3.73); attention over 16 CTAs (3.56). Boxes of 4 KB, 6 of them: 0.03 better, once.
+// h = 50: 96 registers for two CTAs (7.5 and more), x by bulk copies (7.2 and more).
 #include "denoise_product.cuh"
 
 #define DENOISE_PRODUCT(name, CTAS, ...)                                \

@@ -75,6 +75,7 @@ struct Product {
   static constexpr u32 kSliceBytes = kSlice * 32;
   static constexpr bool kHasNorm = E == Epilogue::Qkv || E == Epilogue::GeGlu;
   static constexpr bool kToStream = !kHasNorm;
+  static constexpr bool kFew = NT <= 2;
   static_assert(CL == 1 || CL == 2 || CL == 4, "tokens are shared out by pairs");
   static_assert(kBlocks >= 1 && NT * 512 <= kSliceBytes, "partial sums reuse the weights");
 
@@ -89,6 +90,7 @@ struct Product {
   unsigned char* weights;
   Fixed& fixed;
   u32 tid, warp, lane, rank, tile0;
+  bool real[NT];           // whether this lane has a row, not padding
   const u16* x[NT];        // this lane's part of the input rows
   u32 sums_from[NT];       // and of their sums of squares
 
@@ -163,7 +165,8 @@ struct Product {
   __device__ __forceinline__ void prepare(Extra (&extra)[kRounds], u32 row0) {
     const u32 column = rank * KC + warp * kSlice + (lane & 3) * 8;
 #pragma unroll
-    for (int n = 0; n < NT; ++n) {  // rows past the end repeat the last one
+    for (int n = 0; n < NT; ++n) {
+      real[n] = row0 + n * 8 + (lane >> 2) < p.rows;
       const u32 token = min(row0 + n * 8 + (lane >> 2), p.rows - 1);
       x[n] = p.input + row_offset(p.input_rows, token) + column;
     }
@@ -241,6 +244,19 @@ struct Product {
     }
   }
 
+  // Inputs of block k of this lane's row of group n. That every CTA fetches the rows is what takes
+  // longest once the dependency is met. So few rows go through L1, where the CTAs of a multiprocessor
+  // share them, and without their padding; many would push each other out of it.
+  __device__ __forceinline__ uint4 load_x(int n, int k) const {
+    if (!kFew) return load_l2(x[n] + k * 32);
+    return real[n] ? load_global(x[n] + k * 32) : make_uint4(0, 0, 0, 0);
+  }
+
+  __device__ __forceinline__ float2 load_sums(int n) const {
+    const float* from = p.input_sums + sums_from[n];
+    return kFew ? load_global_pair(from) : load_l2_pair(from);
+  }
+
   // This warp's share of the sums for kTokens rows from row0.
   __device__ __forceinline__ void accumulate(float4 (&sum)[MT][NT], Extra (&extra)[kRounds],
                                              bool first_pass) {
@@ -248,12 +264,12 @@ struct Product {
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
 #pragma unroll
-      for (int n = 0; n < NT; ++n) b[a][n] = load_l2(x[n] + a * 32);
+      for (int n = 0; n < NT; ++n) b[a][n] = load_x(n, a);
     }
     float2 sums[NT];
     if (kHasNorm) {
 #pragma unroll
-      for (int n = 0; n < NT; ++n) sums[n] = load_l2_pair(p.input_sums + sums_from[n]);
+      for (int n = 0; n < NT; ++n) sums[n] = load_sums(n);
     }
     if (E == Epilogue::Add) load_old(extra);
     if (first_pass) {
@@ -275,7 +291,7 @@ struct Product {
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         now[n] = b[k % kAhead][n];
-        if (k + kAhead < kBlocks) b[k % kAhead][n] = load_l2(x[n] + (k + kAhead) * 32);
+        if (k + kAhead < kBlocks) b[k % kAhead][n] = load_x(n, k + kAhead);
       }
 #pragma unroll
       for (int m = 0; m < MT; ++m) {

@@ -126,6 +126,16 @@ __device__ __forceinline__ uint4 load_l2(const void* p) {
                     static_cast<u32>(high >> 32));
 }
 
+// 16 bytes through L1: what the kernels before this one wrote, once the dependency is met.
+__device__ __forceinline__ uint4 load_global(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+
 // 16 bytes in one piece.
 __device__ __forceinline__ void store_unit(void* p, uint4 v) {
   const u64 low = v.x | static_cast<u64>(v.y) << 32, high = v.z | static_cast<u64>(v.w) << 32;
@@ -146,6 +156,12 @@ __device__ __forceinline__ float2 load_l2_pair(const float* p) {
                : "=f"(v.x), "=f"(v.y)
                : "l"(p)
                : "memory");
+  return v;
+}
+
+__device__ __forceinline__ float2 load_global_pair(const float* p) {
+  float2 v;
+  asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
   return v;
 }
 

@@ -210,7 +210,7 @@ Launch product_launch(const Shape& s, DenoiseProductParams p, int outputs, Kind 
   if (s.multi) smem += 8 * s.mt * s.nt * 512;
   if (!s.multi && (int)p.rows > s.nt * 8) printf("%s: too many rows\n", s.name), exit(1);
   CHECK(cudaFuncSetAttribute(s.fn, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem));
-  p.depth = kind == kGateUp || kind == kDown ? 4 : 2;
+  p.depth = kind == kGateUp ? 4 : kind == kQkv || kind == kDown ? 3 : 2;
   return {s.fn, dim3(outputs / 16 / s.mt * s.cl), denoise::kBlock, s.cl, smem, bytes_of(p), kind};
 }
 

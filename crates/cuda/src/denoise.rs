@@ -192,7 +192,11 @@ const INSTANCES: &[Instance] = &[
 const THREADS: u32 = 288;
 /// Copies of 8 KB of weights a block keeps under way: more crowd out the kernel in front.
 const fn depth(role: Role) -> u32 {
-    if matches!(role, Role::Up | Role::Down) { 4 } else { 2 }
+    match role {
+        Role::Up => 4,
+        Role::Qkv | Role::Down => 3,
+        Role::Out | Role::Mlp => 2,
+    }
 }
 /// Beyond so many rows the passes over tiles of rows cost more than tower products.
 const MAX_ROWS: u32 = 128;
