@@ -1,0 +1,408 @@
+//! CUPTI, NVIDIA's tracing library, opened at run time: when every node of a replayed graph ran.
+//!
+//! The library calls back from threads of its own and without a pointer of ours, so what it hands
+//! over lies in statics of this file, and only one [`Tracing`] exists at a time.
+
+use std::alloc::Layout;
+use std::collections::BTreeMap;
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use pirouette_model::BackendError;
+
+use super::GraphNode;
+use super::activity::{Activity, ActivityKind, parse};
+use super::cupti_paths;
+use super::table::{Handle, table};
+
+type Callback = unsafe extern "C" fn(*mut c_void, c_int, u32, *const c_void);
+type BufferRequested = unsafe extern "C" fn(*mut *mut u8, *mut usize, *mut usize);
+type BufferCompleted = unsafe extern "C" fn(Handle, u32, *mut u8, usize, usize);
+
+table!(Functions {
+    version = "cuptiGetVersion"(*mut u32);
+    result_string = "cuptiGetResultString"(c_int, *mut *const c_char);
+    timestamp = "cuptiGetTimestamp"(*mut u64);
+    subscribe = "cuptiSubscribe"(*mut Handle, Callback, *mut c_void);
+    unsubscribe = "cuptiUnsubscribe"(Handle);
+    enable_callback = "cuptiEnableCallback"(u32, Handle, c_int, u32);
+    register = "cuptiActivityRegisterCallbacks"(BufferRequested, BufferCompleted);
+    enable = "cuptiActivityEnable"(u32);
+    disable = "cuptiActivityDisable"(u32);
+    flush = "cuptiActivityFlushAll"(u32);
+    next_record = "cuptiActivityGetNextRecord"(*mut u8, usize, *mut *mut u8);
+    dropped = "cuptiActivityGetNumDroppedRecords"(Handle, u32, *mut usize);
+    node_id = "cuptiGetGraphNodeId"(Handle, *mut u64);
+});
+
+/// The first version whose layout of records is known, CUDA 12.4, and the first that may differ.
+const VERSIONS: std::ops::Range<u32> = 22..140_000;
+
+/// `CUPTI_CB_DOMAIN_RESOURCE` and `CUPTI_CBID_RESOURCE_GRAPHNODE_CLONED`.
+const RESOURCE: c_int = 3;
+const NODE_CLONED: u32 = 20;
+/// `CUPTI_ERROR_MAX_LIMIT_REACHED`: a buffer has no further record.
+const NO_MORE: c_int = 12;
+
+/// `CUpti_ResourceData`.
+#[repr(C)]
+struct ResourceData {
+    context: Handle,
+    stream: Handle,
+    descriptor: *const GraphData,
+}
+
+/// `CUpti_GraphData`, as far as it is read.
+#[repr(C)]
+struct GraphData {
+    graph: Handle,
+    original_graph: Handle,
+    node: Handle,
+    original_node: Handle,
+}
+
+const _: () = assert!(std::mem::offset_of!(ResourceData, descriptor) == 16);
+const _: () = assert!(std::mem::offset_of!(GraphData, original_node) == 24);
+
+/// The opened library; it stays loaded, since it keeps threads.
+pub struct Cupti {
+    functions: Functions,
+    /// Where it was found.
+    pub path: String,
+    /// 28 for CUDA 12.9 update 1; 130001 for 13.0 update 1.
+    pub version: u32,
+}
+
+static LIBRARY: OnceLock<Cupti> = OnceLock::new();
+static ALONE: Mutex<()> = Mutex::new(());
+static COMPLETED: Mutex<Vec<Filled>> = Mutex::new(Vec::new());
+static HANDED_OUT: AtomicUsize = AtomicUsize::new(0);
+/// (a node, the node it was cloned from).
+static CLONES: Mutex<Vec<(u64, u64)>> = Mutex::new(Vec::new());
+
+/// A buffer that CUPTI has given back, and its bytes that hold records.
+struct Filled {
+    address: usize,
+    valid: usize,
+}
+
+fn locked<T>(mutex: &'static Mutex<T>) -> MutexGuard<'static, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+const BUFFER: Layout = match Layout::from_size_align(4 << 20, 64) {
+    Ok(layout) => layout,
+    Err(_) => panic!("a power of two"),
+};
+const MAX_BUFFERS: usize = 64;
+
+impl Cupti {
+    /// Opens the library at `place` (a file, a CUDA folder, a Python environment or its
+    /// `site-packages`), else where `PIROUETTE_CUPTI` says, else where installers put it. Never
+    /// panics without it: the error says how to get it. The first one opened serves from then on.
+    pub fn open(place: Option<&Path>) -> Result<&'static Cupti, BackendError> {
+        if let Some(cupti) = LIBRARY.get() {
+            return Ok(cupti);
+        }
+        let named = std::env::var_os("PIROUETTE_CUPTI").filter(|v| !v.is_empty());
+        let named = place.map(Path::to_path_buf).or(named.map(PathBuf::from));
+        let mut first_error = None;
+        for path in cupti_paths::candidates(named.as_deref()) {
+            match Self::load(&path) {
+                Ok(cupti) => return Ok(LIBRARY.get_or_init(|| cupti)),
+                // A name for the loader to look up that it does not find is no news.
+                Err(error) if path.is_absolute() || path.exists() => {
+                    first_error.get_or_insert(error);
+                }
+                Err(_) => {}
+            }
+        }
+        let place = named.map_or("was found in none of the usual places".into(), |n| {
+            format!("was not found under {}", n.display())
+        });
+        Err(BackendError::Unavailable(first_error.unwrap_or_else(|| {
+            format!(
+                "NVIDIA's tracing library CUPTI ({}) {place}: it comes with the CUDA \
+                 toolkit and as `pip install nvidia-cuda-cupti`; name its folder or that Python \
+                 environment with --cupti or PIROUETTE_CUPTI",
+                cupti_paths::NAMES.join(", ")
+            )
+        })))
+    }
+
+    fn load(path: &Path) -> Result<Self, String> {
+        // SAFETY: loading the vendor's library runs its initialisers, nothing of ours.
+        let library = unsafe { libloading::Library::new(path) }
+            .map_err(|error| format!("{} can't be loaded: {error}", path.display()))?;
+        let path = path.display().to_string();
+        let functions =
+            Functions::load(library).map_err(|symbol| format!("{path} lacks `{symbol}`"))?;
+        let mut version = 0;
+        // SAFETY: an out-pointer to a live integer.
+        let code = unsafe { (functions.version)(&mut version) };
+        let cupti = Cupti { functions, path, version };
+        if code != 0 {
+            return Err(format!("{}: cuptiGetVersion: {}", cupti.path, cupti.describe(code)));
+        }
+        if !VERSIONS.contains(&version) {
+            return Err(format!(
+                "{} is CUPTI version {version}: those of CUDA 12.4 to 13.x are known",
+                cupti.path
+            ));
+        }
+        Ok(cupti)
+    }
+
+    fn describe(&self, code: c_int) -> String {
+        let mut text = std::ptr::null();
+        // SAFETY: the library stores a pointer to a static string, or leaves null.
+        let name = unsafe {
+            (self.functions.result_string)(code, &mut text);
+            if text.is_null() { None } else { CStr::from_ptr(text).to_str().ok() }
+        };
+        let hint = match code {
+            35 | 40 => ": run as root, or load the driver with NVreg_RestrictProfilingToAdminUsers=0",
+            39 => ": another tool (Nsight, compute-sanitizer, a debugger) traces this process",
+            _ => "",
+        };
+        format!("{} ({code}){hint}", name.unwrap_or("CUPTI error"))
+    }
+
+    fn check(&self, call: &str, code: c_int) -> Result<(), BackendError> {
+        match code {
+            0 => Ok(()),
+            _ => {
+                let (path, error) = (&self.path, self.describe(code));
+                Err(BackendError::Unavailable(format!("{call} of {path}: {error}")))
+            }
+        }
+    }
+}
+
+/// Records of every kernel, copy and fill of this process, until it is dropped.
+pub struct Tracing {
+    /// The library.
+    pub cupti: &'static Cupti,
+    subscriber: Handle,
+    /// (`CUpti_ActivityKind`, bytes) of the records seen, and how many; the last record of a buffer
+    /// counts as long as the room behind it.
+    pub sizes: BTreeMap<(u32, usize), usize>,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Tracing {
+    /// Begins. Graphs must be instantiated after this for their nodes to be told apart.
+    pub fn start(cupti: &'static Cupti) -> Result<Self, BackendError> {
+        let alone = locked(&ALONE);
+        locked(&CLONES).clear();
+        let f = &cupti.functions;
+        let mut subscriber = std::ptr::null_mut();
+        // SAFETY: an out-pointer to a live handle and a callback that lives as long as the process.
+        let code = unsafe { (f.subscribe)(&mut subscriber, node_cloned, std::ptr::null_mut()) };
+        cupti.check("cuptiSubscribe", code)?;
+        let tracing = Tracing { cupti, subscriber, sizes: BTreeMap::new(), _alone: alone };
+        // SAFETY: the subscriber is alive; callbacks live as long as the process.
+        unsafe {
+            let code = (f.enable_callback)(1, subscriber, RESOURCE, NODE_CLONED);
+            cupti.check("cuptiEnableCallback", code)?;
+            let code = (f.register)(buffer_requested, buffer_completed);
+            cupti.check("cuptiActivityRegisterCallbacks", code)?;
+            for kind in ActivityKind::ALL {
+                cupti.check(&format!("cuptiActivityEnable({kind:?})"), (f.enable)(kind.id()))?;
+            }
+        }
+        Ok(tracing)
+    }
+
+    /// The number that records give a node of a graph.
+    pub fn node_id(&self, node: GraphNode) -> Result<u64, BackendError> {
+        let mut id = 0;
+        // SAFETY: an out-pointer to a live integer; the node belongs to a graph under capture.
+        let code = unsafe { (self.cupti.functions.node_id)(node.0, &mut id) };
+        self.cupti.check("cuptiGetGraphNodeId", code)?;
+        Ok(id)
+    }
+
+    /// Now, nanoseconds on the clock of the records.
+    pub fn now_ns(&self) -> Result<u64, BackendError> {
+        let mut now = 0;
+        // SAFETY: an out-pointer to a live integer.
+        let code = unsafe { (self.cupti.functions.timestamp)(&mut now) };
+        self.cupti.check("cuptiGetTimestamp", code)?;
+        Ok(now)
+    }
+
+    /// (clone, original) of the nodes cloned so far: instantiating a graph clones its nodes, and
+    /// records carry the clones' numbers.
+    pub fn clones(&self) -> Vec<(u64, u64)> {
+        locked(&CLONES).clone()
+    }
+
+    /// Everything recorded since the last call. The device must be idle.
+    pub fn take(&mut self) -> Result<Vec<Activity>, BackendError> {
+        const FORCED: u32 = 1;
+        // SAFETY: no arguments that could be wrong.
+        let code = unsafe { (self.cupti.functions.flush)(FORCED) };
+        self.cupti.check("cuptiActivityFlushAll", code)?;
+        let mut all = Vec::new();
+        let filled = std::mem::take(&mut *locked(&COMPLETED));
+        let mut result = Ok(());
+        for buffer in filled {
+            if result.is_ok() {
+                result = self.read(&buffer, &mut all);
+            }
+            free(buffer);
+        }
+        let mut dropped = 0;
+        // SAFETY: an out-pointer to a live integer; no context, for all of them.
+        let code =
+            unsafe { (self.cupti.functions.dropped)(std::ptr::null_mut(), 0, &mut dropped) };
+        self.cupti.check("cuptiActivityGetNumDroppedRecords", code)?;
+        if result.is_ok() && dropped > 0 {
+            result = Err(format!("{dropped} records were dropped: too little room for them"));
+        }
+        let unavailable = |text| {
+            let Cupti { path, version, .. } = self.cupti;
+            BackendError::Unavailable(format!("records of {path} (version {version}): {text}"))
+        };
+        result.map_err(unavailable)?;
+        Ok(all)
+    }
+
+    fn read(&mut self, buffer: &Filled, all: &mut Vec<Activity>) -> Result<(), String> {
+        let begin = buffer.address as *mut u8;
+        let mut record = std::ptr::null_mut();
+        let mut last: Option<(u32, usize)> = None;
+        loop {
+            // SAFETY: the buffer is alive and CUPTI filled `valid` bytes of it; `record` is null
+            // or what the last call returned.
+            let code =
+                unsafe { (self.cupti.functions.next_record)(begin, buffer.valid, &mut record) };
+            let at = if code == 0 { (record as usize).wrapping_sub(buffer.address) } else { 0 };
+            if let Some((kind, from)) = last {
+                let end = if code == 0 { at } else { buffer.valid };
+                *self.sizes.entry((kind, end.saturating_sub(from))).or_default() += 1;
+            }
+            match code {
+                0 => {}
+                NO_MORE => return Ok(()),
+                other => {
+                    return Err(format!("cuptiActivityGetNextRecord: {}", self.cupti.describe(other)));
+                }
+            }
+            if at >= buffer.valid {
+                return Err("a record outside its buffer".into());
+            }
+            // SAFETY: `valid` bytes of the buffer are initialised, and `at` is below that.
+            let bytes = unsafe { std::slice::from_raw_parts(record, buffer.valid - at) };
+            let kind = bytes.first_chunk().map_or(0, |b| u32::from_ne_bytes(*b));
+            last = Some((kind, at));
+            if let Some((mut activity, name)) = parse(bytes)? {
+                if name != 0 {
+                    // SAFETY: in the versions opened this field is a zero-terminated string that
+                    // CUPTI keeps while the module is loaded.
+                    let text = unsafe { CStr::from_ptr(name as *const c_char) };
+                    activity.name = Some(text.to_string_lossy().into_owned());
+                }
+                all.push(activity);
+            }
+        }
+    }
+}
+
+impl Drop for Tracing {
+    fn drop(&mut self) {
+        let f = &self.cupti.functions;
+        // SAFETY: kinds that may or may not be enabled; the subscriber is given up once, here.
+        unsafe {
+            for kind in ActivityKind::ALL {
+                (f.disable)(kind.id());
+            }
+            (f.flush)(1);
+            (f.enable_callback)(0, self.subscriber, RESOURCE, NODE_CLONED);
+            (f.unsubscribe)(self.subscriber);
+        }
+        locked(&COMPLETED).drain(..).for_each(free);
+    }
+}
+
+fn free(buffer: Filled) {
+    // SAFETY: allocated with this layout in `buffer_requested`, given back once by CUPTI.
+    unsafe { std::alloc::dealloc(buffer.address as *mut u8, BUFFER) };
+    HANDED_OUT.fetch_sub(1, Ordering::Relaxed);
+}
+
+/// CUPTI wants room for records.
+unsafe extern "C" fn buffer_requested(buffer: *mut *mut u8, size: *mut usize, records: *mut usize) {
+    let mut address = std::ptr::null_mut();
+    if HANDED_OUT.fetch_add(1, Ordering::Relaxed) < MAX_BUFFERS {
+        // SAFETY: the layout has a size above zero. Zeroed, so that all of it is initialised.
+        address = unsafe { std::alloc::alloc_zeroed(BUFFER) };
+    }
+    if address.is_null() {
+        HANDED_OUT.fetch_sub(1, Ordering::Relaxed);
+    }
+    // SAFETY: CUPTI passes pointers to its own variables; 0 records means as many as fit, a null
+    // buffer makes it count what it drops.
+    unsafe {
+        *buffer = address;
+        *size = if address.is_null() { 0 } else { BUFFER.size() };
+        *records = 0;
+    }
+}
+
+/// CUPTI gives a buffer back.
+unsafe extern "C" fn buffer_completed(
+    _context: Handle,
+    _stream: u32,
+    buffer: *mut u8,
+    _size: usize,
+    valid: usize,
+) {
+    if !buffer.is_null() {
+        let valid = valid.min(BUFFER.size());
+        locked(&COMPLETED).push(Filled { address: buffer as usize, valid });
+    }
+}
+
+/// The driver has cloned a node of a graph.
+unsafe extern "C" fn node_cloned(_: *mut c_void, domain: c_int, id: u32, data: *const c_void) {
+    let Some(cupti) = LIBRARY.get() else { return };
+    if (domain, id) != (RESOURCE, NODE_CLONED) || data.is_null() {
+        return;
+    }
+    let (mut clone, mut original) = (0, 0);
+    // SAFETY: for this callback the data is a `CUpti_ResourceData` whose descriptor is a
+    // `CUpti_GraphData`, both alive during the call.
+    let known = unsafe {
+        let graph = (*data.cast::<ResourceData>()).descriptor;
+        let id = cupti.functions.node_id;
+        !graph.is_null()
+            && id((*graph).node, &mut clone) == 0
+            && id((*graph).original_node, &mut original) == 0
+    };
+    if known {
+        locked(&CLONES).push((clone, original));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_without_cupti_gets_an_answer() {
+        let nowhere = std::env::temp_dir().join("no-cupti-here");
+        match Cupti::open(Some(&nowhere)) {
+            // A test before this one, or the machine itself, had it loaded.
+            Ok(cupti) => assert!(VERSIONS.contains(&cupti.version)),
+            Err(BackendError::Unavailable(text)) => {
+                assert!(text.contains("pip install nvidia-cuda-cupti"), "{text}");
+                assert!(text.contains("no-cupti-here"), "{text}");
+            }
+            Err(other) => panic!("{other}"),
+        }
+    }
+}
