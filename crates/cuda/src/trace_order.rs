@@ -58,9 +58,10 @@ impl Order {
             Order::Ids(nodes) => by_ids(nodes, expected, records)?,
             Order::Time => by_time(expected, records)?,
         };
-        let missing = expected.iter().zip(&arranged).find(|(e, found)| {
-            e.kind == ActivityKind::Kernel && found.is_none()
-        });
+        let missing = expected
+            .iter()
+            .zip(&arranged)
+            .find(|(e, found)| e.kind == ActivityKind::Kernel && found.is_none());
         match missing {
             Some((e, _)) => Err(format!("no record is of the kernel `{}`", e.name)),
             None => Ok(arranged),

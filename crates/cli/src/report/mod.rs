@@ -112,7 +112,8 @@ fn measure_model(args: &ReportArgs, weights: &Weights) -> Result<ModelReport> {
     let shapes = time_all(other_shapes(args.shape.shape(1)))?;
     let program = record_with(table.clone(), args.shape.shape(1))?;
     let mut meter = meter_of(args.shape.shape(1))?;
-    let profile = measure(meter.as_mut(), &program, &config, repeats, limits)?.profile;
+    let measured = measure(meter.as_mut(), &program, &config, repeats, limits, &args.tracing)?;
+    let profile = measured.profile;
     let weight_bytes = opened.device().weight_bytes();
     // The ladder loads the weights anew: two copies at a time are enough for small machines.
     drop((meter, opened));

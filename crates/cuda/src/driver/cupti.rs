@@ -163,7 +163,9 @@ impl Cupti {
             if text.is_null() { None } else { CStr::from_ptr(text).to_str().ok() }
         };
         let hint = match code {
-            35 | 40 => ": run as root, or load the driver with NVreg_RestrictProfilingToAdminUsers=0",
+            35 | 40 => {
+                ": run as root, or load the driver with NVreg_RestrictProfilingToAdminUsers=0"
+            }
             39 => ": another tool (Nsight, compute-sanitizer, a debugger) traces this process",
             _ => "",
         };
@@ -257,8 +259,7 @@ impl Tracing {
         }
         let mut dropped = 0;
         // SAFETY: an out-pointer to a live integer; no context, for all of them.
-        let code =
-            unsafe { (self.cupti.functions.dropped)(std::ptr::null_mut(), 0, &mut dropped) };
+        let code = unsafe { (self.cupti.functions.dropped)(std::ptr::null_mut(), 0, &mut dropped) };
         self.cupti.check("cuptiActivityGetNumDroppedRecords", code)?;
         if result.is_ok() && dropped > 0 {
             result = Err(format!("{dropped} records were dropped: too little room for them"));
@@ -289,7 +290,10 @@ impl Tracing {
                 0 => {}
                 NO_MORE => return Ok(()),
                 other => {
-                    return Err(format!("cuptiActivityGetNextRecord: {}", self.cupti.describe(other)));
+                    return Err(format!(
+                        "cuptiActivityGetNextRecord: {}",
+                        self.cupti.describe(other)
+                    ));
                 }
             }
             if at >= buffer.valid {
