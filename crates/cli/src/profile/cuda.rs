@@ -33,22 +33,24 @@ impl Meter for CudaMeter {
         inputs: &Inputs<'_>,
         actions: &mut [f32],
         n: usize,
-        tracing: &TracingArgs,
+        tracing: Option<&TracingArgs>,
     ) -> Result<StepTimes, BackendError> {
         self.0.run(inputs, actions)?;
-        let mut log = |line: String| {
-            if tracing.verbose {
-                eprintln!("cupti: {line}");
+        if let Some(tracing) = tracing {
+            let mut log = |line: String| {
+                if tracing.verbose {
+                    eprintln!("cupti: {line}");
+                }
+            };
+            match self.0.trace_replays(tracing.cupti.as_deref(), n, &mut log) {
+                Ok(replay) => return Ok(inside(self.0.program().steps.len(), replay)),
+                Err(BackendError::Unavailable(why)) => {
+                    eprintln!("no times from inside the graph: {why}");
+                }
+                Err(other) => return Err(other),
             }
-        };
-        match self.0.trace_replays(tracing.cupti.as_deref(), n, &mut log) {
-            Ok(replay) => Ok(inside(self.0.program().steps.len(), replay)),
-            Err(BackendError::Unavailable(why)) => {
-                eprintln!("no times from inside the graph: {why}");
-                Ok(StepTimes { ms: self.0.step_ms(n)?, clock: OUTSIDE.into(), replay: None })
-            }
-            Err(other) => Err(other),
         }
+        Ok(StepTimes { ms: self.0.step_ms(n)?, clock: OUTSIDE.into(), replay: None })
     }
 
     fn device_only(&mut self, n: usize) -> Result<Option<Vec<f64>>, BackendError> {

@@ -37,13 +37,14 @@ pub trait Meter {
         n: usize,
     ) -> Result<Vec<[f64; 3]>, BackendError>;
 
-    /// Times of every step over `n` runs.
+    /// Times of every step over `n` runs; inside a GPU's graph if `tracing` says where to look for
+    /// the library and it is there.
     fn steps(
         &mut self,
         inputs: &Inputs<'_>,
         actions: &mut [f32],
         n: usize,
-        tracing: &TracingArgs,
+        tracing: Option<&TracingArgs>,
     ) -> Result<StepTimes, BackendError>;
 
     /// Milliseconds of `n` runs without copies, where the device can run apart from the host.
@@ -88,7 +89,7 @@ impl Meter for CpuMeter {
         inputs: &Inputs<'_>,
         actions: &mut [f32],
         n: usize,
-        _: &TracingArgs,
+        _: Option<&TracingArgs>,
     ) -> Result<StepTimes, BackendError> {
         self.0.time_steps(true);
         let mut samples = vec![Vec::with_capacity(n); self.0.program().steps.len()];

@@ -94,7 +94,8 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     let program = Arc::new(record_with(table, args.shape.shape(args.batch))?);
     let mut meter = compile(&mut opened, program.clone())?;
     let repeats = Repeats::choose(&name, args.runs, args.warmup)?;
-    let measured = measure(meter.as_mut(), &program, &config, repeats, limits, &args.tracing)?;
+    let measured =
+        measure(meter.as_mut(), &program, &config, repeats, limits, Some(&args.tracing))?;
     if let Some(path) = &args.trace {
         let rates = measured.profile.limits.rates();
         let steps = &measured.steps;
@@ -138,29 +139,53 @@ pub fn measure(
     config: &Config,
     repeats: Repeats,
     limits: Limits,
-    tracing: &TracingArgs,
+    tracing: Option<&TracingArgs>,
 ) -> Result<Measured> {
     let timing = time(meter, config, program.shape, repeats)?;
     let sample = RandomInputs::new(config, program.shape, 1);
     let mut actions = vec![0.0; sample.noise.len()];
     let run = meter.run(&sample.inputs(), &mut actions)?;
-    // Medians of steps settle sooner than tails of whole runs.
-    let n = repeats.runs.min(20);
-    let steps = meter.steps(&sample.inputs(), &mut actions, n, tracing)?;
-    let nodes = steps.replay.as_ref().map_or(&[][..], |replay| &replay.nodes);
-    let profile = Profile {
+    let steps = step_times(meter, program, config, repeats, tracing)?;
+    let mut profile = Profile {
         workload: timing.workload,
         end_to_end_ms: timing.p50_ms,
         device_ms: timing.device_ms,
         stage_ms: timing.stage_ms,
         kernels: meter.kernels(),
-        step_clock: steps.clock.clone(),
-        kernel_groups: kernels::groups(nodes),
-        traced_replay_ms: steps.replay.as_ref().map(|replay| replay.replay_ms),
-        breakdown: breakdown::breakdown(program, &steps.ms, &limits.rates()),
+        step_clock: String::new(),
+        kernel_groups: vec![],
+        traced_replay_ms: None,
+        breakdown: Breakdown::default(),
         limits,
     };
+    profile.attribute(program, &steps);
     Ok(Measured { profile, run, steps })
+}
+
+/// Times of every step on random inputs.
+pub fn step_times(
+    meter: &mut dyn Meter,
+    program: &Program,
+    config: &Config,
+    repeats: Repeats,
+    tracing: Option<&TracingArgs>,
+) -> Result<StepTimes> {
+    let sample = RandomInputs::new(config, program.shape, 1);
+    let mut actions = vec![0.0; sample.noise.len()];
+    // Medians of steps settle sooner than tails of whole runs.
+    let n = repeats.runs.min(20);
+    Ok(meter.steps(&sample.inputs(), &mut actions, n, tracing)?)
+}
+
+impl Profile {
+    /// The tables, from what every step takes.
+    pub fn attribute(&mut self, program: &Program, steps: &StepTimes) {
+        let nodes = steps.replay.as_ref().map_or(&[][..], |replay| &replay.nodes);
+        self.step_clock = steps.clock.clone();
+        self.kernel_groups = kernels::groups(nodes);
+        self.traced_replay_ms = steps.replay.as_ref().map(|replay| replay.replay_ms);
+        self.breakdown = breakdown::breakdown(program, &steps.ms, &self.limits.rates());
+    }
 }
 
 /// Header of the tables of [`rows`].

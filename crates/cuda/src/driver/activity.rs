@@ -152,10 +152,10 @@ pub(super) fn parse(record: &[u8]) -> Result<Option<(Activity, u64)>, String> {
 pub(crate) mod tests {
     use super::*;
 
-    /// Bytes of a record as CUPTI writes it, `extra` bytes longer than the oldest struct.
-    pub fn record(a: &Activity, name: u64, extra: usize) -> Vec<u8> {
+    /// Bytes of a record as CUPTI writes it, `size` long; fields that are not read hold anything.
+    pub fn record(a: &Activity, name: u64, size: usize) -> Vec<u8> {
         let l = a.kind.layout();
-        let mut bytes = vec![0xa5; l.bytes + extra];
+        let mut bytes = vec![0xa5; size];
         let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
         put(0, &a.kind.id().to_ne_bytes());
         put(START, &a.start_ns.to_ne_bytes());
@@ -225,7 +225,7 @@ pub(crate) mod tests {
         for kind in ActivityKind::ALL {
             for extra in [0, 8, 40] {
                 let want = activity(kind);
-                let bytes = record(&want, 0xdead_beef, extra);
+                let bytes = record(&want, 0xdead_beef, kind.layout().bytes + extra);
                 let (got, name) = parse(&bytes).unwrap().unwrap();
                 assert_eq!(got, want);
                 assert_eq!(name, if kind == ActivityKind::Kernel { 0xdead_beef } else { 0 });
@@ -235,7 +235,7 @@ pub(crate) mod tests {
 
     #[test]
     fn what_is_no_record_is_refused_or_left_out() {
-        let good = record(&activity(ActivityKind::Kernel), 0, 8);
+        let good = record(&activity(ActivityKind::Kernel), 0, 216);
         for short in [0, 3, 4, 200, 207] {
             assert!(parse(&good[..short]).is_err(), "{short} bytes");
         }
@@ -243,8 +243,8 @@ pub(crate) mod tests {
         other[0] = 17; // CUPTI_ACTIVITY_KIND_OVERHEAD
         assert_eq!(parse(&other), Ok(None));
         let backwards = Activity { end_ns: 1, ..activity(ActivityKind::Copy) };
-        assert!(parse(&record(&backwards, 0, 0)).unwrap_err().contains("ends at 1"));
+        assert!(parse(&record(&backwards, 0, 88)).unwrap_err().contains("ends at 1"));
         let unset = Activity { start_ns: 0, end_ns: 0, ..activity(ActivityKind::Kernel) };
-        assert!(parse(&record(&unset, 0, 0)).is_err());
+        assert!(parse(&record(&unset, 0, 208)).is_err());
     }
 }

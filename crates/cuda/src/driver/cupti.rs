@@ -167,6 +167,7 @@ impl Cupti {
                 ": run as root, or load the driver with NVreg_RestrictProfilingToAdminUsers=0"
             }
             39 => ": another tool (Nsight, compute-sanitizer, a debugger) traces this process",
+            999 => ": is the driver older than this library?",
             _ => "",
         };
         format!("{} ({code}){hint}", name.unwrap_or("CUPTI error"))
@@ -181,16 +182,64 @@ impl Cupti {
             }
         }
     }
+
+    /// Appends a buffer's records and counts their sizes.
+    fn read(
+        &self,
+        buffer: &Filled,
+        all: &mut Vec<Activity>,
+        sizes: &mut Sizes,
+    ) -> Result<(), String> {
+        let begin = buffer.address as *mut u8;
+        let mut record = std::ptr::null_mut();
+        let mut last: Option<(u32, usize)> = None;
+        loop {
+            // SAFETY: the buffer is alive and CUPTI filled `valid` bytes of it; `record` is null
+            // or what the last call returned.
+            let code = unsafe { (self.functions.next_record)(begin, buffer.valid, &mut record) };
+            let at = if code == 0 { (record as usize).wrapping_sub(buffer.address) } else { 0 };
+            if let Some((kind, from)) = last {
+                let end = if code == 0 { at } else { buffer.valid };
+                *sizes.entry((kind, end.saturating_sub(from))).or_default() += 1;
+            }
+            match code {
+                0 => {}
+                NO_MORE => return Ok(()),
+                other => {
+                    return Err(format!("cuptiActivityGetNextRecord: {}", self.describe(other)));
+                }
+            }
+            if at >= buffer.valid {
+                return Err("a record outside its buffer".into());
+            }
+            // SAFETY: `valid` bytes of the buffer are initialised, and `at` is below that.
+            let bytes = unsafe { std::slice::from_raw_parts(record, buffer.valid - at) };
+            let kind = bytes.first_chunk().map_or(0, |b| u32::from_ne_bytes(*b));
+            last = Some((kind, at));
+            if let Some((mut activity, name)) = parse(bytes)? {
+                if name != 0 {
+                    // SAFETY: in the versions opened this field is a zero-terminated string that
+                    // CUPTI keeps while the module is loaded.
+                    let text = unsafe { CStr::from_ptr(name as *const c_char) };
+                    activity.name = Some(text.to_string_lossy().into_owned());
+                }
+                all.push(activity);
+            }
+        }
+    }
 }
+
+/// (`CUpti_ActivityKind`, bytes) of records, and how many; the last one of a buffer counts as long
+/// as the room behind it.
+pub type Sizes = BTreeMap<(u32, usize), usize>;
 
 /// Records of every kernel, copy and fill of this process, until it is dropped.
 pub struct Tracing {
     /// The library.
     pub cupti: &'static Cupti,
     subscriber: Handle,
-    /// (`CUpti_ActivityKind`, bytes) of the records seen, and how many; the last record of a buffer
-    /// counts as long as the room behind it.
-    pub sizes: BTreeMap<(u32, usize), usize>,
+    /// Sizes of the records seen.
+    pub sizes: Sizes,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -204,7 +253,7 @@ impl Tracing {
         // SAFETY: an out-pointer to a live handle and a callback that lives as long as the process.
         let code = unsafe { (f.subscribe)(&mut subscriber, node_cloned, std::ptr::null_mut()) };
         cupti.check("cuptiSubscribe", code)?;
-        let tracing = Tracing { cupti, subscriber, sizes: BTreeMap::new(), _alone: alone };
+        let tracing = Tracing { cupti, subscriber, sizes: Sizes::new(), _alone: alone };
         // SAFETY: the subscriber is alive; callbacks live as long as the process.
         unsafe {
             let code = (f.enable_callback)(1, subscriber, RESOURCE, NODE_CLONED);
@@ -253,7 +302,7 @@ impl Tracing {
         let mut result = Ok(());
         for buffer in filled {
             if result.is_ok() {
-                result = self.read(&buffer, &mut all);
+                result = self.cupti.read(&buffer, &mut all, &mut self.sizes);
             }
             free(buffer);
         }
@@ -270,49 +319,6 @@ impl Tracing {
         };
         result.map_err(unavailable)?;
         Ok(all)
-    }
-
-    fn read(&mut self, buffer: &Filled, all: &mut Vec<Activity>) -> Result<(), String> {
-        let begin = buffer.address as *mut u8;
-        let mut record = std::ptr::null_mut();
-        let mut last: Option<(u32, usize)> = None;
-        loop {
-            // SAFETY: the buffer is alive and CUPTI filled `valid` bytes of it; `record` is null
-            // or what the last call returned.
-            let code =
-                unsafe { (self.cupti.functions.next_record)(begin, buffer.valid, &mut record) };
-            let at = if code == 0 { (record as usize).wrapping_sub(buffer.address) } else { 0 };
-            if let Some((kind, from)) = last {
-                let end = if code == 0 { at } else { buffer.valid };
-                *self.sizes.entry((kind, end.saturating_sub(from))).or_default() += 1;
-            }
-            match code {
-                0 => {}
-                NO_MORE => return Ok(()),
-                other => {
-                    return Err(format!(
-                        "cuptiActivityGetNextRecord: {}",
-                        self.cupti.describe(other)
-                    ));
-                }
-            }
-            if at >= buffer.valid {
-                return Err("a record outside its buffer".into());
-            }
-            // SAFETY: `valid` bytes of the buffer are initialised, and `at` is below that.
-            let bytes = unsafe { std::slice::from_raw_parts(record, buffer.valid - at) };
-            let kind = bytes.first_chunk().map_or(0, |b| u32::from_ne_bytes(*b));
-            last = Some((kind, at));
-            if let Some((mut activity, name)) = parse(bytes)? {
-                if name != 0 {
-                    // SAFETY: in the versions opened this field is a zero-terminated string that
-                    // CUPTI keeps while the module is loaded.
-                    let text = unsafe { CStr::from_ptr(name as *const c_char) };
-                    activity.name = Some(text.to_string_lossy().into_owned());
-                }
-                all.push(activity);
-            }
-        }
     }
 }
 
@@ -394,6 +400,7 @@ unsafe extern "C" fn node_cloned(_: *mut c_void, domain: c_int, id: u32, data: *
 
 #[cfg(test)]
 mod tests {
+    use super::super::activity::tests::record;
     use super::*;
 
     #[test]
@@ -408,5 +415,60 @@ mod tests {
             }
             Err(other) => panic!("{other}"),
         }
+    }
+
+    /// The real library walks records of the sizes that its header has. It needs no driver for it.
+    #[test]
+    fn the_library_walks_records_as_this_file_reads_them() {
+        let cupti = match Cupti::open(None) {
+            Ok(cupti) => cupti,
+            Err(error) => return println!("skipped: {error}"),
+        };
+        let [kernel, copy, fill] = match cupti.version {
+            22..=25 => [208, 88, 88],
+            26..=28 => [208, 96, 88],
+            130_000..130_100 => [216, 96, 88],
+            other => return println!("skipped: sizes of version {other} are not in this test"),
+        };
+        let entry = c"gemm_add_128x64";
+        let mut want = Vec::new();
+        let mut bytes = Vec::new();
+        for (i, kind) in [0, 1, 0, 2, 0].map(|k| ActivityKind::ALL[k]).into_iter().enumerate() {
+            let n = i as u64 + 1;
+            let activity = Activity {
+                kind,
+                start_ns: 1000 * n,
+                end_ns: 1000 * n + 1,
+                correlation: 9,
+                node: 50 + n,
+                graph: 3,
+                device: 0,
+                stream: 7,
+                name: (kind == ActivityKind::Kernel).then(|| "gemm_add_128x64".into()),
+            };
+            let size = match kind {
+                ActivityKind::Kernel => kernel,
+                ActivityKind::Copy => copy,
+                ActivityKind::Fill => fill,
+            };
+            bytes.extend(record(&activity, entry.as_ptr() as u64, size));
+            want.push(activity);
+        }
+        // Words, so that records are aligned as CUPTI's are.
+        let words: Vec<u64> = bytes
+            .chunks_exact(8)
+            .map(|c| c.iter().rev().fold(0, |word, b| word << 8 | *b as u64))
+            .collect();
+        let buffer = Filled { address: words.as_ptr() as usize, valid: bytes.len() };
+        let (mut got, mut sizes) = (Vec::new(), Sizes::new());
+        cupti.read(&buffer, &mut got, &mut sizes).unwrap();
+        assert_eq!(got, want);
+        assert_eq!(sizes[&(ActivityKind::Kernel.id(), kernel)], 3);
+        assert_eq!(sizes[&(ActivityKind::Copy.id(), copy)], 1);
+        assert_eq!(sizes[&(ActivityKind::Fill.id(), fill)], 1);
+        assert_eq!(
+            cupti.describe(39).split(' ').next().map(|n| n.starts_with("CUPTI_ERROR")),
+            Some(true)
+        );
     }
 }
