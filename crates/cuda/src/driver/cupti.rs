@@ -1,25 +1,23 @@
 //! CUPTI, NVIDIA's tracing library, opened at run time: when every node of a replayed graph ran.
 //!
-//! The library calls back from threads of its own and without a pointer of ours, so what it hands
-//! over lies in statics of this file, and only one [`Tracing`] exists at a time.
+//! What the library hands over lies in statics (`cupti_callbacks.rs`), so only one [`Tracing`]
+//! exists at a time.
 
-use std::alloc::Layout;
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
 use pirouette_model::BackendError;
 
 use super::GraphNode;
 use super::activity::{Activity, ActivityKind, parse};
+use super::cupti_callbacks::{
+    BufferCompleted, BufferRequested, CLONES, COMPLETED, Callback, Filled, NODE_CLONED, RESOURCE,
+    buffer_completed, buffer_requested, free, locked, node_cloned,
+};
 use super::cupti_paths;
 use super::table::{Handle, table};
-
-type Callback = unsafe extern "C" fn(*mut c_void, c_int, u32, *const c_void);
-type BufferRequested = unsafe extern "C" fn(*mut *mut u8, *mut usize, *mut usize);
-type BufferCompleted = unsafe extern "C" fn(Handle, u32, *mut u8, usize, usize);
 
 table!(Functions {
     version = "cuptiGetVersion"(*mut u32);
@@ -40,63 +38,20 @@ table!(Functions {
 /// The first version whose layout of records is known, CUDA 12.4, and the first that may differ.
 const VERSIONS: std::ops::Range<u32> = 22..140_000;
 
-/// `CUPTI_CB_DOMAIN_RESOURCE` and `CUPTI_CBID_RESOURCE_GRAPHNODE_CLONED`.
-const RESOURCE: c_int = 3;
-const NODE_CLONED: u32 = 20;
 /// `CUPTI_ERROR_MAX_LIMIT_REACHED`: a buffer has no further record.
 const NO_MORE: c_int = 12;
 
-/// `CUpti_ResourceData`.
-#[repr(C)]
-struct ResourceData {
-    context: Handle,
-    stream: Handle,
-    descriptor: *const GraphData,
-}
-
-/// `CUpti_GraphData`, as far as it is read.
-#[repr(C)]
-struct GraphData {
-    graph: Handle,
-    original_graph: Handle,
-    node: Handle,
-    original_node: Handle,
-}
-
-const _: () = assert!(std::mem::offset_of!(ResourceData, descriptor) == 16);
-const _: () = assert!(std::mem::offset_of!(GraphData, original_node) == 24);
-
 /// The opened library; it stays loaded, since it keeps threads.
 pub struct Cupti {
-    functions: Functions,
+    pub(super) functions: Functions,
     /// Where it was found.
     pub path: String,
     /// 28 for CUDA 12.9 update 1; 130001 for 13.0 update 1.
     pub version: u32,
 }
 
-static LIBRARY: OnceLock<Cupti> = OnceLock::new();
+pub(super) static LIBRARY: OnceLock<Cupti> = OnceLock::new();
 static ALONE: Mutex<()> = Mutex::new(());
-static COMPLETED: Mutex<Vec<Filled>> = Mutex::new(Vec::new());
-static HANDED_OUT: AtomicUsize = AtomicUsize::new(0);
-/// (a node, the node it was cloned from).
-static CLONES: Mutex<Vec<(u64, u64)>> = Mutex::new(Vec::new());
-
-/// A buffer that CUPTI has given back, and its bytes that hold records.
-struct Filled {
-    address: usize,
-    valid: usize,
-}
-
-fn locked<T>(mutex: &'static Mutex<T>) -> MutexGuard<'static, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-const BUFFER: Layout = match Layout::from_size_align(4 << 20, 64) {
-    Ok(layout) => layout,
-    Err(_) => panic!("a power of two"),
-};
-const MAX_BUFFERS: usize = 64;
 
 impl Cupti {
     /// Opens the library at `place` (a file, a CUDA folder, a Python environment or its
@@ -335,66 +290,6 @@ impl Drop for Tracing {
             (f.unsubscribe)(self.subscriber);
         }
         locked(&COMPLETED).drain(..).for_each(free);
-    }
-}
-
-fn free(buffer: Filled) {
-    // SAFETY: allocated with this layout in `buffer_requested`, given back once by CUPTI.
-    unsafe { std::alloc::dealloc(buffer.address as *mut u8, BUFFER) };
-    HANDED_OUT.fetch_sub(1, Ordering::Relaxed);
-}
-
-/// CUPTI wants room for records.
-unsafe extern "C" fn buffer_requested(buffer: *mut *mut u8, size: *mut usize, records: *mut usize) {
-    let mut address = std::ptr::null_mut();
-    if HANDED_OUT.fetch_add(1, Ordering::Relaxed) < MAX_BUFFERS {
-        // SAFETY: the layout has a size above zero. Zeroed, so that all of it is initialised.
-        address = unsafe { std::alloc::alloc_zeroed(BUFFER) };
-    }
-    if address.is_null() {
-        HANDED_OUT.fetch_sub(1, Ordering::Relaxed);
-    }
-    // SAFETY: CUPTI passes pointers to its own variables; 0 records means as many as fit, a null
-    // buffer makes it count what it drops.
-    unsafe {
-        *buffer = address;
-        *size = if address.is_null() { 0 } else { BUFFER.size() };
-        *records = 0;
-    }
-}
-
-/// CUPTI gives a buffer back.
-unsafe extern "C" fn buffer_completed(
-    _context: Handle,
-    _stream: u32,
-    buffer: *mut u8,
-    _size: usize,
-    valid: usize,
-) {
-    if !buffer.is_null() {
-        let valid = valid.min(BUFFER.size());
-        locked(&COMPLETED).push(Filled { address: buffer as usize, valid });
-    }
-}
-
-/// The driver has cloned a node of a graph.
-unsafe extern "C" fn node_cloned(_: *mut c_void, domain: c_int, id: u32, data: *const c_void) {
-    let Some(cupti) = LIBRARY.get() else { return };
-    if (domain, id) != (RESOURCE, NODE_CLONED) || data.is_null() {
-        return;
-    }
-    let (mut clone, mut original) = (0, 0);
-    // SAFETY: for this callback the data is a `CUpti_ResourceData` whose descriptor is a
-    // `CUpti_GraphData`, both alive during the call.
-    let known = unsafe {
-        let graph = (*data.cast::<ResourceData>()).descriptor;
-        let id = cupti.functions.node_id;
-        !graph.is_null()
-            && id((*graph).node, &mut clone) == 0
-            && id((*graph).original_node, &mut original) == 0
-    };
-    if known {
-        locked(&CLONES).push((clone, original));
     }
 }
 

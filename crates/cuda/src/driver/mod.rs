@@ -6,6 +6,7 @@
 
 mod activity;
 pub mod cupti;
+mod cupti_callbacks;
 mod cupti_paths;
 mod graph;
 mod launch;
