@@ -189,8 +189,8 @@ impl Profile {
 }
 
 /// Header of the tables of [`rows`].
-pub const GROUP_HEADER: [&str; 8] =
-    ["", "steps", "ms", "share", "FLOP", "weight bytes", "limit ms", "of limit"];
+pub const GROUP_HEADER: [&str; 9] =
+    ["", "steps", "ms", "share", "FLOP", "weight bytes", "limit ms", "of limit", "gap ms"];
 
 /// Rows of a table of groups, and optionally their sum.
 pub fn rows<'a>(groups: impl IntoIterator<Item = &'a Group>, sum: bool) -> Vec<Vec<String>> {
@@ -230,6 +230,7 @@ fn row(g: &Group) -> Vec<String> {
         scaled(g.weight_bytes),
         milliseconds(g.limit_ms),
         percent(of_limit),
+        milliseconds(g.gap_ms()),
     ]
 }
 
