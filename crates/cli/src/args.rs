@@ -264,6 +264,18 @@ pub struct RateArgs {
     pub tbps: Option<f64>,
 }
 
+/// How times inside a GPU's graph are read.
+#[derive(Args, Clone, Debug, Default)]
+pub struct TracingArgs {
+    /// NVIDIA's tracing library CUPTI: its file, a CUDA folder, or a Python environment that has
+    /// nvidia-cuda-cupti (default: PIROUETTE_CUPTI, else the usual places). For GPUs.
+    #[arg(long, value_name = "PATH")]
+    pub cupti: Option<PathBuf>,
+    /// Tell what CUPTI answers: its version, sizes, numbers and counts of records.
+    #[arg(long)]
+    pub verbose: bool,
+}
+
 #[derive(Args)]
 pub struct ProfileArgs {
     #[command(flatten)]
@@ -283,6 +295,8 @@ pub struct ProfileArgs {
     /// Runs before measuring (default: 20 on a GPU, 1 on the CPU).
     #[arg(long)]
     pub warmup: Option<usize>,
+    #[command(flatten)]
+    pub tracing: TracingArgs,
     /// Write a trace for Perfetto or chrome://tracing to this file.
     #[arg(long)]
     pub trace: Option<PathBuf>,
@@ -336,6 +350,8 @@ pub struct ReportArgs {
     /// Runs before measuring (default: 20 on a GPU, 1 on the CPU).
     #[arg(long)]
     pub warmup: Option<usize>,
+    #[command(flatten)]
+    pub tracing: TracingArgs,
     /// Leave the ladder out.
     #[arg(long)]
     pub no_ladder: bool,

@@ -23,7 +23,7 @@ pub struct CudaExecutable {
     pub(crate) launches: Vec<Launch>,
     /// Launches before each step, and their total.
     pub(crate) first_launch: Vec<usize>,
-    host: Pinned,
+    pub(crate) host: Pinned,
     pub(crate) bound: Binding,
     pub(crate) shared: Arc<Shared>,
 }
@@ -254,7 +254,7 @@ fn full_lengths(bound: &Binding, host: &mut Pinned) {
 }
 
 /// Bytes of the actions, which lie at the head of the input and output block.
-fn actions_bytes(program: &Program) -> usize {
+pub(crate) fn actions_bytes(program: &Program) -> usize {
     program.shape.batch * program.shape.horizon * program.config.action_dim * 4
 }
 

@@ -20,6 +20,9 @@ pub mod portable;
 mod tier_hopper;
 mod tier_loop;
 mod tier_portable;
+mod trace;
+mod trace_order;
 
 pub use device::{CudaDevice, Tier};
 pub use executable::CudaExecutable;
+pub use trace::{ReplayTrace, TracedNode};

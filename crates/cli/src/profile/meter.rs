@@ -4,12 +4,24 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use pirouette_cpu::CpuExecutable;
+use pirouette_cuda::ReplayTrace;
 use pirouette_model::program::Stage;
 use pirouette_model::{BackendError, Executable, Inputs, Program, StageTimes};
 
 use super::cuda::CudaMeter;
+use crate::args::TracingArgs;
 use crate::bench::quantile;
 use crate::device::Opened;
+
+/// What every step takes.
+pub struct StepTimes {
+    /// Milliseconds of every step: medians.
+    pub ms: Vec<f64>,
+    /// How they were taken: what they include and what they don't.
+    pub clock: String,
+    /// The kernels behind them, where they were looked at inside the device's own queue.
+    pub replay: Option<ReplayTrace>,
+}
 
 /// A compiled program whose insides can be timed.
 pub trait Meter {
@@ -25,22 +37,21 @@ pub trait Meter {
         n: usize,
     ) -> Result<Vec<[f64; 3]>, BackendError>;
 
-    /// Milliseconds of every step: the median of `n` runs.
+    /// Times of every step over `n` runs; inside a GPU's graph if `tracing` says where to look for
+    /// the library and it is there.
     fn steps(
         &mut self,
         inputs: &Inputs<'_>,
         actions: &mut [f32],
         n: usize,
-    ) -> Result<Vec<f64>, BackendError>;
+        tracing: Option<&TracingArgs>,
+    ) -> Result<StepTimes, BackendError>;
 
     /// Milliseconds of `n` runs without copies, where the device can run apart from the host.
     fn device_only(&mut self, n: usize) -> Result<Option<Vec<f64>>, BackendError>;
 
     /// Kernels per run, where a step is not one unit of work.
     fn kernels(&self) -> Option<usize>;
-
-    /// How [`Meter::steps`] takes its times: what they include and what they don't.
-    fn step_clock(&self) -> &'static str;
 }
 
 /// Compiles a program on the opened device, ready to be timed.
@@ -78,7 +89,8 @@ impl Meter for CpuMeter {
         inputs: &Inputs<'_>,
         actions: &mut [f32],
         n: usize,
-    ) -> Result<Vec<f64>, BackendError> {
+        _: Option<&TracingArgs>,
+    ) -> Result<StepTimes, BackendError> {
         self.0.time_steps(true);
         let mut samples = vec![Vec::with_capacity(n); self.0.program().steps.len()];
         for _ in 0..n {
@@ -88,7 +100,8 @@ impl Meter for CpuMeter {
             }
         }
         self.0.time_steps(false);
-        Ok(samples.into_iter().map(median).collect())
+        let ms = samples.into_iter().map(median).collect();
+        Ok(StepTimes { ms, clock: BARRIERS.into(), replay: None })
     }
 
     fn device_only(&mut self, _: usize) -> Result<Option<Vec<f64>>, BackendError> {
@@ -98,11 +111,10 @@ impl Meter for CpuMeter {
     fn kernels(&self) -> Option<usize> {
         None
     }
-
-    fn step_clock(&self) -> &'static str {
-        "taken in ordinary runs, from barrier to barrier; their sum is the run without its copies"
-    }
 }
+
+const BARRIERS: &str =
+    "taken in ordinary runs, from barrier to barrier; their sum is the run without its copies";
 
 /// The middle of some values; zero of none.
 pub fn median(mut values: Vec<f64>) -> f64 {

@@ -2,10 +2,12 @@
 
 mod breakdown;
 mod cuda;
+mod kernels;
 mod meter;
 mod rates;
 mod timing;
 mod trace;
+mod trace_replay;
 
 use std::sync::Arc;
 
@@ -13,12 +15,16 @@ use anyhow::{Context, Result};
 use pirouette_model::{Config, Program, StageTimes, WeightTable, record_with};
 use serde::{Deserialize, Serialize};
 
+use kernels::Kernel;
+use meter::StepTimes;
+
 pub use breakdown::{Breakdown, Group, gaps};
+pub use kernels::{KERNEL_HEADER, KernelGroup, kernel_rows};
 pub use meter::{CpuMeter, Meter, STAGES, compile};
 pub use rates::{Limits, limits};
 pub use timing::{Repeats, Timing, Workload, summary, time};
 
-use crate::args::ProfileArgs;
+use crate::args::{ProfileArgs, TracingArgs};
 use crate::bench::RandomInputs;
 use crate::device;
 use crate::text::{scaled, table, today, write_json};
@@ -40,6 +46,12 @@ pub struct Profile {
     pub kernels: Option<usize>,
     /// How the steps' times were taken.
     pub step_clock: String,
+    /// Kernels and copies by what they do, where they were looked at inside the graph.
+    #[serde(default)]
+    pub kernel_groups: Vec<KernelGroup>,
+    /// Median of replays under the tracing library, copies included.
+    #[serde(default)]
+    pub traced_replay_ms: Option<f64>,
     /// Rates the limits are computed for.
     pub limits: Limits,
     /// The tables.
@@ -57,6 +69,9 @@ struct Output<'a> {
     precision: &'static str,
     #[serde(flatten)]
     profile: &'a Profile,
+    /// Every kernel and copy in the graph's order.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    nodes: Vec<Kernel<'a>>,
 }
 
 /// A profile, and what a trace is drawn from.
@@ -64,7 +79,7 @@ pub struct Measured {
     /// The tables.
     pub profile: Profile,
     run: StageTimes,
-    step_ms: Vec<f64>,
+    steps: StepTimes,
 }
 
 /// Profiles one model and prints the tables, or writes them.
@@ -79,10 +94,15 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     let program = Arc::new(record_with(table, args.shape.shape(args.batch))?);
     let mut meter = compile(&mut opened, program.clone())?;
     let repeats = Repeats::choose(&name, args.runs, args.warmup)?;
-    let measured = measure(meter.as_mut(), &program, &config, repeats, limits)?;
+    let measured =
+        measure(meter.as_mut(), &program, &config, repeats, limits, Some(&args.tracing))?;
     if let Some(path) = &args.trace {
         let rates = measured.profile.limits.rates();
-        let json = trace::trace(&program, &name, &rates, &measured.run, &measured.step_ms);
+        let steps = &measured.steps;
+        let json = match &steps.replay {
+            Some(replay) => trace_replay::trace(&program, &name, &rates, replay),
+            None => trace::trace(&program, &name, &rates, &measured.run, &steps.ms),
+        };
         std::fs::write(path, json).with_context(|| format!("can't write {}", path.display()))?;
         eprintln!("trace of {} steps: {}", program.steps.len(), path.display());
     }
@@ -97,6 +117,11 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
                 model: config.family.name(),
                 precision: args.device.precision.name(),
                 profile,
+                nodes: measured
+                    .steps
+                    .replay
+                    .as_ref()
+                    .map_or(vec![], |replay| kernels::list(&program, &replay.nodes)),
             };
             write_json(path, &output)
         }
@@ -114,29 +139,58 @@ pub fn measure(
     config: &Config,
     repeats: Repeats,
     limits: Limits,
+    tracing: Option<&TracingArgs>,
 ) -> Result<Measured> {
     let timing = time(meter, config, program.shape, repeats)?;
     let sample = RandomInputs::new(config, program.shape, 1);
     let mut actions = vec![0.0; sample.noise.len()];
     let run = meter.run(&sample.inputs(), &mut actions)?;
-    // Medians of steps settle sooner than tails of whole runs.
-    let step_ms = meter.steps(&sample.inputs(), &mut actions, repeats.runs.min(20))?;
-    let profile = Profile {
+    let steps = step_times(meter, program, config, repeats, tracing)?;
+    let mut profile = Profile {
         workload: timing.workload,
         end_to_end_ms: timing.p50_ms,
         device_ms: timing.device_ms,
         stage_ms: timing.stage_ms,
         kernels: meter.kernels(),
-        step_clock: meter.step_clock().into(),
-        breakdown: breakdown::breakdown(program, &step_ms, &limits.rates()),
+        step_clock: String::new(),
+        kernel_groups: vec![],
+        traced_replay_ms: None,
+        breakdown: Breakdown::default(),
         limits,
     };
-    Ok(Measured { profile, run, step_ms })
+    profile.attribute(program, &steps);
+    Ok(Measured { profile, run, steps })
+}
+
+/// Times of every step on random inputs.
+pub fn step_times(
+    meter: &mut dyn Meter,
+    program: &Program,
+    config: &Config,
+    repeats: Repeats,
+    tracing: Option<&TracingArgs>,
+) -> Result<StepTimes> {
+    let sample = RandomInputs::new(config, program.shape, 1);
+    let mut actions = vec![0.0; sample.noise.len()];
+    // Medians of steps settle sooner than tails of whole runs.
+    let n = repeats.runs.min(20);
+    Ok(meter.steps(&sample.inputs(), &mut actions, n, tracing)?)
+}
+
+impl Profile {
+    /// The tables, from what every step takes.
+    pub fn attribute(&mut self, program: &Program, steps: &StepTimes) {
+        let nodes = steps.replay.as_ref().map_or(&[][..], |replay| &replay.nodes);
+        self.step_clock = steps.clock.clone();
+        self.kernel_groups = kernels::groups(nodes);
+        self.traced_replay_ms = steps.replay.as_ref().map(|replay| replay.replay_ms);
+        self.breakdown = breakdown::breakdown(program, &steps.ms, &self.limits.rates());
+    }
 }
 
 /// Header of the tables of [`rows`].
-pub const GROUP_HEADER: [&str; 8] =
-    ["", "steps", "ms", "share", "FLOP", "weight bytes", "limit ms", "of limit"];
+pub const GROUP_HEADER: [&str; 9] =
+    ["", "steps", "ms", "share", "FLOP", "weight bytes", "limit ms", "of limit", "gap ms"];
 
 /// Rows of a table of groups, and optionally their sum.
 pub fn rows<'a>(groups: impl IntoIterator<Item = &'a Group>, sum: bool) -> Vec<Vec<String>> {
@@ -176,6 +230,7 @@ fn row(g: &Group) -> Vec<String> {
         scaled(g.weight_bytes),
         milliseconds(g.limit_ms),
         percent(of_limit),
+        milliseconds(g.gap_ms()),
     ]
 }
 
@@ -207,6 +262,9 @@ fn print(profile: &Profile, model: &str) {
         header[0] = title;
         println!("{}", table(&header, rows));
     };
+    if !profile.kernel_groups.is_empty() {
+        println!("{}", table(&KERNEL_HEADER, &kernel_rows(&profile.kernel_groups)));
+    }
     section("category", &rows(&b.categories, true));
     section("stage", &rows(&b.stages, false));
     section("kind of step", &rows(&b.kinds, false));

@@ -10,12 +10,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use pirouette_model::{Config, Shape, WeightTable, record_with};
+use pirouette_model::{Config, Shape, WeightTable, record, record_with};
 
 use crate::args::{ReportArgs, WeightArgs};
 use crate::device;
 use crate::ladder::{self, WHOLE};
-use crate::profile::{Limits, Meter, Repeats, Workload, compile, limits, measure, time};
+use crate::profile::{
+    Limits, Meter, Repeats, Workload, compile, limits, measure, step_times, time,
+};
 use crate::text::{today, write_json};
 use crate::weights::Weights;
 use data::{ModelReport, Published, Report, read};
@@ -80,15 +82,38 @@ fn measure_all(args: &ReportArgs) -> Result<Report> {
     };
     // A checkpoint says itself which model it is.
     let count = if args.checkpoint.is_some() { 1 } else { args.models.len() };
-    for &model in args.models.iter().take(count) {
-        let weights = WeightArgs {
+    let models: Vec<WeightArgs> = args.models[..count.min(args.models.len())]
+        .iter()
+        .map(|&model| WeightArgs {
             checkpoint: args.checkpoint.clone(),
             model,
             weight_seed: args.weight_seed,
-        };
-        report.models.push(measure_model(args, &Weights::open(&weights)?)?);
+        })
+        .collect();
+    for weights in &models {
+        report.models.push(measure_model(args, &Weights::open(weights)?)?);
+    }
+    // Last: what traces a GPU may slow what is measured after it in the same process.
+    for (weights, model) in models.iter().zip(&mut report.models) {
+        if model.device.starts_with("cuda") {
+            trace_model(args, &Weights::open(weights)?, model)?;
+        }
     }
     Ok(report)
+}
+
+/// Step times from inside the graph, if the tracing library is there.
+fn trace_model(args: &ReportArgs, weights: &Weights, model: &mut ModelReport) -> Result<()> {
+    let config = weights.config;
+    let mut opened = device::open(&args.device, config, args.shape.steps, weights.source())?;
+    let repeats = Repeats::choose(&model.device, args.runs, args.warmup)?;
+    let program = Arc::new(record(&config, args.shape.shape(1))?);
+    let mut meter = compile(&mut opened, program.clone())?;
+    let steps = step_times(meter.as_mut(), &program, &config, repeats, Some(&args.tracing))?;
+    if steps.replay.is_some() {
+        model.profile.attribute(&program, &steps);
+    }
+    Ok(())
 }
 
 fn measure_model(args: &ReportArgs, weights: &Weights) -> Result<ModelReport> {
@@ -112,7 +137,7 @@ fn measure_model(args: &ReportArgs, weights: &Weights) -> Result<ModelReport> {
     let shapes = time_all(other_shapes(args.shape.shape(1)))?;
     let program = record_with(table.clone(), args.shape.shape(1))?;
     let mut meter = meter_of(args.shape.shape(1))?;
-    let profile = measure(meter.as_mut(), &program, &config, repeats, limits)?.profile;
+    let profile = measure(meter.as_mut(), &program, &config, repeats, limits, None)?.profile;
     let weight_bytes = opened.device().weight_bytes();
     // The ladder loads the weights anew: two copies at a time are enough for small machines.
     drop((meter, opened));

@@ -5,7 +5,8 @@ use super::html::{Block, filled};
 use super::plot::{Bar, Bars, Lines, Plot};
 use crate::ladder;
 use crate::profile::{
-    GROUP_HEADER, Group, STAGES, Timing, gaps, milliseconds, percent, rows as group_rows,
+    GROUP_HEADER, Group, KERNEL_HEADER, STAGES, Timing, gaps, kernel_rows, milliseconds, percent,
+    rows as group_rows,
 };
 use crate::text::scaled;
 
@@ -183,14 +184,17 @@ fn profile(m: &ModelReport) -> Vec<Block> {
         let steps: usize = b.categories.iter().map(|c| c.steps).sum();
         facts.push(format!("{kernels} kernels for {steps} steps."));
     }
-    vec![
-        Block::Heading(3, "Where the time goes".into()),
-        Block::List(facts),
+    let mut blocks = vec![Block::Heading(3, "Where the time goes".into()), Block::List(facts)];
+    if !p.kernel_groups.is_empty() {
+        blocks.push(Block::Table(cells(KERNEL_HEADER), kernel_rows(&p.kernel_groups)));
+    }
+    blocks.extend([
         Block::Table(header("category"), group_rows(&b.categories, true)),
         Block::Table(header("kind of step"), group_rows(&b.kinds, false)),
         Block::Heading(3, "The largest gaps to the limit".into()),
         Block::Table(cells(["kind of step", "ms", "limit ms", "gap ms"]), largest),
-    ]
+    ]);
+    blocks
 }
 
 fn ladder_section(l: &ladder::Ladder) -> Vec<Block> {

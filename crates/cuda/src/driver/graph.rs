@@ -7,6 +7,10 @@ use pirouette_model::BackendError;
 use super::table::Handle;
 use super::{Context, Stream};
 
+/// A node of the graph being captured; its handle is valid until the capture's end.
+#[derive(Clone, Copy)]
+pub struct GraphNode(pub(super) Handle);
+
 /// An instantiated graph. Whatever memory its nodes name must outlive it.
 pub struct Graph {
     context: Arc<Context>,
@@ -55,6 +59,30 @@ impl Graph {
         // SAFETY: live handles; the owner keeps the memory that the nodes name.
         let code = unsafe { (self.context.cuda().graph_launch)(self.executable, stream.handle()) };
         self.context.check("cuGraphLaunch", code)
+    }
+}
+
+impl Stream {
+    /// The node that the last queued work became; for use inside [`Graph::capture`].
+    pub fn captured_node(&self) -> Result<GraphNode, BackendError> {
+        let (mut status, mut id, mut graph) = (0, 0, std::ptr::null_mut());
+        let (mut nodes, mut edges, mut count) = (std::ptr::null(), std::ptr::null(), 0);
+        let cuda = self.context.cuda();
+        // SAFETY: a live stream and out-pointers to live variables.
+        let code = unsafe {
+            let handle = self.handle();
+            let info = cuda.capture_info;
+            info(handle, &mut status, &mut id, &mut graph, &mut nodes, &mut edges, &mut count)
+        };
+        self.context.check("cuStreamGetCaptureInfo", code)?;
+        // What the next node will depend on: in a stream without forks, the last one alone.
+        if count != 1 || nodes.is_null() {
+            return Err(BackendError::Unavailable(format!(
+                "a capture without forks has {count} open nodes where one was expected"
+            )));
+        }
+        // SAFETY: the driver's array of `count` nodes, valid until the next call on this stream.
+        Ok(GraphNode(unsafe { *nodes }))
     }
 }
 

@@ -4,6 +4,10 @@
 //! alive. A failing call becomes `BackendError::Device` and marks the context dead: CUDA errors
 //! are sticky, so later calls return the first failure instead of touching the device again.
 
+mod activity;
+pub mod cupti;
+mod cupti_callbacks;
+mod cupti_paths;
 mod graph;
 mod launch;
 mod memory;
@@ -18,7 +22,8 @@ use std::sync::{Arc, OnceLock};
 
 use pirouette_model::BackendError;
 
-pub use graph::Graph;
+pub use activity::{Activity, ActivityKind};
+pub use graph::{Graph, GraphNode};
 pub use launch::{Arg, Launch};
 pub use memory::{DeviceMemory, Pinned};
 pub use module::{Function, Module};

@@ -107,4 +107,9 @@ impl Function {
     pub fn label(&self) -> &str {
         &self.label
     }
+
+    /// The kernel's symbol.
+    pub fn entry(&self) -> &str {
+        self.label.rsplit_once(':').map_or(&self.label, |(_, entry)| entry)
+    }
 }

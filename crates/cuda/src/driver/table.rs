@@ -100,6 +100,10 @@ table!(Cuda {
     stream_synchronize = "cuStreamSynchronize"(Handle);
     capture_begin = "cuStreamBeginCapture_v2"(Handle, c_int);
     capture_end = "cuStreamEndCapture"(Handle, *mut Handle);
+    capture_info = "cuStreamGetCaptureInfo_v3"(
+        Handle, *mut c_int, *mut u64, *mut Handle, *mut *const Handle, *mut *const c_void,
+        *mut usize,
+    );
     graph_instantiate = "cuGraphInstantiateWithFlags"(*mut Handle, Handle, u64);
     graph_upload = "cuGraphUpload"(Handle, Handle);
     graph_launch = "cuGraphLaunch"(Handle, Handle);

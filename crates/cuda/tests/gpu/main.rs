@@ -6,6 +6,7 @@ mod fixture;
 #[path = "../../../cpu/tests/reference/mod.rs"]
 mod reference;
 
+mod company;
 mod conformance;
 #[cfg(feature = "fault-injection")]
 mod fault;
@@ -13,6 +14,7 @@ mod golden_full;
 mod golden_tiny;
 mod limits;
 mod tiers;
+mod trace;
 
 use pirouette_cuda::driver::Driver;
 
@@ -37,6 +39,12 @@ fn has_gpu() -> bool {
             false
         }
     }
+}
+
+/// Whether long loops and lists of shapes are cut, for tools that slow every kernel down
+/// (`PIROUETTE_QUICK=1`).
+fn quick() -> bool {
+    std::env::var_os("PIROUETTE_QUICK").is_some_and(|v| !v.is_empty())
 }
 
 /// ‖got − want‖ / ‖want‖; infinite for anything that is no number.
