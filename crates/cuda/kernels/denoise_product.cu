@@ -1,7 +1,7 @@
 // The products of the denoise loop for few rows: out = epilogue(norm(x) * W^T), BF16 weights and
 // rows, FP32 sums.
 //
-// | kernel denoise_…       | N x K       | out                      | grid _16, _many | grid _56 |
+// | kernel denoise_…       | N x K       | out                      | grid _16, _many | _56      |
 // |------------------------|-------------|--------------------------|-----------------|----------|
 // | qkv                    | 2560 x 1024 | rotary; q, k, v rows     | 160             | 80       |
 // | o                      | 1024 x 2048 | old + gate * y, stream   | 128, cluster 2  | same     |
@@ -18,12 +18,12 @@
 // A cluster splits K. A warp owns an eighth of the CTA's inputs and all of its outputs; x goes
 // from L2 straight to registers as the B fragment of mma.m16n8k16 (tokens are the n side),
 // weights through shared memory.
-// Norm (qkv, gate‖up): y = rms(x) * (W * (scale * x)) + bias. Whoever writes the stream also writes
-// it times the scale of the norm that follows (learned, or an adaptive norm's 1 + scale), rounded
-// once, and its sums of squares, one per 16 features; W * shift of an adaptive norm comes as `bias`
-// from denoise_fold_shift. A scale inside W would round the weights twice.
-// `input_sums` belongs to the stream as `out_sums` does to `out`; a kernel that reads one stream and
-// writes the next must not share one buffer of sums between them.
+// Norm (qkv, gate‖up): y = rms(x) * (W * (scale * x)) + bias. Whoever writes the stream also
+// writes it times the scale of the norm that follows (learned, or an adaptive norm's 1 + scale),
+// rounded once, and its sums of squares, one per 16 features; W * shift of an adaptive norm comes
+// as `bias` from denoise_fold_shift. A scale inside W would round the weights twice.
+// `input_sums` belongs to the stream as `out_sums` does to `out`; a kernel that reads one stream
+// and writes the next must not share one buffer of sums between them.
 // Every sum has a fixed order: over warps as a tree, over the cluster by rank.
 //
 // Notes (π0 / π0.5, h = 10, whole loop of 10 x 18 with 788 prefix keys, CUDA 13.0)
@@ -50,19 +50,20 @@
 // | sums through L1, depth 3 2 4 3                                          | 3.12        |
 // h = 50: 7.40 with scales in the readers, 7.10 without.
 //
-// Where a layer-step goes (H100, stamps of %globaltimer in every CTA, us): from a kernel's last store
-// to the release of the next 0.6 - 0.7; from there to x in the slowest CTA 1.9 - 2.8 (0.6 in the
-// fastest), 1.2 - 1.5 less through L1; products and sums 0.3 - 1.1; cluster mail of o and down 0.7.
-// Attention 4.4. The weights are there before x but for the gate‖up CTAs that find no room beside
-// attention's. What shortens the fetch of x helps, what makes room or fetches weights earlier does
-// not: a loaded memory system answers x later.
-// Tried, no better (H100, against 3.40): weights of later kernels brought into L2 by this one, all or
-// part, early or once released (3.74 - 4.2); x by bulk copies into shared memory (3.5 - 3.9), by
-// multicast to 2 or 4 CTAs (qkv 3.36, gate‖up 3.48 and 3.64: x is there after 0.9, but takes room and
-// is read twice); K split over clusters so that a CTA needs a part of x (qkv 3.37, o 3.49, gate‖up 3.61,
-// down 3.44); 56 or 40 registers for more CTAs at once (3.51, 4.6); gate‖up in 4 tiles (3.43) or with
-// 16 warps (3.73); attention over 16 CTAs (3.56). Boxes of 4 KB, 6 of them: 0.03 better, once.
-// h = 50: 96 registers for two CTAs (7.5 and more), x by bulk copies (7.2 and more).
+// Where a layer-step goes (H100, stamps of %globaltimer in every CTA, us): from a kernel's last
+// store to the release of the next 0.6 - 0.7; from there to x in the slowest CTA 1.9 - 2.8 (0.6 in
+// the fastest); products and sums 0.3 - 1.1; cluster mail of o and down 0.7. Attention 4.4. The
+// weights are there before x but for the gate‖up CTAs that find no room beside attention's. What
+// shortens the fetch of x helps, what makes room or fetches weights earlier does not: a loaded
+// memory system answers x later.
+// Tried, no better (H100, against 3.40): weights of later kernels brought into L2 by this one, all
+// or part, early or once released (3.74 - 4.2); x by bulk copies into shared memory (3.5 - 3.9), by
+// multicast to 2 or 4 CTAs (qkv 3.36, gate‖up 3.48 and 3.64: x is there after 0.9, but takes room
+// and is read twice); K split over clusters so that a CTA needs a part of x (qkv 3.37, o 3.49,
+// gate‖up 3.61, down 3.44); 56 or 40 registers for more CTAs at once (3.51, 4.6); gate‖up in 4
+// tiles (3.43) or with 16 warps (3.73); attention over 16 CTAs (3.56). Boxes of 4 KB, 6 of them:
+// 0.03 better, once. h = 50: 96 registers for two CTAs (7.5 and more), x by bulk copies (7.2 and
+// more).
 #include "denoise_product.cuh"
 
 #define DENOISE_PRODUCT(name, CTAS, ...)                                \

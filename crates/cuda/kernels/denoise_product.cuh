@@ -245,8 +245,8 @@ struct Product {
   }
 
   // Inputs of block k of this lane's row of group n. That every CTA fetches the rows is what takes
-  // longest once the dependency is met. So few rows go through L1, where the CTAs of a multiprocessor
-  // share them, and without their padding; many would push each other out of it.
+  // longest once the dependency is met. So few rows go through L1, where the CTAs of a
+  // multiprocessor share them, and without their padding; many would push each other out of it.
   __device__ __forceinline__ uint4 load_x(int n, int k) const {
     if (!kFew) return load_l2(x[n] + k * 32);
     return real[n] ? load_global(x[n] + k * 32) : make_uint4(0, 0, 0, 0);

@@ -69,7 +69,7 @@ float* make_f32(size_t n, unsigned seed, float scale, float offset = 0.0f) {
 
 struct Layer {
   Weight qkv, o, gu, down;
-  float *table1, *table2;  // [steps][3072]: scale, shift, gate; pi0 has the first step's scale alone
+  float *table1, *table2;  // [steps][3072]: scale, shift, gate; pi0: the first step's scale alone
   float *bias1, *bias2;    // [steps][2560], [steps][8192]
 };
 
@@ -228,7 +228,9 @@ struct Loop {
   u32 rows(bool state) const { return c.samples * (state ? c.tokens() : c.h); }
 
   // Scale of a norm: adaptive or learned.
-  const float* scale(const float* table, int step) const { return table + (c.pi05 ? step : 0) * 3072; }
+  const float* scale(const float* table, int step) const {
+    return table + (c.pi05 ? step : 0) * 3072;
+  }
 
   void edge(int step) {
     DenoiseEdgeParams p = {};

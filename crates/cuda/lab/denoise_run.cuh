@@ -185,10 +185,12 @@ void print_worst(const Reference& r) {
 }
 
 const Choice rows_16{SHAPE(denoise_qkv_16, 1, 1024, 1, 2), SHAPE(denoise_o_16, 1, 1024, 2, 2),
-                     SHAPE(denoise_gate_up_16, 2, 1024, 1, 2), SHAPE(denoise_down_16, 1, 1024, 4, 2),
+                     SHAPE(denoise_gate_up_16, 2, 1024, 1, 2),
+                     SHAPE(denoise_down_16, 1, 1024, 4, 2),
                      SHAPE(denoise_mlp_out_16, 1, 1024, 1, 2)};
 const Choice rows_56{SHAPE(denoise_qkv_56, 2, 1024, 1, 7), SHAPE(denoise_o_56, 1, 1024, 2, 7),
-                     SHAPE(denoise_gate_up_56, 4, 1024, 1, 7), SHAPE(denoise_down_56, 1, 1024, 4, 7),
+                     SHAPE(denoise_gate_up_56, 4, 1024, 1, 7),
+                     SHAPE(denoise_down_56, 1, 1024, 4, 7),
                      SHAPE(denoise_mlp_out_56, 1, 1024, 1, 7)};
 const Choice rows_many{SHAPE_MULTI(denoise_qkv_many, 1, 1024, 1, 4),
                        SHAPE_MULTI(denoise_o_many, 1, 1024, 2, 4),

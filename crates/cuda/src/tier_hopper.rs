@@ -285,8 +285,8 @@ impl Hopper {
     }
 }
 
-/// Address of the scale of the norm that reads a stream next after step `at`, or 0: if nothing does,
-/// or a product that scales by itself, as those at the loop's rim do.
+/// Address of the scale of the norm that reads a stream next after step `at`; 0 if nothing does, or
+/// a product that scales by itself, as those at the loop's rim do.
 pub fn next_scale(weights: &Weights, program: &Program, at: usize, stream: BufferId) -> u64 {
     let reader = program.steps[at + 1..].iter().find_map(|step| match &step.op {
         Op::Linear(linear) if linear.input.buffer == stream && linear.norm != Norm::None => {

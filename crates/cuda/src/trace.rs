@@ -20,6 +20,9 @@ pub struct ReplayTrace {
     pub nodes: Vec<TracedNode>,
     /// Median from the first node's start to the last one's end.
     pub replay_ms: f64,
+    /// Median of the part of it in which no node ran: under tracing, mostly between the copy in and
+    /// the first kernel.
+    pub idle_ms: f64,
     /// Host times of the replay whose spans the nodes have, from the first node's start: launch
     /// called, launch returned, stream synchronised.
     pub host_ms: [f64; 3],
@@ -42,7 +45,8 @@ pub struct TracedNode {
     pub span_ms: (f64, f64),
     /// Median of its own time; a dependent launch waits inside it for its predecessor.
     pub busy_ms: f64,
-    /// Median of the time from the end of everything before it to its own end.
+    /// Median of the time from the end of everything before it, or from its start if that is later,
+    /// to its own end.
     pub share_ms: f64,
 }
 
@@ -174,8 +178,9 @@ fn summarise(
             kept.iter().filter_map(of).collect()
         })
         .collect();
-    let shares: Vec<Vec<u64>> = spans.iter().map(|s| shares(s)).collect();
-    let totals: Vec<u64> = shares.iter().map(|s| s.iter().sum()).collect();
+    let shares: Vec<Vec<(u64, u64)>> = spans.iter().map(|s| shares(s)).collect();
+    let totals: Vec<u64> = shares.iter().map(|s| s.iter().map(|n| n.0 + n.1).sum()).collect();
+    let idle = shares.iter().map(|s| ms(s.iter().map(|n| n.1).sum())).collect();
     let replay_ms = median(totals.iter().map(|&ns| ms(ns)).collect());
     let off = |i: &usize| (ms(totals[*i]) - replay_ms).abs();
     let drawn = (0..totals.len()).min_by(|a, b| off(a).total_cmp(&off(b)));
@@ -187,11 +192,12 @@ fn summarise(
         name: expected[i].name.clone(),
         span_ms: (from_zero(spans[drawn][at].0), from_zero(spans[drawn][at].1)),
         busy_ms: median(spans.iter().map(|s| ms(s[at].1 - s[at].0)).collect()),
-        share_ms: median(shares.iter().map(|s| ms(s[at])).collect()),
+        share_ms: median(shares.iter().map(|s| ms(s[at].0)).collect()),
     };
     Ok(ReplayTrace {
         nodes: kept.iter().enumerate().map(node).collect(),
         replay_ms,
+        idle_ms: median(idle),
         host_ms: replays[drawn].host_ns.map(from_zero),
         replays: replays.len(),
         matched_by,
@@ -283,12 +289,13 @@ mod tests {
         assert_eq!(names, ["copy in", "a", "b", "a", "copy out"]);
         let near = |got: f64, want_ns: f64| assert!((got - want_ns / 1e6).abs() < 1e-12, "{got}");
         near(trace.replay_ms, 65.0);
+        near(trace.idle_ms, 3.0);
         for (node, (busy, share, from)) in trace.nodes.iter().zip([
             (10.0, 10.0, 0.0),
-            (8.0, 10.0, 12.0),
+            (8.0, 8.0, 12.0),
             (12.0, 10.0, 18.0),
             (35.0, 30.0, 25.0),
-            (4.0, 5.0, 61.0),
+            (4.0, 4.0, 61.0),
         ]) {
             near(node.busy_ms, busy);
             near(node.share_ms, share);

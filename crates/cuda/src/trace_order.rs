@@ -114,15 +114,18 @@ fn by_time<'a>(
     Ok(arranged)
 }
 
-/// Each node's share of the critical path, from the end of all nodes before it to its own:
-/// together they are the time from the first start to the last end. Of a node that ends before an
-/// earlier one does, the share is 0.
-pub fn shares(spans: &[(u64, u64)]) -> Vec<u64> {
+/// Of each node, its share of the critical path and the time before its start in which nothing ran.
+/// The share is the time from the end of all nodes before it, or its own start if that is later, to
+/// its end; 0 for a node that ends before an earlier one does. All together are the time from the
+/// first start to the last end.
+pub fn shares(spans: &[(u64, u64)]) -> Vec<(u64, u64)> {
     let mut reached = spans.first().map_or(0, |s| s.0);
-    let share = |&(_, end): &(u64, u64)| {
+    let share = |&(start, end): &(u64, u64)| {
+        let idle = start.saturating_sub(reached);
+        reached = reached.max(start);
         let share = end.saturating_sub(reached);
         reached = reached.max(end);
-        share
+        (share, idle)
     };
     spans.iter().map(share).collect()
 }
@@ -207,8 +210,9 @@ pub mod tests {
     #[test]
     fn shares_add_up_to_the_replay() {
         let spans = [(100, 110), (112, 120), (118, 130), (125, 128), (125, 160), (161, 165)];
-        assert_eq!(shares(&spans), [10, 10, 10, 0, 30, 5]);
-        assert_eq!(shares(&spans).iter().sum::<u64>(), 165 - 100);
+        let shares_of = [(10, 0), (8, 2), (10, 0), (0, 0), (30, 0), (4, 1)];
+        assert_eq!(shares(&spans), shares_of);
+        assert_eq!(shares(&spans).iter().map(|s| s.0 + s.1).sum::<u64>(), 165 - 100);
         assert!(shares(&[]).is_empty());
     }
 }

@@ -76,8 +76,8 @@ fn inside(steps: usize, replay: ReplayTrace) -> StepTimes {
     let clock = format!(
         "taken inside the replayed graph by CUPTI {}, medians of {} replays, kernels matched {}; a \
          kernel counts from the end of all before it to its own, so overlap is counted once; a \
-         traced replay with its copies takes {:.2} ms",
-        replay.version, replay.replays, replay.matched_by, replay.replay_ms
+         traced replay with its copies takes {:.2} ms, and in {:.2} of them nothing runs",
+        replay.version, replay.replays, replay.matched_by, replay.replay_ms, replay.idle_ms
     );
     StepTimes { ms, clock, replay: Some(replay) }
 }

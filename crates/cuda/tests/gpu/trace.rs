@@ -35,7 +35,8 @@ fn every_kernel_of_a_replay_has_its_times() {
         assert_eq!(kernels, executable.kernel_count());
         let steps: Vec<usize> = trace.nodes.iter().filter_map(|n| n.step).collect();
         assert!(steps.is_sorted() && steps.iter().all(|&s| s < program.steps.len()));
-        let sum: f64 = trace.nodes.iter().map(|n| n.share_ms).sum();
+        let shares: f64 = trace.nodes.iter().map(|n| n.share_ms).sum();
+        let sum = shares + trace.idle_ms;
         println!("replay {:.4} ms, sum of medians {sum:.4} ms", trace.replay_ms);
         // Medians of parts do not add up to the median of the whole exactly.
         assert!((sum / trace.replay_ms - 1.0).abs() < 0.1, "{sum} of {}", trace.replay_ms);
