@@ -7,15 +7,16 @@
 mod exchange;
 
 use std::collections::VecDeque;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
-use axum::extract::ws::{CloseFrame, Message, WebSocket};
 use bytes::Bytes;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
-use tokio::time::{timeout, timeout_at};
-use tokio_tungstenite::tungstenite;
+use tokio::time::{Sleep, sleep_until, timeout, timeout_at};
+use tungstenite::protocol::frame::coding::Data;
 
 use self::exchange::{Exchange, Running};
 use crate::dialect::openpi;
@@ -26,6 +27,7 @@ use crate::quota::Pass;
 use crate::recent::RequestRecord;
 use crate::serve::Shared;
 use crate::service::ServiceError;
+use crate::socket::{Fault, Message, Socket};
 
 /// openpi's own reason, byte for byte.
 const ERROR_REASON: &str = "Internal server error. Traceback included in previous frame.";
@@ -37,6 +39,8 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 const LINGER: Duration = Duration::from_millis(250);
 
 const GOING_AWAY: u16 = 1001;
+const PROTOCOL: u16 = 1002;
+const NOT_TEXT: u16 = 1007;
 const POLICY: u16 = 1008;
 const TOO_BIG: u16 = 1009;
 const INTERNAL_ERROR: u16 = 1011;
@@ -64,8 +68,8 @@ enum End {
     Close(u16, &'static str),
 }
 
-struct Connection {
-    socket: WebSocket,
+struct Connection<S> {
+    socket: Socket<S>,
     shared: Arc<Shared>,
     draining: watch::Receiver<bool>,
     /// Never [`Dialect::Auto`] once the client has been greeted or has spoken.
@@ -79,6 +83,9 @@ struct Connection {
     last_heard: Instant,
     last_request: Instant,
     pinged: Option<Instant>,
+    /// Goes off when silence has lasted, or before. It is moved when it goes off, not whenever
+    /// something is heard: a timer that is set anew with every message wakes the runtime for it.
+    alarm: Pin<Box<Sleep>>,
     /// Of the key it came with.
     pass: Option<Pass>,
     /// Messages answered so far, this one included.
@@ -86,8 +93,8 @@ struct Connection {
 }
 
 /// Runs a connection to its end.
-pub(crate) async fn run(
-    socket: WebSocket,
+pub(crate) async fn run<S: AsyncRead + AsyncWrite>(
+    socket: Socket<S>,
     shared: Arc<Shared>,
     draining: watch::Receiver<bool>,
     dialect: Dialect,
@@ -95,6 +102,7 @@ pub(crate) async fn run(
 ) {
     let number = shared.metrics.opened.fetch_add(1, Relaxed) + 1;
     let now = Instant::now();
+    let alarm = Box::pin(sleep_until((now + shared.options.keepalive_interval).into()));
     let mut connection = Connection {
         socket,
         shared,
@@ -106,6 +114,7 @@ pub(crate) async fn run(
         last_heard: now,
         last_request: now,
         pinged: None,
+        alarm,
         pass,
         messages: 0,
     };
@@ -114,7 +123,7 @@ pub(crate) async fn run(
     }
 }
 
-impl Connection {
+impl<S: AsyncRead + AsyncWrite> Connection<S> {
     /// Never returns `Ok`: a conversation ends with an [`End`].
     async fn converse(&mut self) -> Result<(), End> {
         let service = self.shared.service.clone();
@@ -171,7 +180,7 @@ impl Connection {
             tracing::error!(%error, "the metadata can't be encoded");
             End::Close(INTERNAL_ERROR, ERROR_REASON)
         })?;
-        self.send(Message::Binary(metadata.into())).await
+        self.send(Data::Binary, &metadata).await
     }
 
     async fn next_request(&mut self) -> Result<Incoming, End> {
@@ -234,7 +243,10 @@ impl Connection {
     /// ping, then to the end. Returns early when draining begins. Safe to drop at any point.
     async fn listen(&mut self) -> Result<(), End> {
         let room = self.inbox.len() < self.shared.options.read_ahead.max(1);
-        let (wake, draining) = (self.wake_at(), *self.draining.borrow());
+        let (wake, draining) = (self.wake_at().into(), *self.draining.borrow());
+        if wake < self.alarm.deadline() || self.alarm.is_elapsed() {
+            self.alarm.as_mut().reset(wake);
+        }
         let pass = &mut self.pass;
         let revoked = async {
             match pass {
@@ -244,8 +256,8 @@ impl Connection {
         };
         tokio::select! {
             () = revoked => Err(End::Close(POLICY, "the key of this connection was revoked")),
-            received = self.socket.recv(), if room => self.heard(received),
-            () = tokio::time::sleep_until(wake.into()) => self.silence().await,
+            received = self.socket.receive(), if room => self.heard(received),
+            () = &mut self.alarm => self.silence().await,
             changed = self.draining.changed(), if !draining => {
                 // The channel closes only when the server is dropped.
                 changed.map_err(|_| End::Close(GOING_AWAY, "server is shutting down"))
@@ -253,38 +265,35 @@ impl Connection {
         }
     }
 
-    fn heard(&mut self, received: Option<Result<Message, axum::Error>>) -> Result<(), End> {
+    fn heard(&mut self, received: Result<Message, Fault>) -> Result<(), End> {
         let now = Instant::now();
         self.last_heard = now;
         self.pinged = None;
         let frame = match received {
-            Some(Ok(Message::Binary(bytes))) => Frame::Binary(bytes),
-            Some(Ok(Message::Text(_))) => Frame::Text,
-            // Pongs to pings are sent by the socket itself.
-            Some(Ok(Message::Ping(_) | Message::Pong(_))) => return Ok(()),
+            Ok(Message::Binary(bytes)) => Frame::Binary(bytes),
+            Ok(Message::Text) => Frame::Text,
+            Ok(Message::Alive) => return Ok(()),
             // The socket answers a close by itself when it is read on; see `close`.
-            Some(Ok(Message::Close(_))) => return Err(End::Close(0, "")),
-            Some(Err(error)) => return Err(self.broken(error)),
-            None => return Err(End::Gone),
+            Ok(Message::Close) => return Err(End::Close(0, "")),
+            Err(fault) => return Err(self.broken(fault)),
         };
         let incoming = self.read(frame, now);
         self.inbox.push_back(incoming);
         Ok(())
     }
 
-    fn broken(&self, error: axum::Error) -> End {
-        let inner = error.into_inner();
-        match inner.downcast_ref::<tungstenite::Error>() {
-            Some(tungstenite::Error::Capacity(_)) => {
+    fn broken(&self, fault: Fault) -> End {
+        match fault {
+            Fault::Gone => End::Gone,
+            Fault::TooBig => {
                 self.shared.metrics.outcome("too_big");
                 End::Close(TOO_BIG, "the message is longer than this server accepts")
             }
-            Some(tungstenite::Error::Protocol(error)) => {
+            Fault::Protocol(error) => {
                 tracing::debug!(%error, "websocket protocol error");
-                End::Close(1002, "protocol error")
+                End::Close(PROTOCOL, "protocol error")
             }
-            Some(tungstenite::Error::Utf8(_)) => End::Close(1007, "text is not UTF-8"),
-            _ => End::Gone,
+            Fault::Utf8 => End::Close(NOT_TEXT, "text is not UTF-8"),
         }
     }
 
@@ -318,15 +327,22 @@ impl Connection {
             Some(_) => Ok(()),
             None if now >= self.last_heard + options.keepalive_interval => {
                 self.pinged = Some(now);
-                self.send(Message::Ping(Bytes::from_static(b"pirouette"))).await
+                self.in_time(async |socket| socket.ping().await).await
             }
             None => Ok(()),
         }
     }
 
     /// Sends a message. A client that does not take it in time is dropped: nothing piles up.
-    async fn send(&mut self, message: Message) -> Result<(), End> {
-        match timeout(self.shared.options.write_timeout, self.socket.send(message)).await {
+    async fn send(&mut self, kind: Data, payload: &[u8]) -> Result<(), End> {
+        self.in_time(async |socket| socket.send(kind, payload).await).await
+    }
+
+    async fn in_time(
+        &mut self,
+        send: impl AsyncFnOnce(&mut Socket<S>) -> Result<(), Fault>,
+    ) -> Result<(), End> {
+        match timeout(self.shared.options.write_timeout, send(&mut self.socket)).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) => Err(End::Gone),
             Err(_) => {
@@ -340,18 +356,15 @@ impl Connection {
     async fn close(&mut self, code: u16, reason: &'static str) {
         let goodbye = async {
             if code != 0 {
-                let frame = CloseFrame { code, reason: reason.into() };
-                self.socket.send(Message::Close(Some(frame))).await?;
+                self.socket.close(code, reason).await?;
             }
-            while let Some(message) = self.socket.recv().await {
-                message?;
-            }
+            while self.socket.receive().await.is_ok() {}
             if code == TOO_BIG {
                 // What the peer still sends stays unread, which resets the connection when it is
                 // dropped: leave it a moment to read why.
                 tokio::time::sleep(LINGER).await;
             }
-            Ok::<(), axum::Error>(())
+            Ok::<(), Fault>(())
         };
         // However it ends, the connection is over.
         let _ = timeout(CLOSE_TIMEOUT, goodbye).await;

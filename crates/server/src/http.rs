@@ -3,12 +3,14 @@
 use std::sync::Arc;
 
 use axum::body::Body;
-use axum::extract::ws::WebSocketUpgrade;
-use axum::extract::{FromRequestParts, Request};
+use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header, request};
 use axum::response::Response;
 use bytes::Bytes;
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
 use tokio::sync::watch;
+use tungstenite::handshake::derive_accept_key;
 
 use crate::connection;
 use crate::dashboard;
@@ -16,10 +18,7 @@ use crate::dialect::Dialect;
 use crate::pages::{self, Method, Page, PageRequest};
 use crate::quota::Account;
 use crate::serve::{Shared, WeakLife};
-
-/// What may wait to be taken by one client. A client that sends pings and never reads would pile
-/// up pongs without it. Far above any answer: 1024 actions of 32 dimensions are 256 KiB.
-const MAX_UNSENT_BYTES: usize = 8 << 20;
+use crate::socket::Socket;
 
 /// Answers one request. A websocket holds a `life` for as long as it lives.
 pub(crate) async fn answer(
@@ -122,19 +121,28 @@ async fn upgrade(
             return plain(StatusCode::TOO_MANY_REQUESTS, why);
         }
     };
-    let Ok(websocket) = WebSocketUpgrade::from_request_parts(parts, &()).await else {
+    let key = parts.headers.get(header::SEC_WEBSOCKET_KEY).map(|key| key.as_bytes());
+    let accept = key.and_then(|key| HeaderValue::try_from(derive_accept_key(key)).ok());
+    let (Some(accept), Some(upgrade)) = (accept, parts.extensions.remove::<OnUpgrade>()) else {
         return refuse_handshake(StatusCode::BAD_REQUEST, "this request can't be upgraded");
     };
     let limit = shared.options.max_frame_bytes;
-    let websocket = websocket
-        .max_message_size(limit)
-        .max_frame_size(limit)
-        .max_write_buffer_size(MAX_UNSENT_BYTES);
     let dialect = Dialect::of_path(parts.uri.path()).unwrap_or(shared.options.dialect);
-    websocket.on_upgrade(async move |socket| {
-        connection::run(socket, shared, draining, dialect, pass).await;
+    tokio::spawn(async move {
+        // A client that left meanwhile has no upgrade.
+        if let Ok(upgraded) = upgrade.await {
+            let socket = Socket::new(TokioIo::new(upgraded), limit);
+            connection::run(socket, shared, draining, dialect, pass).await;
+        }
         drop((slot, life));
-    })
+    });
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
+    response
 }
 
 /// What is wrong with a websocket handshake, if anything, checked in the order and told in the

@@ -33,6 +33,7 @@ mod render;
 mod rtc;
 mod serve;
 mod service;
+mod socket;
 mod tls;
 mod trace;
 mod validity;

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
-use axum::extract::ws::Message;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::join_all;
 use pirouette_policy::Value;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tungstenite::protocol::frame::coding::Data;
 
 use super::{Connection, ERROR_REASON, End, INTERNAL_ERROR, ms};
 use crate::dialect::openpi::{self, Asked};
@@ -55,7 +56,7 @@ impl Drop for Running {
     }
 }
 
-impl Connection {
+impl<S: AsyncRead + AsyncWrite> Connection<S> {
     /// Answers a request of openpi's or a relative of its.
     pub(super) async fn answer(
         &mut self,
@@ -68,7 +69,8 @@ impl Connection {
             Err(error) => return self.tell(error, exchange).await,
             Ok(openpi::Request::Reset) => {
                 self.done("reset", exchange);
-                return self.send(reset(self.dialect)).await;
+                let (kind, payload) = reset(self.dialect);
+                return self.send(kind, &payload).await;
             }
             Ok(openpi::Request::Infer(one)) => {
                 self.shared.metrics.stage("decode").record_ms(one.1.decode_ms);
@@ -239,8 +241,8 @@ impl Connection {
     async fn tell(&mut self, error: ServiceError, exchange: &mut Exchange) -> Result<(), End> {
         self.done(error.reason, exchange);
         let text = error.text();
-        exchange.reply = Bytes::from(text.clone());
-        self.send(Message::Text(text.into())).await?;
+        exchange.reply = text.into();
+        self.send(Data::Text, &exchange.reply).await?;
         match error.failure {
             Failure::Exception => Err(End::Close(INTERNAL_ERROR, ERROR_REASON)),
             Failure::Refusal => Ok(()),
@@ -250,17 +252,17 @@ impl Connection {
     async fn reply(&mut self, bytes: Vec<u8>, exchange: &mut Exchange) -> Result<(), End> {
         exchange.record.encoded = Some(Instant::now());
         exchange.reply = bytes.into();
-        self.send(Message::Binary(exchange.reply.clone())).await
+        self.send(Data::Binary, &exchange.reply).await
     }
 }
 
 /// What a reset is answered with.
-fn reset(dialect: Dialect) -> Message {
+fn reset(dialect: Dialect) -> (Data, Vec<u8>) {
     const DONE: &str = "reset successful";
     if dialect != Dialect::VllmOmni {
-        return Message::Text(DONE.into());
+        return (Data::Text, DONE.into());
     }
     let map = Value::Map(vec![("status".into(), Value::Str(DONE.into()))]);
     // Two short strings always fit.
-    Message::Binary(msgpack::encode(&map).unwrap_or_default().into())
+    (Data::Binary, msgpack::encode(&map).unwrap_or_default())
 }
