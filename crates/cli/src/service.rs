@@ -78,7 +78,9 @@ impl PolicyService {
         // Statistics, tokenizer and weights of one checkpoint, from beginning to end.
         let model = self.model();
         model.engine.admit(context.deadline)?;
-        // Decoding and resizing images take milliseconds: not on the socket's threads.
+        // Decoding and resizing images take milliseconds: not on the socket's threads. Where there
+        // is nothing of it to do, going to another thread and back would take the longest.
+        let light = !context.scene && model.policy.is_light(&observation);
         let (preparing, scene) = (Arc::clone(&model), context.scene);
         let work = move || {
             let policy = &preparing.policy;
@@ -87,7 +89,10 @@ impl PolicyService {
                 false => policy.prepare(&observation),
             }
         };
-        let preparing = self.preparation.run(&context, work).await?;
+        let preparing = match light {
+            true => Preparation::here(work),
+            false => self.preparation.run(&context, work).await?,
+        };
         let (waited, took) = (preparing.waited, preparing.took);
         let prepared = preparing.value.map_err(refused)?;
         if prepared.dropped_tokens > 0 {

@@ -11,6 +11,7 @@ pub mod config;
 pub mod contract;
 mod error;
 pub mod image;
+mod light;
 pub mod norm;
 mod policy;
 pub mod prompt;

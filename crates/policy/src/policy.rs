@@ -4,6 +4,7 @@ use crate::ModelInput;
 use crate::array::element_count;
 use crate::config::{ConfigError, PolicyConfig, Processing};
 use crate::error::PolicyError;
+use crate::light::is_light;
 use crate::norm::{NormError, NormStats, Normalizer};
 use crate::prompt::{PromptFormat, prompt_tokens};
 use crate::robots::{RobotInput, broadcast_error};
@@ -115,6 +116,12 @@ impl Policy {
     /// The prompt of a request that brings none.
     pub fn default_prompt(&self) -> Option<&str> {
         self.default_prompt.as_deref().or(self.config.default_prompt.as_deref())
+    }
+
+    /// Whether [`Policy::prepare`] takes microseconds: `observation` is short but for images that
+    /// are as the model reads them.
+    pub fn is_light(&self, observation: &Value) -> bool {
+        is_light(observation, self.image_side)
     }
 
     /// Observation to model input: robot transform, normalise, resize, tokenise, pad.

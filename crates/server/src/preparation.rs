@@ -46,6 +46,14 @@ impl Preparation {
         Self::new(std::thread::available_parallelism().map_or(1, usize::from), 512)
     }
 
+    /// Runs `work` on the calling thread, for what takes less than two changes of thread would: a
+    /// hundred microseconds at most.
+    pub fn here<T>(work: impl FnOnce() -> T) -> Prepared<T> {
+        let began = Instant::now();
+        let value = work();
+        Prepared { value, waited: Duration::ZERO, took: began.elapsed() }
+    }
+
     /// Runs `work` on a thread of its own when it is its turn. Dropping the future withdraws work
     /// that has not begun; work that has begun keeps its place until it ends.
     ///

@@ -6,6 +6,7 @@
 
 mod abuse;
 mod bare;
+mod client;
 mod engine;
 mod server;
 mod traffic;

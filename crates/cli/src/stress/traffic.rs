@@ -42,19 +42,26 @@ pub async fn throughput(scale: &Scale) -> Outcome {
 /// One client at the speed of the model.
 pub async fn overhead(scale: &Scale) -> Outcome {
     let server = Server::start(&scale.times, 1, &[]).await?;
-    let mut options = server.load(1, scale.of(30.0, 2.0)).await?;
+    let (address, observation) = (server.address()?, server.observation(224).await?);
+    let lasts = Duration::from_secs(scale.of(20, 2));
+    let plain = move || super::client::ask(&address, &observation, lasts);
+    let plain = tokio::task::spawn_blocking(plain).await??;
+    // The same through the load generator's client, whose own tasks and threads are in it too.
+    let mut options = server.load(1, scale.of(15.0, 2.0)).await?;
     options.warm_up = 20;
-    let report = run(&options).await?;
+    let load = run(&options).await?.over_model;
     // Three images and some more: what the same bytes take without any server in between.
     let (bytes, pause) = (3 * 224 * 224 * 3 + 500, scale.times.of(1));
     let count = scale.of(1000, 100);
     let bare = move || super::bare::exchange(bytes, pause, count);
     let bare = tokio::task::spawn_blocking(bare).await??;
-    let (over, socket) = (report.over_model, report.over_server);
+    let (over, socket) = (plain.over_model, plain.over_server);
     Ok(vec![
         Check::at_most("p50, ms", scale.of(0.3, 10.0), over.p50_ms),
         Check::at_most("p99, ms", scale.of(1.0, 100.0), over.p99_ms),
         Check::told("of that outside the service (socket, codec), p50, ms", socket.p50_ms),
+        Check::told("through the load generator's client, p50, ms", load.p50_ms),
+        Check::told("through the load generator's client, p99, ms", load.p99_ms),
         Check::told("the same bytes over a bare socket, p50, ms", bare.p50_ms),
         Check::told("the same bytes over a bare socket, p99, ms", bare.p99_ms),
         drained(server).await?,

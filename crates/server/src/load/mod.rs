@@ -328,8 +328,9 @@ impl Client<'_> {
     }
 }
 
-/// The two `infer_ms` of an answer: the server's and the model's.
-fn timings(answer: &Bytes) -> Option<(f64, f64)> {
+/// The two `infer_ms` of an answer in milliseconds: the server's and the model's. `None` if it is
+/// no answer of openpi's dialect.
+pub fn timings(answer: &Bytes) -> Option<(f64, f64)> {
     let Value::Map(map) = msgpack::decode(answer).ok()? else { return None };
     let get = |map: &[(String, Value)], key: &str| {
         map.iter().find(|(k, _)| k == key).map(|(_, v)| v.clone())

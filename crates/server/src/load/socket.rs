@@ -71,6 +71,16 @@ pub fn frame(opcode: u8, payload: &[u8], mask: [u8; 4]) -> Bytes {
     out.into()
 }
 
+/// The HTTP request that opens a websocket.
+pub fn handshake(address: &Address, api_key: Option<&str>) -> String {
+    let Address { authority, path } = address;
+    let key = api_key.map_or(String::new(), |k| format!("Authorization: Api-Key {k}\r\n"));
+    format!(
+        "GET {path} HTTP/1.1\r\nHost: {authority}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
+         Sec-WebSocket-Key: cGlyb3VldHRlIGxvYWQhIQ==\r\nSec-WebSocket-Version: 13\r\n{key}\r\n"
+    )
+}
+
 /// A plain GET: the body of a 200.
 ///
 /// # Errors
@@ -107,13 +117,7 @@ impl Socket {
     pub async fn connect(address: &Address, api_key: Option<&str>) -> io::Result<Self> {
         let mut stream = TcpStream::connect(&address.authority).await?;
         stream.set_nodelay(true)?;
-        let key = api_key.map_or(String::new(), |k| format!("Authorization: Api-Key {k}\r\n"));
-        let request = format!(
-            "GET {} HTTP/1.1\r\nHost: {}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
-             Sec-WebSocket-Key: cGlyb3VldHRlIGxvYWQhIQ==\r\nSec-WebSocket-Version: 13\r\n{key}\r\n",
-            address.path, address.authority
-        );
-        stream.write_all(request.as_bytes()).await?;
+        stream.write_all(handshake(address, api_key).as_bytes()).await?;
         let mut socket = Socket { stream, buffer: BytesMut::with_capacity(64 << 10) };
         let end = loop {
             let found = socket.buffer.windows(4).position(|w| w == b"\r\n\r\n");
