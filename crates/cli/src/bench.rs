@@ -7,7 +7,7 @@ use pirouette_cuda::gauge::Gauge;
 use pirouette_cuda::{CudaDevice, CudaExecutable};
 use pirouette_engine::standard_normal;
 use pirouette_model::{
-    Config, Executable, Family, Inputs, Shape, StageTimes, WeightTable, record_with,
+    Config, Executable, Family, Images, Inputs, Shape, StageTimes, WeightTable, record_with,
 };
 use serde::Serialize;
 
@@ -247,7 +247,7 @@ impl RandomInputs {
     /// Borrowed for a run.
     pub fn inputs(&self) -> Inputs<'_> {
         Inputs {
-            images: &self.images,
+            images: Images::Packed(&self.images),
             cameras: &self.cameras,
             tokens: &self.tokens,
             prompt_len: &self.prompt_len,

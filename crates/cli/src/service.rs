@@ -81,6 +81,9 @@ impl PolicyService {
         // Decoding and resizing images take milliseconds: not on the socket's threads. Where there
         // is nothing of it to do, going to another thread and back would take the longest.
         let light = !context.scene && model.policy.is_light(&observation);
+        if light {
+            model.engine.expect();
+        }
         let (preparing, scene) = (Arc::clone(&model), context.scene);
         let work = move || {
             let policy = &preparing.policy;

@@ -9,7 +9,8 @@ use std::time::Instant;
 use pirouette_checkpoint::Synthetic;
 use pirouette_cpu::{Options, load};
 use pirouette_model::{
-    Config, DType, Executable, Inputs, Rtc, Shape, SourceError, Tensor, TensorSource, record,
+    Config, DType, Executable, Images, Inputs, Rtc, Shape, SourceError, Tensor, TensorSource,
+    record,
 };
 
 /// The tensors of a model, filled with one short sequence over and over: quick to make.
@@ -64,7 +65,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (state, tokens) = (vec![0.1; 32], vec![7; 20]);
     let (prompt_len, cameras) = ([20], [3]);
     let inputs = Inputs {
-        images: &images,
+        images: Images::Packed(&images),
         cameras: &cameras,
         tokens: &tokens,
         prompt_len: &prompt_len,

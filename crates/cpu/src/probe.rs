@@ -8,7 +8,7 @@ use std::time::Instant;
 use bytemuck::cast_slice_mut;
 use pirouette_model::arena::ArenaPlan;
 use pirouette_model::program::{BufferId, Epilogue, Norm, View};
-use pirouette_model::{BackendError, Config, Inputs, WeightTable};
+use pirouette_model::{BackendError, Config, Images, Inputs, WeightTable};
 
 use crate::device::Precision;
 use crate::driver::clock::process_seconds;
@@ -75,7 +75,7 @@ fn measure(
         .map(|_| Ok(Mutex::new(Words::zeroed(plan.scratch_words, "scratch memory")?)))
         .collect::<Result<Vec<_>, BackendError>>()?;
     let inputs = Inputs {
-        images: &[],
+        images: Images::Packed(&[]),
         cameras: &[],
         tokens: &[],
         prompt_len: &[],

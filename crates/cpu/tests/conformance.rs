@@ -12,7 +12,7 @@ use pirouette_model::program::{
     Op, Positions, Program, Role, Shape, Step, View, WeightId,
 };
 use pirouette_model::weights::{Kind, Recipe, WeightSpec};
-use pirouette_model::{Inputs, MemorySource, Previous, Rtc, WeightTable};
+use pirouette_model::{Images, Inputs, MemorySource, Previous, Rtc, WeightTable};
 use reference::Reference;
 
 const BATCH: usize = 3;
@@ -150,7 +150,7 @@ impl Sketch {
         let weights: Vec<f32> = (0..BATCH * shape.horizon).map(weight).collect();
         let limits = [10.0, 0.0, 1.5];
         let inputs = Inputs {
-            images: &images,
+            images: Images::Packed(&images),
             cameras: &[1, 2, 2],
             tokens: &tokens,
             prompt_len: &[33, 1, 43],

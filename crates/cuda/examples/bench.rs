@@ -12,7 +12,9 @@ use anyhow::{Context, Result};
 use pirouette_checkpoint::Synthetic;
 use pirouette_cuda::gauge::Gauge;
 use pirouette_cuda::{CudaDevice, CudaExecutable, Tier};
-use pirouette_model::{Config, Device, Executable, Inputs, Rtc, Shape, WeightTable, record_with};
+use pirouette_model::{
+    Config, Device, Executable, Images, Inputs, Rtc, Shape, WeightTable, record_with,
+};
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -114,7 +116,7 @@ impl Request {
 
     fn inputs(&self) -> Inputs<'_> {
         Inputs {
-            images: &self.images,
+            images: Images::Packed(&self.images),
             cameras: &self.cameras,
             tokens: &self.tokens,
             prompt_len: &self.prompt_len,

@@ -162,12 +162,18 @@ impl CudaExecutable {
     fn write_inputs(&mut self, inputs: &Inputs<'_>) {
         let program = &self.bound.program;
         let slots = self.host.as_mut_slice();
+        if let Some(at) = program.buffer("images").and_then(|id| self.bound.io_offsets[id.0]) {
+            let mut at = at;
+            for piece in inputs.images.pieces() {
+                slots[at..at + piece.len()].copy_from_slice(piece);
+                at += piece.len();
+            }
+        }
         let mut put = |name: &str, bytes: &[u8]| {
             if let Some(at) = program.buffer(name).and_then(|id| self.bound.io_offsets[id.0]) {
                 slots[at..at + bytes.len()].copy_from_slice(bytes);
             }
         };
-        put("images", inputs.images);
         put("tokens", bytemuck::cast_slice(inputs.tokens));
         put("state", bytemuck::cast_slice(inputs.state));
         put("actions", bytemuck::cast_slice(inputs.noise));

@@ -65,11 +65,12 @@ pub(crate) fn fingerprint(actions: &[f32]) -> u64 {
 pub(crate) fn fill(staging: &mut Staging, config: &Config, shape: Shape) {
     staging.reset(config, shape);
     let word = |i: usize| philox([i as u32, 0, 0, 1], [0x70697275, 0x65747465])[0];
-    for (i, pixel) in staging.images.iter_mut().enumerate() {
-        // A slow wave with a little structure: like a picture, unlike noise.
-        let wave = (i / 3 % 97 + i / 7919) as u32;
-        *pixel = (wave.wrapping_mul(2) ^ (i as u32 % 3) << 5) as u8;
-    }
+    // A slow wave with a little structure: like a picture, unlike noise.
+    let wave = |i: usize| (i / 3 % 97 + i / 7919) as u32;
+    let pixel = |i: usize| (wave(i).wrapping_mul(2) ^ (i as u32 % 3) << 5) as u8;
+    let image = config.vision.image * config.vision.image * 3;
+    let picture = |n: usize| (n * image..(n + 1) * image).map(pixel).collect::<Vec<_>>().into();
+    staging.images.extend((0..shape.batch * shape.cameras).map(picture));
     for (i, token) in staging.tokens.iter_mut().enumerate() {
         *token = word(i % shape.prompt_tokens) % config.vocab.max(1) as u32;
     }

@@ -110,6 +110,12 @@ impl Engine {
         admitted.inspect_err(|error| self.shared.stats.error(error))
     }
 
+    /// Says that a request will be submitted within microseconds: an idle device thread is woken
+    /// meanwhile ([`EngineOptions::lookout`]). Costs little if none comes.
+    pub fn expect(&self) {
+        self.shared.expect();
+    }
+
     /// Puts a request into the queue, or refuses it on the spot.
     pub fn submit(&self, request: Request) -> Result<Pending, EngineError> {
         self.try_submit(request).inspect_err(|error| self.shared.stats.error(error))
@@ -128,6 +134,7 @@ impl Engine {
         let job = Job { inputs, deadline, reply };
         state.queue.push(job).map_err(|_| EngineError::Overloaded { capacity })?;
         drop(state);
+        self.shared.arrivals.count();
         self.shared.stats.accepted.fetch_add(1, Relaxed);
         self.shared.wake.notify_all();
         self.refill();

@@ -185,8 +185,9 @@ mod tests {
         for _ in 0..ahead {
             queue.push(job(arrived, None, bucket).0).unwrap();
         }
-        let (draining, stop, threads) = (false, false, Vec::new());
-        let state = State { queue, devices: vec![device], draining, stop, threads };
+        let (draining, stop, threads, expected) = (false, false, Vec::new(), None);
+        let devices = vec![device];
+        let state = State { queue, devices, expected, draining, stop, threads };
         (state, bucket, BucketRule::gpu(16))
     }
 

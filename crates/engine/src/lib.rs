@@ -12,6 +12,7 @@ mod bucket;
 mod canary;
 mod engine;
 mod finish;
+mod lookout;
 mod noise;
 mod null;
 mod options;

@@ -121,8 +121,8 @@ impl NullDevice {
     /// The actions of one sample: half its noise plus a number in [0, 1) that depends on every
     /// pixel, token and state value of the sample and on nothing else. A program with real-time
     /// chunking moves each towards the previous chunk's by its weight.
-    pub fn actions(
-        images: &[u8],
+    pub fn actions<'a>(
+        images: impl IntoIterator<Item = &'a [u8]>,
         tokens: &[u32],
         state: &[f32],
         noise: &[f32],
@@ -131,7 +131,8 @@ impl NullDevice {
         const PRIME: u64 = 0x9E37_79B9_7F4A_7C15;
         let mix = |h: u64, v: u64| (h ^ v).wrapping_mul(PRIME).rotate_left(23);
         let word = |c: &[u8]| c.iter().rev().fold(0u64, |w, b| w << 8 | *b as u64);
-        let mut hash = images.chunks(8).fold(PRIME, |h, c| mix(h, word(c)));
+        let words = images.into_iter().flat_map(|image| image.chunks(8));
+        let mut hash = words.fold(PRIME, |h, c| mix(h, word(c)));
         hash = tokens.iter().fold(hash, |h, t| mix(h, *t as u64));
         hash = state.iter().fold(hash, |h, s| mix(h, s.to_bits() as u64));
         let offset = (hash >> 40) as f32 / (1u32 << 24) as f32;
@@ -178,9 +179,9 @@ impl Executable for NullExecutable {
         let image = config.vision.image * config.vision.image * 3;
         let row = shape.horizon * config.action_dim;
         for (b, actions) in actions.chunks_mut(row).enumerate() {
-            let images = &inputs.images[b * shape.cameras * image..];
+            let real = 0..inputs.cameras[b] as usize;
             NullDevice::actions(
-                &images[..inputs.cameras[b] as usize * image],
+                real.map(|camera| inputs.images.get(b * shape.cameras + camera, image)),
                 &inputs.tokens[b * shape.prompt_tokens..][..inputs.prompt_len[b] as usize],
                 &inputs.state[b * config.action_dim..][..config.action_dim],
                 &inputs.noise[b * row..][..row],

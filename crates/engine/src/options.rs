@@ -7,6 +7,7 @@ use pirouette_model::{BackendError, Device, Rtc, WeightTable};
 
 use crate::bucket::{Bucket, BucketRule};
 use crate::canary::CanaryOptions;
+use crate::lookout;
 use crate::request::EngineError;
 
 /// Opens a device with the model's weights loaded. Called on the device's own thread, again after
@@ -30,6 +31,9 @@ pub struct EngineOptions {
     /// How long a free device waits for more requests before it runs a batch that is not full
     /// (default zero: a batch forms from what is there).
     pub window: Duration,
+    /// How long an idle device thread stays awake for a request that [`crate::Engine::expect`]
+    /// announced (default 200 µs; zero, which is never, on fewer than four cores).
+    pub lookout: Duration,
     /// Compiled programs kept per device; the least recently used goes first (default 32).
     pub executables: usize,
     /// Compiled and run once before the device counts as ready, in all batch sizes of the rule,
@@ -58,6 +62,7 @@ impl EngineOptions {
             rule: BucketRule::gpu(1),
             queue_capacity: 256,
             window: Duration::ZERO,
+            lookout: lookout::usual(),
             executables: 32,
             warm: Vec::new(),
             canary: CanaryOptions::default(),

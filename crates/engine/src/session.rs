@@ -176,6 +176,11 @@ impl Session {
                 if state.draining && state.queue.is_empty() {
                     return Work::Stop;
                 }
+                let looked;
+                (state, looked) = shared.look_out(state);
+                if looked {
+                    continue;
+                }
                 // What is left to a faster device is looked at again soon: it may be late.
                 let at_most = if state.queue.is_empty() { IDLE } else { RECONSIDER };
                 state = shared.wait(state, at_most);
@@ -385,8 +390,7 @@ impl Session {
             return Err(BackendError::Device("no program is compiled".into()));
         };
         debug_assert_eq!(*key, (bucket, slots));
-        let (inputs, actions) = self.staging.split();
-        executable.run(&inputs, actions)
+        self.staging.run(executable.as_mut())
     }
 
     /// Puts a run without requests (warm-up, canary) under the watchdog.

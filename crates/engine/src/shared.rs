@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, oneshot};
 
 use crate::canary;
+use crate::lookout::Arrivals;
 use crate::options::{DeviceFactory, EngineOptions};
 use crate::queue::{Queue, Reply};
 use crate::request::EngineError;
@@ -84,6 +85,8 @@ pub(crate) struct DeviceState {
 pub(crate) struct State {
     pub(crate) queue: Queue,
     pub(crate) devices: Vec<DeviceState>,
+    /// A request was announced that will be here by then.
+    pub(crate) expected: Option<Instant>,
     /// No new requests; device threads end when the queue is empty.
     pub(crate) draining: bool,
     /// Device threads end now.
@@ -97,6 +100,7 @@ pub(crate) struct Shared {
     /// Shared with a successor.
     pub(crate) stats: Arc<Stats>,
     state: Mutex<State>,
+    pub(crate) arrivals: Arrivals,
     /// Wakes device threads, and whoever drains.
     pub(crate) wake: Condvar,
     /// Wakes the watchdog, which has nothing to do with requests coming and going.
@@ -115,6 +119,7 @@ impl Shared {
         let state = State {
             queue: Queue::new(options.queue_capacity),
             devices,
+            expected: None,
             draining: false,
             stop: false,
             threads: Vec::new(),
@@ -124,6 +129,7 @@ impl Shared {
             factories,
             stats,
             state: Mutex::new(state),
+            arrivals: Arrivals::default(),
             wake: Condvar::new(),
             stopped: Condvar::new(),
             phases: Notify::new(),
@@ -148,6 +154,7 @@ impl Shared {
     pub(crate) fn stop(&self, state: &mut State) {
         state.draining = true;
         state.stop = true;
+        self.arrivals.count();
         self.wake.notify_all();
         self.stopped.notify_all();
         self.phases.notify_waiters();

@@ -1,13 +1,18 @@
-//! The inputs of a batch, gathered into the flat buffers a backend wants.
+//! The inputs of a batch, gathered into the buffers a backend wants; images stay where they are.
 
-use pirouette_model::{Config, Inputs, Previous, Rtc, Shape};
+use bytes::Bytes;
+use pirouette_model::{
+    BackendError, Config, Executable, Images, Inputs, Previous, Rtc, Shape, StageTimes,
+};
 
 use crate::queue::JobInputs;
 
-/// Flat input buffers, kept from batch to batch so that a warm device thread allocates nothing.
+/// Input buffers, kept from batch to batch. Images are kept for one run: each lies in the frame it
+/// came in, and would hold all of that.
 #[derive(Debug, Default)]
 pub(crate) struct Staging {
-    pub(crate) images: Vec<u8>,
+    /// `[batch, cameras]`; a sample's first one stands in for the cameras it does not have.
+    pub(crate) images: Vec<Bytes>,
     pub(crate) cameras: Vec<u32>,
     pub(crate) tokens: Vec<u32>,
     pub(crate) prompt_len: Vec<u32>,
@@ -21,9 +26,8 @@ pub(crate) struct Staging {
 impl Staging {
     /// Sizes every buffer for a shape. Contents are whatever they were.
     pub(crate) fn reset(&mut self, config: &Config, shape: Shape) {
-        let image = config.vision.image * config.vision.image * 3;
         let actions = shape.batch * shape.horizon * config.action_dim;
-        self.images.resize(shape.batch * shape.cameras * image, 0);
+        self.images.clear();
         self.cameras.resize(shape.batch, 0);
         self.tokens.resize(shape.batch * shape.prompt_tokens, 0);
         self.prompt_len.resize(shape.batch, 0);
@@ -44,17 +48,14 @@ impl Staging {
 
     /// Gathers a batch; slots without a request repeat the first one.
     ///
-    /// `jobs` is not empty and every job was checked against the bucket of `shape`.
+    /// `jobs` is not empty, has an image each, and every job was checked against the bucket of `shape`.
     pub(crate) fn gather(&mut self, config: &Config, shape: Shape, jobs: &[&JobInputs]) {
         self.reset(config, shape);
-        let image = config.vision.image * config.vision.image * 3;
         let action_row = shape.horizon * config.action_dim;
         for slot in 0..shape.batch {
             let job = jobs.get(slot).copied().unwrap_or(jobs[0]);
-            for (camera, pixels) in job.images.iter().enumerate() {
-                let at = (slot * shape.cameras + camera) * image;
-                self.images[at..at + image].copy_from_slice(pixels);
-            }
+            let camera = |i: usize| job.images.get(i).unwrap_or(&job.images[0]).clone();
+            self.images.extend((0..shape.cameras).map(camera));
             self.cameras[slot] = job.images.len() as u32;
             let row = &mut self.tokens[slot * shape.prompt_tokens..][..shape.prompt_tokens];
             row[..job.tokens.len()].copy_from_slice(&job.tokens);
@@ -71,11 +72,16 @@ impl Staging {
         }
     }
 
-    /// The inputs, and where the actions go.
-    pub(crate) fn split(&mut self) -> (Inputs<'_>, &mut [f32]) {
+    /// Runs a program of the shape on what is gathered, into `actions`. Lets go of the images.
+    pub(crate) fn run(
+        &mut self,
+        executable: &mut dyn Executable,
+    ) -> Result<StageTimes, BackendError> {
+        let images = std::mem::take(&mut self.images);
+        let each: Vec<&[u8]> = images.iter().map(|image| &image[..]).collect();
         let [chunks, weights, limits] = &self.previous;
         let inputs = Inputs {
-            images: &self.images,
+            images: Images::Each(&each),
             cameras: &self.cameras,
             tokens: &self.tokens,
             prompt_len: &self.prompt_len,
@@ -83,6 +89,6 @@ impl Staging {
             noise: &self.noise,
             previous: (!limits.is_empty()).then_some(Previous { chunks, weights, limits }),
         };
-        (inputs, &mut self.actions)
+        executable.run(&inputs, &mut self.actions)
     }
 }

@@ -370,6 +370,28 @@ async fn an_impatient_drain_answers_what_is_left() {
 }
 
 #[tokio::test]
+async fn an_announced_request_is_looked_out_for_and_one_that_never_comes_holds_up_nothing() {
+    // Far longer than any of this takes: whoever missed the request, or the end, would be late.
+    const PATIENCE: Duration = Duration::from_secs(20);
+    let lookout = PATIENCE * 3;
+    let engine = rig::engine(&[(1, 0.0)], EngineOptions { lookout, ..rig::options(1) });
+    engine.wait_ready().await.unwrap();
+    for i in 0..20 {
+        engine.expect();
+        if i % 2 == 0 {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        let asked = engine.submit(request(i)).unwrap();
+        let answer = tokio::time::timeout(PATIENCE, asked).await.unwrap().unwrap();
+        assert_eq!(answer.actions, expected(&request(i), i as u64));
+    }
+    engine.expect();
+    tokio::time::sleep(Duration::from_millis(2)).await;
+    let ended = tokio::task::spawn_blocking(move || drop(engine));
+    tokio::time::timeout(PATIENCE, ended).await.expect("it ends").unwrap();
+}
+
+#[tokio::test]
 async fn batches_are_remembered_with_their_times() {
     let engine = rig::engine(&[(1, 5.0), (8, 6.0)], rig::options(8));
     engine.wait_ready().await.unwrap();

@@ -9,7 +9,7 @@ use crate::rtc::{Rtc, check_values};
 #[derive(Clone, Copy, Debug)]
 pub struct Inputs<'a> {
     /// `[batch, cameras, side, side, 3]` 8-bit RGB.
-    pub images: &'a [u8],
+    pub images: Images<'a>,
     /// Real cameras of each sample, `1..=shape.cameras`; its images come first. `[batch]`
     pub cameras: &'a [u32],
     /// `[batch, prompt_tokens]`, each row padded with anything after its length.
@@ -24,6 +24,49 @@ pub struct Inputs<'a> {
     /// The chunks a program with real-time chunking ties the new ones to; other programs ignore
     /// them.
     pub previous: Option<Previous<'a>>,
+}
+
+/// The images of a batch, sample by sample: `batch × cameras` of `[side, side, 3]` bytes.
+#[derive(Clone, Copy, Debug)]
+pub enum Images<'a> {
+    /// One behind the other.
+    Packed(&'a [u8]),
+    /// Each where it happens to lie, so that nobody need copy them together.
+    Each(&'a [&'a [u8]]),
+}
+
+impl<'a> Images<'a> {
+    /// Image `index`, each being of this many `bytes`.
+    pub fn get(&self, index: usize, bytes: usize) -> &'a [u8] {
+        match self {
+            Images::Packed(all) => &all[index * bytes..][..bytes],
+            Images::Each(images) => images[index],
+        }
+    }
+
+    /// The pieces that make up `[batch, cameras, side, side, 3]`, in order.
+    pub fn pieces(&self) -> impl Iterator<Item = &'a [u8]> {
+        let (all, each) = match self {
+            Images::Packed(all) => (Some(*all), &[][..]),
+            Images::Each(images) => (None, *images),
+        };
+        all.into_iter().chain(each.iter().copied())
+    }
+
+    fn check(&self, count: usize, bytes: usize) -> Result<(), BackendError> {
+        let wrong = |name, got, want| Err(BackendError::InputSize { name, got, want });
+        match self {
+            Images::Packed(all) if all.len() != count * bytes => {
+                wrong("images", all.len(), count * bytes)
+            }
+            Images::Each(images) if images.len() != count => wrong("images", images.len(), count),
+            Images::Each(images) => match images.iter().find(|image| image.len() != bytes) {
+                Some(image) => wrong("an image", image.len(), bytes),
+                None => Ok(()),
+            },
+            Images::Packed(_) => Ok(()),
+        }
+    }
 }
 
 /// The previous chunks of a batch.
@@ -135,7 +178,7 @@ impl Inputs<'_> {
         let size = |name, got: usize, want: usize| {
             if got == want { Ok(()) } else { Err(BackendError::InputSize { name, got, want }) }
         };
-        size("images", self.images.len(), shape.batch * shape.cameras * side * side * 3)?;
+        self.images.check(shape.batch * shape.cameras, side * side * 3)?;
         size("cameras", self.cameras.len(), shape.batch)?;
         size("tokens", self.tokens.len(), shape.batch * shape.prompt_tokens)?;
         size("prompt_len", self.prompt_len.len(), shape.batch)?;

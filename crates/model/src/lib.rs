@@ -22,7 +22,7 @@ pub mod source;
 mod vision;
 pub mod weights;
 
-pub use backend::{BackendError, Device, Executable, Inputs, Previous, StageTimes};
+pub use backend::{BackendError, Device, Executable, Images, Inputs, Previous, StageTimes};
 pub use check::Defect;
 pub use config::{Config, Family};
 pub use fold::WeightRows;

@@ -158,7 +158,7 @@ impl Packed {
     /// Borrowed for a run.
     pub fn inputs(&self) -> pirouette_model::Inputs<'_> {
         pirouette_model::Inputs {
-            images: &self.images,
+            images: pirouette_model::Images::Packed(&self.images),
             cameras: &self.cameras,
             tokens: &self.tokens,
             prompt_len: &self.prompt_len,

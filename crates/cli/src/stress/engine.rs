@@ -60,8 +60,8 @@ fn expected(request: &Request, seed: u64) -> Vec<f32> {
     let mut noise = vec![0.0; HORIZON * 8];
     standard_normal(seed, &mut noise);
     let mut actions = vec![0.0; noise.len()];
-    let images = request.images.concat();
-    NullDevice::actions(&images, &request.tokens, &request.state, &noise, &mut actions);
+    let images = request.images.iter().map(|image| &image[..]);
+    NullDevice::actions(images, &request.tokens, &request.state, &noise, &mut actions);
     actions
 }
 

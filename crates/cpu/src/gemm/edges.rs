@@ -44,9 +44,10 @@ pub(crate) fn patchify(
         // SAFETY: this worker alone writes this row; nobody reads it during the step.
         let out: &mut [f32] = unsafe { context.arena.write(at..at + patch * line) };
         let (y, x) = (token as usize / grid * patch, token as usize % grid * patch);
+        let pixels = inputs.images.get(image as usize, side * side * 3);
         for (row, out) in out.chunks_exact_mut(line).enumerate() {
-            let from = ((image as usize * side + y + row) * side + x) * 3;
-            for (o, pixel) in out.iter_mut().zip(&inputs.images[from..from + line]) {
+            let from = ((y + row) * side + x) * 3;
+            for (o, pixel) in out.iter_mut().zip(&pixels[from..from + line]) {
                 *o = *pixel as f32 - 128.0;
             }
         }

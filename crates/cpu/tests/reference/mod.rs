@@ -48,7 +48,7 @@ impl Reference {
                 buffers[id.0] = values;
             }
         };
-        set("images", inputs.images.iter().map(|v| *v as f64).collect());
+        set("images", inputs.images.pieces().flatten().map(|v| *v as f64).collect());
         set("tokens", inputs.tokens.iter().map(|v| *v as f64).collect());
         set("state", inputs.state.iter().map(|v| *v as f64).collect());
         set("actions", inputs.noise.iter().map(|v| *v as f64).collect());

@@ -6,7 +6,7 @@ use pirouette_checkpoint::Synthetic;
 use pirouette_cuda::CudaDevice;
 use pirouette_model::config::Vision;
 use pirouette_model::{
-    BackendError, Config, Executable, Inputs, Rtc, Shape, WeightTable, record_with,
+    BackendError, Config, Executable, Images, Inputs, Rtc, Shape, WeightTable, record_with,
 };
 
 use crate::has_gpu;
@@ -27,7 +27,7 @@ fn an_illegal_address_kills_the_device_and_nothing_else() {
     let program = Arc::new(record_with(table.clone(), shape).unwrap());
     let mut executable = device.compile_cuda(program.clone()).unwrap();
     let inputs = Inputs {
-        images: &vec![7; 224 * 224 * 3],
+        images: Images::Packed(&vec![7; 224 * 224 * 3]),
         cameras: &[1],
         tokens: &[1, 2, 3, 4],
         prompt_len: &[4],

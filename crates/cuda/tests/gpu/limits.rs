@@ -7,7 +7,7 @@ use pirouette_cuda::driver::{DeviceMemory, Driver};
 use pirouette_cuda::{CudaDevice, Tier};
 use pirouette_model::config::Vision;
 use pirouette_model::{
-    BackendError, Config, Executable, Inputs, Rtc, Shape, WeightTable, record, record_with,
+    BackendError, Config, Executable, Images, Inputs, Rtc, Shape, WeightTable, record, record_with,
 };
 
 use crate::{Random, has_gpu, quick};
@@ -75,7 +75,7 @@ fn thousands_of_replays_give_the_same_bits() {
             let noise: Vec<f32> = (0..batch * 320).map(|_| random.value()).collect();
             let lengths: Vec<u32> = (0..batch as u32).map(|b| 12 - b % 4).collect();
             let inputs = Inputs {
-                images: &images,
+                images: Images::Packed(&images),
                 cameras: &vec![2; batch],
                 tokens: &tokens,
                 prompt_len: &lengths,
@@ -108,7 +108,7 @@ fn wrong_inputs_and_programs_are_refused_and_nothing_breaks() {
     let mut executable = device.compile_cuda(Arc::new(record_with(table, shape).unwrap())).unwrap();
     let images = vec![9; 224 * 224 * 3];
     let good = Inputs {
-        images: &images,
+        images: Images::Packed(&images),
         cameras: &[1],
         tokens: &[1, 2, 3, 4],
         prompt_len: &[4],
@@ -119,8 +119,13 @@ fn wrong_inputs_and_programs_are_refused_and_nothing_breaks() {
     let mut actions = vec![0.0; 64];
     executable.run(&good, &mut actions).unwrap();
     let first = actions.clone();
+    let apart = Inputs { images: Images::Each(&[&images]), ..good };
+    executable.run(&apart, &mut actions).unwrap();
+    assert_eq!(actions, first, "images that lie apart");
     for bad in [
-        Inputs { images: &images[1..], ..good },
+        Inputs { images: Images::Packed(&images[1..]), ..good },
+        Inputs { images: Images::Each(&[&images, &images]), ..good },
+        Inputs { images: Images::Each(&[&images[1..]]), ..good },
         Inputs { cameras: &[2], ..good },
         Inputs { tokens: &[1, 2, 3, 500], ..good },
         Inputs { prompt_len: &[0], ..good },

@@ -70,8 +70,8 @@ pub fn expected(request: &Request, seed: u64) -> Vec<f32> {
     let mut noise = vec![0.0; HORIZON * 4];
     pirouette_engine::standard_normal(seed, &mut noise);
     let mut actions = vec![0.0; noise.len()];
-    let images = request.images.concat();
-    NullDevice::actions(&images, &request.tokens, &request.state, &noise, &mut actions);
+    let images = request.images.iter().map(|image| &image[..]);
+    NullDevice::actions(images, &request.tokens, &request.state, &noise, &mut actions);
     actions
 }
 
