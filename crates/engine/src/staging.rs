@@ -48,7 +48,7 @@ impl Staging {
 
     /// Gathers a batch; slots without a request repeat the first one.
     ///
-    /// `jobs` is not empty, has an image each, and every job was checked against the bucket of `shape`.
+    /// `jobs` is not empty, each has an image, and each was checked against the bucket of `shape`.
     pub(crate) fn gather(&mut self, config: &Config, shape: Shape, jobs: &[&JobInputs]) {
         self.reset(config, shape);
         let action_row = shape.horizon * config.action_dim;
