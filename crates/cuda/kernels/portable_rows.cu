@@ -14,6 +14,42 @@ struct NormParams {
 };
 static_assert(sizeof(NormParams) == 32 + 16 + 16, "shared with the host");
 
+// A row of at most 2,048 elements, fetched once and kept: lane l has every 32nd run of eight.
+static __device__ __forceinline__ void norm_kept(const NormParams& p, u32 row, u32 lane) {
+    constexpr u32 RUNS = 8;
+    const u16* from = (const u16*)p.input.base + p.input.offset(row);
+    const float* m = (const float*)p.modulation;
+    u16* out = (u16*)p.out + (u64)row * p.ld;
+    float x[RUNS][8];
+    float sum = 0.f, squares = 0.f;
+#pragma unroll
+    for (u32 r = 0; r < RUNS; r++) {
+        const u32 at = (r * 32 + lane) * 8;
+        for (u32 e = 0; e < 8; e++) x[r][e] = 0.f;
+        if (at < p.k) load8(x[r], from + at);
+    }
+#pragma unroll
+    for (u32 r = 0; r < RUNS; r++)
+        for (u32 e = 0; e < 8; e++) sum += x[r][e];
+    const float mean = p.norm == LAYER ? warp_sum(sum) / p.k : 0.f;
+#pragma unroll
+    for (u32 r = 0; r < RUNS; r++) {
+        if ((r * 32 + lane) * 8 >= p.k) continue;
+        for (u32 e = 0; e < 8; e++) squares += (x[r][e] - mean) * (x[r][e] - mean);
+    }
+    const float scale = rsqrtf(warp_sum(squares) / p.k + 1e-6f);
+#pragma unroll
+    for (u32 r = 0; r < RUNS; r++) {
+        const u32 at = (r * 32 + lane) * 8;
+        if (at >= p.k) continue;
+        float by[8] = {1, 1, 1, 1, 1, 1, 1, 1}, shift[8] = {};
+        if (m) load8(by, m + at);
+        if (p.norm == ADAPTIVE) load8(shift, m + p.k + at);
+        for (u32 e = 0; e < 8; e++) x[r][e] = (x[r][e] - mean) * scale * by[e] + shift[e];
+        store8(out + at, x[r]);
+    }
+}
+
 // out[row, :] = norm(x[row, :]), one warp per row: mean, then squares about it.
 extern "C" __global__ void __launch_bounds__(128)
 portable_norm(const __grid_constant__ NormParams p) {
@@ -21,6 +57,8 @@ portable_norm(const __grid_constant__ NormParams p) {
     launch_dependents();
     wait_for_predecessors();
     if (row >= p.rows) return;
+    if (p.k % 8 == 0 && p.k <= 2048 && p.ld == p.k && rows_in_eights(p.input))
+        return norm_kept(p, row, lane);
     const u64 at = p.input.offset(row);
     float sum = 0.f, squares = 0.f;
     if (p.norm == LAYER)
@@ -60,7 +98,20 @@ portable_finish(const __grid_constant__ FinishParams p) {
     const u16* y = (const u16*)p.y + (u64)blockIdx.x * p.ld;
     launch_dependents();
     wait_for_predecessors();
-    if (p.output.epilogue == GEGLU || p.output.epilogue == ROPE) {
+    if (in_eights(p.output)) {
+        const bool pairs = p.output.epilogue == ROPE;
+        const u32 run = pairs ? 16 : 8, end = pairs ? p.packed_n : p.output.n;
+        for (u32 c = threadIdx.x * run; c < end; c += blockDim.x * run) {
+            float a[8], b[8];
+            load8(a, y + c);
+            if (!pairs) {
+                finish8(p.output, blockIdx.x, c, a);
+                continue;
+            }
+            load8(b, y + c + 8);
+            finish_pairs8(p.output, blockIdx.x, c, a, b);
+        }
+    } else if (p.output.epilogue == GEGLU || p.output.epilogue == ROPE) {
         for (u32 i = threadIdx.x; i < p.packed_n / 2; i += blockDim.x) {
             const u32 c = i / 8 * 16 + i % 8;
             finish_pair(p.output, blockIdx.x, c, from_bf16(y[c]), from_bf16(y[c + 8]));

@@ -199,7 +199,7 @@ const fn depth(role: Role) -> u32 {
     }
 }
 /// Beyond so many rows the passes over tiles of rows cost more than tower products.
-const MAX_ROWS: u32 = 128;
+const MAX_ROWS: u32 = 56;
 const MAX_SHARED: usize = 200 << 10;
 
 impl Instance {
