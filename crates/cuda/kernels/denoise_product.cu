@@ -1,7 +1,7 @@
 // The products of the denoise loop for few rows: out = epilogue(norm(x) * W^T), BF16 weights and
 // rows, FP32 sums.
 //
-// | kernel denoise_…       | N x K       | out                      | grid _16, _many | _56      |
+// | kernel denoise_…       | N x K       | out                      | grid _16, _32   | _56      |
 // |------------------------|-------------|--------------------------|-----------------|----------|
 // | qkv                    | 2560 x 1024 | rotary; q, k, v rows     | 160             | 80       |
 // | o                      | 1024 x 2048 | old + gate * y, stream   | 128, cluster 2  | same     |
@@ -9,9 +9,10 @@
 // | down                   | 1024 x 4096 | old + gate * y, stream   | 256, cluster 4  | same     |
 // | mlp_out                | 1024 x 1024 | y + bias, stream         | 64              | same     |
 //
-// _16: rows <= 16; _56: rows <= 56; _many: any number, 32 at a time. 288 threads: 8 warps that
-// compute, one that loads weights. A CTA has N / 16 / (grid / cluster) tiles of 16 outputs.
-// Dynamic shared memory: 32 KB a tile, for _many 48 KB a tile. The cluster size and programmatic
+// _16: rows <= 16; _32: rows <= 32; _56: rows <= 56; more is for the tower's products. 288
+// threads: 8 warps that compute, one that loads weights. A CTA has N / 16 / (grid / cluster) tiles
+// of 16 outputs.
+// Dynamic shared memory: 32 KB a tile. The cluster size and programmatic
 // dependent launch are launch attributes.
 //
 // Weights: packed as denoise_load.cu says; a tile of 16 outputs is contiguous, K-slices in order.
@@ -73,20 +74,20 @@
     run_product<__VA_ARGS__>(p);                                        \
   }
 
-DENOISE_PRODUCT(denoise_qkv_16, 3, Epilogue::Qkv, 1, 1024, 1, 2, false)
-DENOISE_PRODUCT(denoise_o_16, 3, Epilogue::Add, 1, 1024, 2, 2, false)
-DENOISE_PRODUCT(denoise_gate_up_16, 3, Epilogue::GeGlu, 2, 1024, 1, 2, false)
-DENOISE_PRODUCT(denoise_down_16, 3, Epilogue::Add, 1, 1024, 4, 2, false)
-DENOISE_PRODUCT(denoise_mlp_out_16, 3, Epilogue::Store, 1, 1024, 1, 2, false)
+DENOISE_PRODUCT(denoise_qkv_16, 3, Epilogue::Qkv, 1, 1024, 1, 2)
+DENOISE_PRODUCT(denoise_o_16, 3, Epilogue::Add, 1, 1024, 2, 2)
+DENOISE_PRODUCT(denoise_gate_up_16, 3, Epilogue::GeGlu, 2, 1024, 1, 2)
+DENOISE_PRODUCT(denoise_down_16, 3, Epilogue::Add, 1, 1024, 4, 2)
+DENOISE_PRODUCT(denoise_mlp_out_16, 3, Epilogue::Store, 1, 1024, 1, 2)
 
-DENOISE_PRODUCT(denoise_qkv_56, 1, Epilogue::Qkv, 2, 1024, 1, 7, false)
-DENOISE_PRODUCT(denoise_o_56, 1, Epilogue::Add, 1, 1024, 2, 7, false)
-DENOISE_PRODUCT(denoise_gate_up_56, 1, Epilogue::GeGlu, 4, 1024, 1, 7, false)
-DENOISE_PRODUCT(denoise_down_56, 1, Epilogue::Add, 1, 1024, 4, 7, false)
-DENOISE_PRODUCT(denoise_mlp_out_56, 1, Epilogue::Store, 1, 1024, 1, 7, false)
+DENOISE_PRODUCT(denoise_qkv_32, 2, Epilogue::Qkv, 1, 1024, 1, 4)
+DENOISE_PRODUCT(denoise_o_32, 2, Epilogue::Add, 1, 1024, 2, 4)
+DENOISE_PRODUCT(denoise_gate_up_32, 2, Epilogue::GeGlu, 2, 1024, 1, 4)
+DENOISE_PRODUCT(denoise_down_32, 2, Epilogue::Add, 1, 1024, 4, 4)
+DENOISE_PRODUCT(denoise_mlp_out_32, 2, Epilogue::Store, 1, 1024, 1, 4)
 
-DENOISE_PRODUCT(denoise_qkv_many, 1, Epilogue::Qkv, 1, 1024, 1, 4, true)
-DENOISE_PRODUCT(denoise_o_many, 1, Epilogue::Add, 1, 1024, 2, 4, true)
-DENOISE_PRODUCT(denoise_gate_up_many, 1, Epilogue::GeGlu, 2, 1024, 1, 4, true)
-DENOISE_PRODUCT(denoise_down_many, 1, Epilogue::Add, 1, 1024, 4, 4, true)
-DENOISE_PRODUCT(denoise_mlp_out_many, 1, Epilogue::Store, 1, 1024, 1, 4, true)
+DENOISE_PRODUCT(denoise_qkv_56, 1, Epilogue::Qkv, 2, 1024, 1, 7)
+DENOISE_PRODUCT(denoise_o_56, 1, Epilogue::Add, 1, 1024, 2, 7)
+DENOISE_PRODUCT(denoise_gate_up_56, 1, Epilogue::GeGlu, 4, 1024, 1, 7)
+DENOISE_PRODUCT(denoise_down_56, 1, Epilogue::Add, 1, 1024, 4, 7)
+DENOISE_PRODUCT(denoise_mlp_out_56, 1, Epilogue::Store, 1, 1024, 1, 7)

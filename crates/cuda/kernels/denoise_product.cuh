@@ -55,12 +55,13 @@ struct Extra {
   float* sum_to;        // Add, Store: where the sum of squares goes
 };
 
-template <Epilogue E, int MT, int KC, int CL, int NT, bool kMulti>
+template <Epilogue E, int MT, int KC, int CL, int NT>
 struct Product {
   static constexpr int kSlice = KC / kWarps;  // inputs of a warp
   static constexpr int kBlocks = kSlice / 32;
-  // Blocks of x under way: as many as 140 registers hold beside the sums.
-  static constexpr int kRoom = 140 - MT * NT * 4;
+  // Blocks of x under way: as many as the registers of a CTA alone, or of one beside another, hold
+  // together with the sums.
+  static constexpr int kRoom = (NT <= 2 || NT > 4 ? 140 : 64) - MT * NT * 4;
   static constexpr int kAhead =
       kRoom >= kBlocks * NT * 4 ? kBlocks : kRoom >= 2 * NT * 4 ? 2 : 1;
   static constexpr int kHeld = MT == 1 && NT <= 2 ? kBlocks : 1;  // blocks of A in registers
@@ -80,10 +81,10 @@ struct Product {
   static_assert(kBlocks >= 1 && NT * 512 <= kSliceBytes, "partial sums reuse the weights");
 
   struct Fixed {
-    float4 mail[CL > 1 ? (kMulti ? 2 : 1) * CL * kMail : 1];  // partial sums from the cluster
+    float4 mail[CL > 1 ? CL * kMail : 1];  // partial sums from the cluster
     float inverse_rms[kTokens];
     u64 boxes[kBoxes];    // the copies of weights
-    u64 mail_arrived[2];  // the mail of even and odd passes
+    u64 mail_arrived;
   };
 
   const DenoiseProductParams& p;
@@ -103,7 +104,7 @@ struct Product {
 
   __device__ __forceinline__ u32 tile_of(u32 item) const { return tile0 + item / (NT * 32); }
 
-  // The first of the item's two tokens within the pass.
+  // The first of the item's two tokens.
   __device__ __forceinline__ static u32 token_of(u32 item) {
     return (item / 32 % NT) * 8 + (item & 3) * 2;
   }
@@ -119,13 +120,11 @@ struct Product {
   __device__ __forceinline__ void init_barriers() {
     for (u32 i = 0; i < kBoxes; ++i) mbarrier_init(shared_address(&fixed.boxes[i]), 1);
     if (CL > 1) {
-      mbarrier_init(shared_address(&fixed.mail_arrived[0]), 1);
-      mbarrier_init(shared_address(&fixed.mail_arrived[1]), 1);
+      mbarrier_init(shared_address(&fixed.mail_arrived), 1);
     }
     mbarrier_init_fence();
     if (CL > 1) {
-      mbarrier_expect(shared_address(&fixed.mail_arrived[0]), kMailBytes);
-      mbarrier_expect(shared_address(&fixed.mail_arrived[1]), kMailBytes);
+      mbarrier_expect(shared_address(&fixed.mail_arrived), kMailBytes);
     }
   }
 
@@ -161,13 +160,13 @@ struct Product {
     return __ldg(p.rope + position * 128 + j);
   }
 
-  // Everything of a pass that does not hang on the dependency.
-  __device__ __forceinline__ void prepare(Extra (&extra)[kRounds], u32 row0) {
+  // Everything that does not hang on the dependency.
+  __device__ __forceinline__ void prepare(Extra (&extra)[kRounds]) {
     const u32 column = rank * KC + warp * kSlice + (lane & 3) * 8;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-      real[n] = row0 + n * 8 + (lane >> 2) < p.rows;
-      const u32 token = min(row0 + n * 8 + (lane >> 2), p.rows - 1);
+      real[n] = n * 8 + (lane >> 2) < p.rows;
+      const u32 token = min(n * 8 + (lane >> 2), p.rows - 1);
       x[n] = p.input + row_offset(p.input_rows, token) + column;
     }
 #pragma unroll
@@ -175,7 +174,7 @@ struct Product {
       const u32 item = tid + i * kThreads;
       if (item >= kItems) continue;
       Extra& e = extra[i];
-      const u32 r = lane >> 2, token = row0 + token_of(item);
+      const u32 r = lane >> 2, token = token_of(item);
       const uint2 f = features(tile_of(item));
       const float* per_output = E == Epilogue::Add ? p.gate : p.bias;
       const float neutral = E == Epilogue::Add ? 1.0f : 0.0f;
@@ -207,7 +206,7 @@ struct Product {
     if (kHasNorm) {
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
-        const u32 token = min(row0 + n * 8 + warp, p.rows - 1);
+        const u32 token = min(n * 8 + warp, p.rows - 1);
         sums_from[n] = row_index(p.input_rows, token) * kSums + lane * 2;
       }
     }
@@ -257,9 +256,8 @@ struct Product {
     return kFew ? load_global_pair(from) : load_l2_pair(from);
   }
 
-  // This warp's share of the sums for kTokens rows from row0.
-  __device__ __forceinline__ void accumulate(float4 (&sum)[MT][NT], Extra (&extra)[kRounds],
-                                             bool first_pass) {
+  // This warp's share of the sums for all rows.
+  __device__ __forceinline__ void accumulate(float4 (&sum)[MT][NT], Extra (&extra)[kRounds]) {
     uint4 b[kAhead][NT];
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
@@ -272,9 +270,7 @@ struct Product {
       for (int n = 0; n < NT; ++n) sums[n] = load_sums(n);
     }
     if (E == Epilogue::Add) load_old(extra);
-    if (first_pass) {
-      compute_sync<kBlock>(2);  // the loader has seen all of them
-    }
+    compute_sync<kBlock>(2);  // the loader has seen all weights
     const u32 w = shared_address(weights) + warp * kSliceBytes + lane * 16;
     uint4 held[kHeld][MT][2];
 #pragma unroll
@@ -366,16 +362,13 @@ struct Product {
     }
   }
 
-  // Partial sums of a warp lie in its own slice of the weights when those are not needed again.
+  // Partial sums of a warp lie in its own slice of the weights, which are not needed again.
   __device__ __forceinline__ float4* partial(u32 m, u32 w) const {
-    const u32 at = kMulti ? kWeightBytes + (m * kWarps + w) * NT * 512
-                                   : m * kTileBytes + w * kSliceBytes;
-    return reinterpret_cast<float4*>(weights + at);
+    return reinterpret_cast<float4*>(weights + m * kTileBytes + w * kSliceBytes);
   }
 
   __device__ __forceinline__ void reduce(const float4 (&sum)[MT][NT],
-                                         const Extra (&extra)[kRounds], u32 pass, bool more) {
-    const u32 parity = kMulti ? pass & 1 : 0;
+                                         const Extra (&extra)[kRounds]) {
     __syncwarp();
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
@@ -394,21 +387,15 @@ struct Product {
       const float4 t = add(add(add(v[0], v[1]), add(v[2], v[3])),
                            add(add(v[4], v[5]), add(v[6], v[7])));
       if (CL > 1) {
-        const u32 slot = shared_address(&fixed.mail[(parity * CL + rank) * kMail +
-                                                    mail_slot(item)]);
-        const u32 bar = shared_address(&fixed.mail_arrived[parity]);
+        const u32 slot = shared_address(&fixed.mail[rank * kMail + mail_slot(item)]);
+        const u32 bar = shared_address(&fixed.mail_arrived);
         peer_store(peer_address(slot, owner(item)), t, peer_address(bar, owner(item)));
       }
       total[i] = t;
     }
-    if (CL > 1 && (warp * 32 < kItems || (kMulti && more))) {
-      const u32 bar = shared_address(&fixed.mail_arrived[parity]);
-      mbarrier_wait(bar, pass >> 1 & 1);
+    if (CL > 1 && warp * 32 < kItems) {
+      mbarrier_wait(shared_address(&fixed.mail_arrived), 0);
       __syncwarp();
-      if (kMulti && more) {  // a later pass needs the barrier again
-        compute_sync<kThreads>(1);
-        if (tid == 0) mbarrier_expect(bar, kMailBytes);
-      }
     }
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
@@ -416,10 +403,10 @@ struct Product {
       if (item >= kItems) continue;
       if (CL > 1) {
         const u32 mine = owner(item) == rank ? mail_slot(item) : 0;
-        total[i] = fixed.mail[parity * CL * kMail + mine];
+        total[i] = fixed.mail[mine];
 #pragma unroll
         for (int c = 1; c < CL; ++c) {
-          total[i] = add(total[i], fixed.mail[(parity * CL + c) * kMail + mine]);
+          total[i] = add(total[i], fixed.mail[c * kMail + mine]);
         }
       }
       finish(total[i], extra[i], item);
@@ -440,26 +427,18 @@ struct Product {
       return;
     }
     Extra extra[kRounds];
-    prepare(extra, 0);
+    prepare(extra);
     if (CL > 1) cluster_wait();
     dependency_wait();
-    for (u32 row0 = 0, pass = 0; pass == 0 || (kMulti && row0 < p.rows); ++pass) {
-      row0 += kTokens;
-      const bool more = kMulti && row0 < p.rows;
-      float4 sum[MT][NT] = {};
-      accumulate(sum, extra, pass == 0);
-      reduce(sum, extra, pass, more);
-      if (more) {
-        prepare(extra, row0);
-        compute_sync<kThreads>(1);
-      }
-    }
+    float4 sum[MT][NT] = {};
+    accumulate(sum, extra);
+    reduce(sum, extra);
   }
 };
 
-template <Epilogue E, int MT, int KC, int CL, int NT, bool kMulti>
+template <Epilogue E, int MT, int KC, int CL, int NT>
 __device__ __forceinline__ void run_product(const DenoiseProductParams& p) {
-  using Body = Product<E, MT, KC, CL, NT, kMulti>;
+  using Body = Product<E, MT, KC, CL, NT>;
   extern __shared__ __align__(128) unsigned char dynamic[];
   __shared__ __align__(16) typename Body::Fixed fixed;
   const u32 rank = CL > 1 ? cluster_rank() : 0;

@@ -127,7 +127,8 @@ static __device__ __forceinline__ void store8(u16* to, const float (&v)[8]) {
 }
 
 // Eight values of STORE or ADD from column `column`, where `in_eights` holds.
-static __device__ __forceinline__ void finish8(const Output& o, u32 row, u32 column, float (&y)[8]) {
+static __device__ __forceinline__ void finish8(const Output& o, u32 row, u32 column,
+                                               float (&y)[8]) {
     u16* to = (u16*)o.out.base + o.out.offset(row) + column;
     float bias[8] = {}, gate[8] = {1, 1, 1, 1, 1, 1, 1, 1}, old[8] = {};
     if (o.bias) load8(bias, (const float*)o.bias + column);
@@ -147,7 +148,10 @@ static __device__ __forceinline__ void finish_pairs8(const Output& o, u32 row, u
     const u32 j = within / 2;
     float c[8] = {}, d[8] = {};
     if (head > o.q_heads) {
-        if (o.bias) load8(c, (const float*)o.bias + first), load8(d, (const float*)o.bias + first + 8);
+        if (o.bias) {
+            load8(c, (const float*)o.bias + first);
+            load8(d, (const float*)o.bias + first + 8);
+        }
         for (int i = 0; i < 8; i++) a[i] = a[i] * o.scale + c[i], b[i] = b[i] * o.scale + d[i];
         u16* to = (u16*)o.v.base + o.v.offset(row) + within;
         store8(to, a);
@@ -159,7 +163,8 @@ static __device__ __forceinline__ void finish_pairs8(const Output& o, u32 row, u
         load8(c, bias);
         load8(d, bias + half);
     }
-    const float4* turns = (const float4*)((const float2*)o.aux + (u64)position_of(o, row) * half + j);
+    const u64 turn_at = (u64)position_of(o, row) * half + j;
+    const float4* turns = (const float4*)((const float2*)o.aux + turn_at);
     float x[8], y[8];
     for (int i = 0; i < 8; i += 2) {
         const float4 turn = turns[i / 2];

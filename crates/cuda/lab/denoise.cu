@@ -191,10 +191,9 @@ struct Launch {
 struct Shape {  // of a product kernel
   const char* name;
   const void* fn;
-  int mt, kc, cl, nt, multi;
+  int mt, kc, cl, nt;
 };
-#define SHAPE(fn, mt, kc, cl, nt) Shape{#fn, (const void*)fn, mt, kc, cl, nt, 0}
-#define SHAPE_MULTI(fn, mt, kc, cl, nt) Shape{#fn, (const void*)fn, mt, kc, cl, nt, 1}
+#define SHAPE(fn, mt, kc, cl, nt) Shape{#fn, (const void*)fn, mt, kc, cl, nt}
 
 struct Choice {
   Shape qkv, o, gu, down, mlp;
@@ -206,9 +205,8 @@ std::vector<char> bytes_of(const P& p) {
 }
 
 Launch product_launch(const Shape& s, DenoiseProductParams p, int outputs, Kind kind) {
-  size_t smem = (size_t)s.mt * s.kc * 32;
-  if (s.multi) smem += 8 * s.mt * s.nt * 512;
-  if (!s.multi && (int)p.rows > s.nt * 8) printf("%s: too many rows\n", s.name), exit(1);
+  const size_t smem = (size_t)s.mt * s.kc * 32;
+  if ((int)p.rows > s.nt * 8) printf("%s: too many rows\n", s.name), exit(1);
   CHECK(cudaFuncSetAttribute(s.fn, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem));
   p.depth = kind == kGateUp ? 4 : kind == kQkv || kind == kDown ? 3 : 2;
   return {s.fn, dim3(outputs / 16 / s.mt * s.cl), denoise::kBlock, s.cl, smem, bytes_of(p), kind};

@@ -156,36 +156,33 @@ struct Instance {
     k_slice: u32,
     cluster: u32,
     groups: u32,
-    /// Whether it walks any number of rows in several passes.
-    multi: bool,
 }
 
 const fn instance(
     name: &'static str,
     role: Role,
     [tiles, k_slice, cluster, groups]: [u32; 4],
-    multi: bool,
 ) -> Instance {
-    Instance { name, role, tiles, k_slice, cluster, groups, multi }
+    Instance { name, role, tiles, k_slice, cluster, groups }
 }
 
 /// Fastest first among those that take the rows.
 const INSTANCES: &[Instance] = &[
-    instance("denoise_qkv_16", Role::Qkv, [1, 1024, 1, 2], false),
-    instance("denoise_o_16", Role::Out, [1, 1024, 2, 2], false),
-    instance("denoise_gate_up_16", Role::Up, [2, 1024, 1, 2], false),
-    instance("denoise_down_16", Role::Down, [1, 1024, 4, 2], false),
-    instance("denoise_mlp_out_16", Role::Mlp, [1, 1024, 1, 2], false),
-    instance("denoise_qkv_56", Role::Qkv, [2, 1024, 1, 7], false),
-    instance("denoise_o_56", Role::Out, [1, 1024, 2, 7], false),
-    instance("denoise_gate_up_56", Role::Up, [4, 1024, 1, 7], false),
-    instance("denoise_down_56", Role::Down, [1, 1024, 4, 7], false),
-    instance("denoise_mlp_out_56", Role::Mlp, [1, 1024, 1, 7], false),
-    instance("denoise_qkv_many", Role::Qkv, [1, 1024, 1, 4], true),
-    instance("denoise_o_many", Role::Out, [1, 1024, 2, 4], true),
-    instance("denoise_gate_up_many", Role::Up, [2, 1024, 1, 4], true),
-    instance("denoise_down_many", Role::Down, [1, 1024, 4, 4], true),
-    instance("denoise_mlp_out_many", Role::Mlp, [1, 1024, 1, 4], true),
+    instance("denoise_qkv_16", Role::Qkv, [1, 1024, 1, 2]),
+    instance("denoise_o_16", Role::Out, [1, 1024, 2, 2]),
+    instance("denoise_gate_up_16", Role::Up, [2, 1024, 1, 2]),
+    instance("denoise_down_16", Role::Down, [1, 1024, 4, 2]),
+    instance("denoise_mlp_out_16", Role::Mlp, [1, 1024, 1, 2]),
+    instance("denoise_qkv_32", Role::Qkv, [1, 1024, 1, 4]),
+    instance("denoise_o_32", Role::Out, [1, 1024, 2, 4]),
+    instance("denoise_gate_up_32", Role::Up, [2, 1024, 1, 4]),
+    instance("denoise_down_32", Role::Down, [1, 1024, 4, 4]),
+    instance("denoise_mlp_out_32", Role::Mlp, [1, 1024, 1, 4]),
+    instance("denoise_qkv_56", Role::Qkv, [2, 1024, 1, 7]),
+    instance("denoise_o_56", Role::Out, [1, 1024, 2, 7]),
+    instance("denoise_gate_up_56", Role::Up, [4, 1024, 1, 7]),
+    instance("denoise_down_56", Role::Down, [1, 1024, 4, 7]),
+    instance("denoise_mlp_out_56", Role::Mlp, [1, 1024, 1, 7]),
 ];
 
 /// Threads of a product: eight warps compute, one loads weights.
@@ -198,13 +195,11 @@ const fn depth(role: Role) -> u32 {
         Role::Out | Role::Mlp => 2,
     }
 }
-/// Beyond so many rows the passes over tiles of rows cost more than tower products.
-const MAX_ROWS: u32 = 56;
 const MAX_SHARED: usize = 200 << 10;
 
 impl Instance {
     fn takes(&self, role: Role, rows: u32) -> bool {
-        self.role == role && (self.multi || rows <= self.groups * 8)
+        self.role == role && rows <= self.groups * 8
     }
 }
 
@@ -232,7 +227,7 @@ impl Denoise {
     pub fn takes(rows: u32) -> bool {
         let roles = [Role::Qkv, Role::Out, Role::Up, Role::Down, Role::Mlp];
         let served = |role| INSTANCES.iter().any(|i| i.takes(role, rows));
-        roles.into_iter().all(served) && rows <= MAX_ROWS
+        roles.into_iter().all(served)
     }
 
     /// A product of `outputs` rows of weight; `None` when no instance takes it.
@@ -240,8 +235,7 @@ impl Denoise {
         let at = INSTANCES.iter().position(|i| i.takes(role, p.rows))?;
         let i = &INSTANCES[at];
         p.depth = depth(role);
-        let scratch = if i.multi { 8 * i.tiles * i.groups * 512 } else { 0 };
-        let shared_bytes = i.tiles * i.k_slice * 32 + scratch;
+        let shared_bytes = i.tiles * i.k_slice * 32;
         let grid = [outputs / 16 / i.tiles * i.cluster, 1, 1];
         let args = vec![Arg::of(&p)];
         let launch = Launch::new(self.products[at].clone(), grid, THREADS, args);
