@@ -13,13 +13,14 @@ use serde::Serialize;
 
 use crate::args::BenchArgs;
 use crate::device;
+use crate::provenance::Provenance;
 use crate::text::{table, write_json};
 use crate::weights::Weights;
 
 #[derive(Serialize)]
 struct Report {
-    version: &'static str,
-    date: String,
+    #[serde(flatten)]
+    provenance: Provenance,
     device: String,
     weights: String,
     model: &'static str,
@@ -75,8 +76,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let runs = args.runs.unwrap_or(if on_gpu { 200 } else { 5 });
     let warmup = args.warmup.unwrap_or(if on_gpu { 20 } else { 1 });
     let mut report = Report {
-        version: env!("CARGO_PKG_VERSION"),
-        date: crate::text::today(),
+        provenance: Provenance::here(),
         device: name,
         weights: weights.origin.clone(),
         model: config.family.name(),

@@ -16,6 +16,7 @@ mod model;
 mod npz;
 mod plan;
 mod profile;
+mod provenance;
 mod replay;
 mod report;
 mod rtc;

@@ -18,7 +18,8 @@ use anyhow::{Context, Result, bail};
 use pirouette_engine::NullTimes;
 use serde::Serialize;
 
-use crate::text::{table, today, write_json};
+use crate::provenance::Provenance;
+use crate::text::{table, write_json};
 
 /// Arguments of `stress`.
 #[derive(clap::Args)]
@@ -115,23 +116,12 @@ struct Row {
 
 #[derive(Serialize)]
 struct Report {
-    version: &'static str,
-    date: String,
-    commit: Option<String>,
-    machine: Machine,
-    command: String,
+    #[serde(flatten)]
+    provenance: Provenance,
     optimised: bool,
     short: bool,
     batch_ms: Vec<(usize, f64)>,
     rows: Vec<Row>,
-}
-
-#[derive(Serialize)]
-struct Machine {
-    cpu: Option<String>,
-    cores: usize,
-    memory_bytes: Option<u64>,
-    load_average: Option<String>,
 }
 
 type Outcome = Result<Vec<Check>>;
@@ -214,14 +204,7 @@ pub fn run(args: &StressArgs) -> Result<()> {
     let times = measured_times()?;
     let scale = Scale { short: args.short, overload_seconds: args.overload_seconds, times };
     let mut report = Report {
-        version: env!("CARGO_PKG_VERSION"),
-        date: today(),
-        commit: commit(),
-        machine: machine(),
-        command: std::iter::once("pirouette".into())
-            .chain(std::env::args().skip(1))
-            .collect::<Vec<String>>()
-            .join(" "),
+        provenance: Provenance::here(),
         optimised: !cfg!(debug_assertions),
         short: args.short,
         batch_ms: scale.times.0.clone(),
@@ -286,26 +269,4 @@ fn raise_file_limit() {
     let limit = getrlimit(Resource::Nofile);
     // Where it can't be raised, the rows that need it say what they lacked.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
-}
-
-fn commit() -> Option<String> {
-    let git = std::process::Command::new("git").args(["rev-parse", "HEAD"]).output().ok()?;
-    let text = String::from_utf8(git.stdout).ok()?;
-    git.status.success().then(|| text.trim().to_string())
-}
-
-fn machine() -> Machine {
-    let line = |file: &str, key: &str| {
-        let text = std::fs::read_to_string(file).ok()?;
-        let line = text.lines().find(|l| l.starts_with(key))?.split_once(':')?.1.trim().to_string();
-        Some(line)
-    };
-    let kib = line("/proc/meminfo", "MemTotal");
-    let memory = kib.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok());
-    Machine {
-        cpu: line("/proc/cpuinfo", "model name"),
-        cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
-        memory_bytes: memory.map(|kib| kib * 1024),
-        load_average: std::fs::read_to_string("/proc/loadavg").ok().map(|l| l.trim().to_string()),
-    }
 }

@@ -1,0 +1,64 @@
+//! This process → where its measurements come from: program, date, commit, machine, command.
+
+use serde::Serialize;
+
+use crate::text::today;
+
+/// What stands at the head of a file of measurements.
+#[derive(Clone, Debug, Serialize)]
+pub struct Provenance {
+    version: &'static str,
+    date: String,
+    /// Of the working tree that the command ran in, where that is a git one.
+    commit: Option<String>,
+    machine: Machine,
+    command: String,
+}
+
+#[derive(Clone, Debug, Serialize)]
+struct Machine {
+    cpu: Option<String>,
+    /// That this process may use.
+    cores: usize,
+    memory_bytes: Option<u64>,
+    load_average: Option<String>,
+}
+
+impl Provenance {
+    /// Of this process, now.
+    pub fn here() -> Self {
+        let arguments = std::env::args().skip(1);
+        let words: Vec<String> = std::iter::once("pirouette".into()).chain(arguments).collect();
+        Provenance {
+            version: env!("CARGO_PKG_VERSION"),
+            date: today(),
+            commit: commit(),
+            machine: Machine::here(),
+            command: words.join(" "),
+        }
+    }
+}
+
+impl Machine {
+    fn here() -> Self {
+        let line = |file: &str, key: &str| {
+            let text = std::fs::read_to_string(file).ok()?;
+            let (_, value) = text.lines().find(|l| l.starts_with(key))?.split_once(':')?;
+            Some(value.trim().to_string())
+        };
+        let kib = line("/proc/meminfo", "MemTotal");
+        let memory = kib.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok());
+        Machine {
+            cpu: line("/proc/cpuinfo", "model name"),
+            cores: std::thread::available_parallelism().map_or(1, |n| n.get()),
+            memory_bytes: memory.map(|kib| kib * 1024),
+            load_average: std::fs::read_to_string("/proc/loadavg").ok().map(|l| l.trim().into()),
+        }
+    }
+}
+
+fn commit() -> Option<String> {
+    let git = std::process::Command::new("git").args(["rev-parse", "HEAD"]).output().ok()?;
+    let text = String::from_utf8(git.stdout).ok()?;
+    git.status.success().then(|| text.trim().to_string())
+}
