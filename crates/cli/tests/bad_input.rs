@@ -250,3 +250,17 @@ fn no_permission() {
     }
     fails(&["inspect", text(folder.path())], &["Permission denied", "model.safetensors"]);
 }
+
+#[test]
+fn output_that_nobody_reads_is_no_fault() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = Command::new(env!("CARGO_BIN_EXE_pirouette"))
+        .args(["plan", "pi0"])
+        .stdout(writer)
+        .stderr(std::process::Stdio::piped())
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert_eq!(output.status.code(), Some(141));
+}
