@@ -22,7 +22,7 @@ const STYLE: &str = "\
 --s0:#2f6db0;--s1:#c26a1f;--s2:#3f8a5c;--s3:#8a5aa8;--mark:#c0392b}\
 @media (prefers-color-scheme:dark){:root{--paper:#15181c;--ink:#e4e7ea;--soft:#98a2ad;\
 --rule:#2d333a;--s0:#6aa5e0;--s1:#e2975a;--s2:#6fbf8f;--s3:#b78fd0;--mark:#ff7a6b}}\
-body{background:var(--paper);color:var(--ink);max-width:64rem;margin:2.5rem auto;padding:0 1.25rem;\
+body{background:var(--paper);color:var(--ink);max-width:84rem;margin:2.5rem auto;padding:0 1.25rem;\
 font:15px/1.5 system-ui,-apple-system,\"Segoe UI\",\"DejaVu Sans\",sans-serif}\
 h1{font-size:1.7rem;margin:0 0 .3rem}h2{font-size:1.25rem;margin:2.6rem 0 .6rem;\
 padding-top:1.1rem;border-top:1px solid var(--rule)}h3{font-size:1rem;margin:1.9rem 0 .5rem}\
