@@ -46,8 +46,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// `println!` panics when whoever reads the output has gone, as `head` does: the end of the work, not
-/// a fault. The exit status is a shell's for SIGPIPE.
+/// `println!` panics when whoever reads the output has gone, as `head` does: the end of the work,
+/// not a fault. The exit status is a shell's for SIGPIPE.
 fn end_quietly_without_a_reader() {
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
