@@ -11,14 +11,13 @@
 //
 // _16: rows <= 16; _32: rows <= 32; _56: rows <= 56; more is for the tower's products. 288
 // threads: 8 warps that compute, one that loads weights. A CTA has N / 16 / (grid / cluster) tiles
-// of 16 outputs.
-// Dynamic shared memory: 32 KB a tile. The cluster size and programmatic
-// dependent launch are launch attributes.
+// of 16 outputs. Dynamic shared memory: 32 KB a tile. The cluster size and programmatic dependent
+// launch are launch attributes.
 //
 // Weights: packed as denoise_load.cu says; a tile of 16 outputs is contiguous, K-slices in order.
 // A cluster splits K. A warp owns an eighth of the CTA's inputs and all of its outputs; x goes
-// from L2 straight to registers as the B fragment of mma.m16n8k16 (tokens are the n side),
-// weights through shared memory.
+// from L2 (_16: by way of L1) to registers as the B fragment of mma.m16n8k16 (tokens are the n
+// side), weights through shared memory.
 // Norm (qkv, gate‖up): y = rms(x) * (W * (scale * x)) + bias. Whoever writes the stream also
 // writes it times the scale of the norm that follows (learned, or an adaptive norm's 1 + scale),
 // rounded once, and its sums of squares, one per 16 features; W * shift of an adaptive norm comes
@@ -61,10 +60,11 @@
 // or part, early or once released (3.74 - 4.2); x by bulk copies into shared memory (3.5 - 3.9), by
 // multicast to 2 or 4 CTAs (qkv 3.36, gate‖up 3.48 and 3.64: x is there after 0.9, but takes room
 // and is read twice); K split over clusters so that a CTA needs a part of x (qkv 3.37, o 3.49,
-// gate‖up 3.61, down 3.44); 56 or 40 registers for more CTAs at once (3.51, 4.6); gate‖up in 4
-// tiles (3.43) or with 16 warps (3.73); attention over 16 CTAs (3.56). Boxes of 4 KB, 6 of them:
-// 0.03 better, once. h = 50: 96 registers for two CTAs (7.5 and more), x by bulk copies (7.2 and
-// more).
+// gate‖up 3.61, down 3.44); 56 or 40 registers for more CTAs at once (3.51, 4.6); gate‖up with 16
+// warps (3.73); attention over 16 CTAs (3.56). Boxes of 4 KB, 6 of them: 0.03 better, once. Against
+// 3.19: qkv or down in 2 tiles (3.33, 3.37), gate‖up in 4 or 1 (3.43, 3.64). Against 3.12:
+// attention with K before V or V after q (3.13, 3.18), its V in registers early (3.15). h = 50: 96
+// registers for two CTAs (7.1 - 9.5), x by bulk copies (7.2 and more).
 #include "denoise_product.cuh"
 
 #define DENOISE_PRODUCT(name, CTAS, ...)                                \
