@@ -46,7 +46,7 @@
 // | the stream's writers also write it times the scale (predicted 3.4)      | 3.40        |
 // | depth by kernel (all 4 before)                                          | 3.35        |
 // | rows of padding not fetched                                             | 3.31        |
-// | x through L1 instead of L2 (predicted 3.1: half of gate‖up's traffic)   | 3.20        |
+// | x through L1 instead of L2: half of gate‖up's traffic                   | 3.20        |
 // | sums through L1, depth 3 2 4 3                                          | 3.12        |
 // h = 50: 7.40 with scales in the readers, 7.10 without.
 //

@@ -36,8 +36,28 @@ pub fn trace(
     trace.span(HOST, "run", "run", (begin, busy), what);
     trace.span(HOST, "copy out", "copy", (begin + busy, run.copy_out_ms), json!({}));
     let mut at = begin;
+    let span = |&ms: &f64| {
+        let from = at;
+        at += ms;
+        Some((from, at))
+    };
+    let spans: Vec<Option<(f64, f64)>> = step_ms.iter().map(span).collect();
+    steps(&mut trace, program, rates, &spans, [STAGE, DEVICE]);
+    trace.finish(&json!({ "program": program.config.family.name() }))
+}
+
+/// Every step that has a span (from, to) on the second track, with its cost; on the first the stages
+/// that they make up.
+pub(super) fn steps(
+    trace: &mut ChromeTrace,
+    program: &Program,
+    rates: &Rates,
+    spans: &[Option<(f64, f64)>],
+    [stage_track, step_track]: [Track; 2],
+) {
     let mut stages = [(f64::INFINITY, 0.0f64); 3];
-    for (step, &ms) in program.steps.iter().zip(step_ms) {
+    for (step, span) in program.steps.iter().zip(spans) {
+        let &Some((from, to)) = span else { continue };
         let cost = program.cost(step);
         let limit_us = cost.limit_ms(rates) * 1e3;
         let args = json!({
@@ -45,21 +65,19 @@ pub fn trace(
             "flops": cost.flops,
             "weight_bytes": cost.weight_bytes(rates),
             "limit_us": limit_us,
-            "of_limit": if ms > 0.0 { limit_us / (ms * 1e3) } else { 0.0 },
+            "of_limit": if to > from { limit_us / ((to - from) * 1e3) } else { 0.0 },
         });
-        trace.span(DEVICE, &step.name, category(step), (at, ms), args);
+        trace.span(step_track, &step.name, category(step), (from, to - from), args);
         if let Some(i) = STAGES.iter().position(|(stage, _)| *stage == step.stage()) {
-            stages[i] = (stages[i].0.min(at), at + ms);
+            stages[i] = (stages[i].0.min(from), stages[i].1.max(to));
         }
-        at += ms;
     }
     for ((stage, name), (from, to)) in STAGES.into_iter().zip(stages) {
         if to > from {
             let limit = json!({ "limit_ms": program.stage_limit_ms(stage, rates) });
-            trace.span(STAGE, name, "stage", (from, to - from), limit);
+            trace.span(stage_track, name, "stage", (from, to - from), limit);
         }
     }
-    trace.finish(&json!({ "program": program.config.family.name() }))
 }
 
 #[cfg(test)]

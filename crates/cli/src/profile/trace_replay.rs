@@ -7,9 +7,8 @@ use pirouette_model::cost::Rates;
 use pirouette_server::{ChromeTrace, Track};
 use serde_json::json;
 
-use super::breakdown::category;
 use super::kernels::work;
-use super::meter::STAGES;
+use super::trace;
 
 const HOST: Track = Track { pid: 1, tid: 1 };
 const STAGE: Track = Track { pid: 2, tid: 1 };
@@ -32,7 +31,8 @@ pub fn trace(program: &Program, device: &str, rates: &Rates, replay: &ReplayTrac
     trace.span(HOST, "launch the graph", "host", (launch, launched - launch), about);
     trace.span(HOST, "wait for the actions", "host", (launched, done - launched), json!({}));
     kernels(&mut trace, program, replay, zero);
-    steps(&mut trace, program, rates, replay, zero);
+    let spans = spans(program, replay, zero);
+    trace::steps(&mut trace, program, rates, &spans, [STAGE, STEP]);
     trace.finish(&json!({ "program": family, "cupti": replay.version }))
 }
 
@@ -61,48 +61,20 @@ fn kernels(trace: &mut ChromeTrace, program: &Program, replay: &ReplayTrace, zer
     }
 }
 
-/// Steps and stages, each from the end of what came before to its own.
-fn steps(
-    trace: &mut ChromeTrace,
-    program: &Program,
-    rates: &Rates,
-    replay: &ReplayTrace,
-    zero: f64,
-) {
-    // (from, to) of each step, of those that have kernels.
+/// (from, to) of each step that has kernels: from the end of what came before, or from its own first
+/// start if that is later, to its own end.
+fn spans(program: &Program, replay: &ReplayTrace, zero: f64) -> Vec<Option<(f64, f64)>> {
     let mut spans: Vec<Option<(f64, f64)>> = vec![None; program.steps.len()];
     let mut reached = replay.nodes.first().map_or(0.0, |n| n.span_ms.0);
     for node in &replay.nodes {
         let end = reached.max(node.span_ms.1);
         if let Some(span) = node.step.and_then(|at| spans.get_mut(at)) {
-            let from = span.map_or(reached, |(from, _)| from);
-            *span = Some((from, end));
+            let from = span.map_or(reached.max(node.span_ms.0) - zero, |(from, _)| from);
+            *span = Some((from, end - zero));
         }
         reached = end;
     }
-    let mut stages = [(f64::INFINITY, 0.0f64); 3];
-    for (step, span) in program.steps.iter().zip(spans) {
-        let Some((from, to)) = span.map(|(from, to)| (from - zero, to - zero)) else { continue };
-        let cost = program.cost(step);
-        let limit_us = cost.limit_ms(rates) * 1e3;
-        let args = json!({
-            "shape": program.shape_text(step),
-            "flops": cost.flops,
-            "weight_bytes": cost.weight_bytes(rates),
-            "limit_us": limit_us,
-            "of_limit": if to > from { limit_us / ((to - from) * 1e3) } else { 0.0 },
-        });
-        trace.span(STEP, &step.name, category(step), (from, to - from), args);
-        if let Some(i) = STAGES.iter().position(|(stage, _)| *stage == step.stage()) {
-            stages[i] = (stages[i].0.min(from), stages[i].1.max(to));
-        }
-    }
-    for ((stage, name), (from, to)) in STAGES.into_iter().zip(stages) {
-        if to > from {
-            let limit = json!({ "limit_ms": program.stage_limit_ms(stage, rates) });
-            trace.span(STAGE, name, "stage", (from, to - from), limit);
-        }
-    }
+    spans
 }
 
 #[cfg(test)]
