@@ -46,8 +46,8 @@ pub fn trace(
     trace.finish(&json!({ "program": program.config.family.name() }))
 }
 
-/// Every step that has a span (from, to) on the second track, with its cost; on the first the stages
-/// that they make up.
+/// Every step that has a span (from, to) on the second track, with its cost; on the first the
+/// stages that they make up.
 pub(super) fn steps(
     trace: &mut ChromeTrace,
     program: &Program,

@@ -61,8 +61,8 @@ fn kernels(trace: &mut ChromeTrace, program: &Program, replay: &ReplayTrace, zer
     }
 }
 
-/// (from, to) of each step that has kernels: from the end of what came before, or from its own first
-/// start if that is later, to its own end.
+/// (from, to) of each step that has kernels: from the end of what came before, or from its own
+/// first start if that is later, to its own end.
 fn spans(program: &Program, replay: &ReplayTrace, zero: f64) -> Vec<Option<(f64, f64)>> {
     let mut spans: Vec<Option<(f64, f64)>> = vec![None; program.steps.len()];
     let mut reached = replay.nodes.first().map_or(0.0, |n| n.span_ms.0);
