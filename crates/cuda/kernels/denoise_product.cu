@@ -1,22 +1,21 @@
-// The products of the denoise loop for few rows: out = epilogue(norm(x) * W^T), BF16 weights and
-// rows, FP32 sums.
+// The products of the denoise loop for up to 16 rows: out = epilogue(norm(x) * W^T), BF16 weights
+// and rows, FP32 sums. More rows are for denoise_wide.cu.
 //
-// | kernel denoise_…       | N x K       | out                      | grid _16, _32   | _56      |
-// |------------------------|-------------|--------------------------|-----------------|----------|
-// | qkv                    | 2560 x 1024 | rotary; q, k, v rows     | 160             | 80       |
-// | o                      | 1024 x 2048 | old + gate * y, stream   | 128, cluster 2  | same     |
-// | gate_up                | 8192 x 1024 | gelu(gate) * up          | 256             | 128      |
-// | down                   | 1024 x 4096 | old + gate * y, stream   | 256, cluster 4  | same     |
-// | mlp_out                | 1024 x 1024 | y + bias, stream         | 64              | same     |
+// | kernel denoise_… | N x K       | out                      | grid           |
+// |------------------|-------------|--------------------------|----------------|
+// | qkv_16           | 2560 x 1024 | rotary; q, k, v rows     | 160            |
+// | o_16             | 1024 x 2048 | old + gate * y, stream   | 128, cluster 2 |
+// | gate_up_16       | 8192 x 1024 | gelu(gate) * up          | 256            |
+// | down_16          | 1024 x 4096 | old + gate * y, stream   | 256, cluster 4 |
+// | mlp_out_16       | 1024 x 1024 | y + bias, stream         | 64             |
 //
-// _16: rows <= 16; _32: rows <= 32; _56: rows <= 56; more is for the tower's products. 288
-// threads: 8 warps that compute, one that loads weights. A CTA has N / 16 / (grid / cluster) tiles
-// of 16 outputs. Dynamic shared memory: 32 KB a tile. The cluster size and programmatic dependent
-// launch are launch attributes.
+// 288 threads: 8 warps that compute, one that loads weights. A CTA has N / 16 / (grid / cluster)
+// tiles of 16 outputs. Dynamic shared memory: 32 KB a tile. The cluster size and programmatic
+// dependent launch are launch attributes.
 //
 // Weights: packed as denoise_load.cu says; a tile of 16 outputs is contiguous, K-slices in order.
 // A cluster splits K. A warp owns an eighth of the CTA's inputs and all of its outputs; x goes
-// from L2 (_16: by way of L1) to registers as the B fragment of mma.m16n8k16 (tokens are the n
+// from L2 by way of L1 to registers as the B fragment of mma.m16n8k16 (tokens are the n
 // side), weights through shared memory.
 // Norm (qkv, gate‖up): y = rms(x) * (W * (scale * x)) + bias. Whoever writes the stream also
 // writes it times the scale of the norm that follows (learned, or an adaptive norm's 1 + scale),
@@ -48,7 +47,6 @@
 // | rows of padding not fetched                                             | 3.31        |
 // | x through L1 instead of L2: half of gate‖up's traffic                   | 3.20        |
 // | sums through L1, depth 3 2 4 3                                          | 3.12        |
-// h = 50: 7.40 with scales in the readers, 7.10 without.
 //
 // Where a layer-step goes (H100, stamps of %globaltimer in every CTA, us): from a kernel's last
 // store to the release of the next 0.6 - 0.7; from there to x in the slowest CTA 1.9 - 2.8 (0.6 in
@@ -63,8 +61,10 @@
 // gate‖up 3.61, down 3.44); 56 or 40 registers for more CTAs at once (3.51, 4.6); gate‖up with 16
 // warps (3.73); attention over 16 CTAs (3.56). Boxes of 4 KB, 6 of them: 0.03 better, once. Against
 // 3.19: qkv or down in 2 tiles (3.33, 3.37), gate‖up in 4 or 1 (3.43, 3.64). Against 3.12:
-// attention with K before V or V after q (3.13, 3.18), its V in registers early (3.15). h = 50: 96
-// registers for two CTAs (7.1 - 9.5), x by bulk copies (7.2 and more).
+// attention with K before V or V after q (3.13, 3.18), its V in registers early (3.15);
+// weights of 64 outputs side by side (3.20), boxes of 4 KB (3.17), weights in rows of 64 bytes, so
+// that a fragment is put together of two loads (3.26); o, gate‖up or down by the wide kernel of 24
+// rows (3.27, 3.45, 3.16).
 #include "denoise_product.cuh"
 
 #define DENOISE_PRODUCT(name, CTAS, ...)                                \
@@ -74,20 +74,8 @@
     run_product<__VA_ARGS__>(p);                                        \
   }
 
-DENOISE_PRODUCT(denoise_qkv_16, 3, Epilogue::Qkv, 1, 1024, 1, 2)
-DENOISE_PRODUCT(denoise_o_16, 3, Epilogue::Add, 1, 1024, 2, 2)
-DENOISE_PRODUCT(denoise_gate_up_16, 3, Epilogue::GeGlu, 2, 1024, 1, 2)
-DENOISE_PRODUCT(denoise_down_16, 3, Epilogue::Add, 1, 1024, 4, 2)
-DENOISE_PRODUCT(denoise_mlp_out_16, 3, Epilogue::Store, 1, 1024, 1, 2)
-
-DENOISE_PRODUCT(denoise_qkv_32, 2, Epilogue::Qkv, 1, 1024, 1, 4)
-DENOISE_PRODUCT(denoise_o_32, 2, Epilogue::Add, 1, 1024, 2, 4)
-DENOISE_PRODUCT(denoise_gate_up_32, 2, Epilogue::GeGlu, 2, 1024, 1, 4)
-DENOISE_PRODUCT(denoise_down_32, 2, Epilogue::Add, 1, 1024, 4, 4)
-DENOISE_PRODUCT(denoise_mlp_out_32, 2, Epilogue::Store, 1, 1024, 1, 4)
-
-DENOISE_PRODUCT(denoise_qkv_56, 1, Epilogue::Qkv, 2, 1024, 1, 7)
-DENOISE_PRODUCT(denoise_o_56, 1, Epilogue::Add, 1, 1024, 2, 7)
-DENOISE_PRODUCT(denoise_gate_up_56, 1, Epilogue::GeGlu, 4, 1024, 1, 7)
-DENOISE_PRODUCT(denoise_down_56, 1, Epilogue::Add, 1, 1024, 4, 7)
-DENOISE_PRODUCT(denoise_mlp_out_56, 1, Epilogue::Store, 1, 1024, 1, 7)
+DENOISE_PRODUCT(denoise_qkv_16, 3, Epilogue::Qkv, 1, 1024, 1)
+DENOISE_PRODUCT(denoise_o_16, 3, Epilogue::Add, 1, 1024, 2)
+DENOISE_PRODUCT(denoise_gate_up_16, 3, Epilogue::GeGlu, 2, 1024, 1)
+DENOISE_PRODUCT(denoise_down_16, 3, Epilogue::Add, 1, 1024, 4)
+DENOISE_PRODUCT(denoise_mlp_out_16, 3, Epilogue::Store, 1, 1024, 1)

@@ -149,16 +149,6 @@ __device__ __forceinline__ void store_unit(void* p, uint4 v) {
       : "memory");
 }
 
-// Two words, each in one piece.
-__device__ __forceinline__ float2 load_l2_pair(const float* p) {
-  float2 v;
-  asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];"
-               : "=f"(v.x), "=f"(v.y)
-               : "l"(p)
-               : "memory");
-  return v;
-}
-
 __device__ __forceinline__ float2 load_global_pair(const float* p) {
   float2 v;
   asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
@@ -171,6 +161,12 @@ __device__ __forceinline__ uint4 load_shared(u32 address) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "r"(address)
                : "memory");
+  return v;
+}
+
+__device__ __forceinline__ uint2 load_shared_pair(u32 address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
   return v;
 }
 

@@ -32,12 +32,13 @@
 // 588 columns padded to 640 with zeros).
 //
 // Choice: among the instances of an epilogue, the host takes the least of
-//   3000 + waves · main + (turns ? 1 : waves) · 30 · BN · BM / 128 + (CK > 1 ? 1000 · CK : 0),
-//   in clocks: main = ⌈K / 64⌉ / CK · max(BM · BN / 32, 2.25 · (BM + BN)): the tensor cores' time
-//   or that of 57 bytes a clock into an SM,
-//   waves = ⌈CTAs with a tile / 132 (120 for clusters of 4)⌉.
-// Over 27 pairs of shape and rows (512 to 968) it took the fastest measured 22 times, one within
-// 1.1 % 2 times, and lost 3.4, 5.5 and 9.7 % in the others. Shapes known beforehand use this table.
+//   3000 + waves · main + (turns ? 1 : waves) · 30 · BN · BM / 128 + (CK > 1 ? 1250 · CK : 0),
+//   in clocks: main = ⌈K / 64⌉ / CK · max(BM · BN / 32, 2.4 · (BM + BN)): the tensor cores' time
+//   or that of 53 bytes a clock into an SM,
+//   waves = ⌈CTAs with a tile / 132 (120 for clusters of 4)⌉,
+// but for the few shapes at which it errs and that are known beforehand (`MEASURED` in gemm.rs).
+// Rows of x and W begin at cache lines (`row_pitch` in layout.rs): with 4304 columns side by side
+// vision.fc2 took 18.1 µs instead of 16.7 (768 rows), 121 instead of 100 (6144).
 //
 // Fastest, µs per launch on an H200 in a chain of dependent launches, weights cold in L2, epilogue
 // included (nvcc 13.0, lab `time`); in brackets torch's cuBLAS without any epilogue, run beside an
@@ -67,6 +68,11 @@
 //   prefill.out   128x200_w2    20.6   128x200_w2    39.9   128x192_t_x2    81 (  72)
 //   prefill.up    128x200_t_w2   285   128x200_t_w2   640   128x200_t_x2  1258 (1188)
 //   prefill.down  128x200_w2     156   128x200_w2     322   128x192_t_x2   633 ( 589)
+// H100, 2026-11-25, rows of fewer cameras and more prompt (before: what the instances of the
+// table above gave): prefill.up 276 rows 128x144_t_w2 66 (106), 340 128x184_t_w2 77 (87), 456
+// 128x152_t_x2 99 (146), 532 128x184_t_x2 108 (129), 712 128x184_t_w2 152 (165); prefill.down 276
+// 128x72_k2 49 (57), 456 128x120_k2 58 (76), 712 128x184_k2 71; vision.fc1 256 128x88 8.5 (12.2);
+// vision.fc2 256 128x48_k2 12.2 (15.2). Of 788 rows, same card: prefill.out 128x104 14.1.
 // B = 64: vision (49152 rows) qkv 128x192_t_w2 564, out 128x192_t_w2 212, fc1 128x192_t_x2 710,
 // fc2 128x192_t_x2 764, projector 128x192_t_w2 395; prefill (50432 rows) qkv 128x192_t_x2 712, out
 // 128x192_t_x2 574, up 128x200_t_w2 10324, down 128x192_t_x2 5068, kv 128x192_t_x2 160.
@@ -79,6 +85,13 @@
 #include GEMM_CANDIDATES
 #else
 #define GEMM_INSTANCES(X)                                                             \
+    X(gemm_geglu_128x144_t_w2, 2, 2, 144, 5, 1, 2, 1, 1, GEGLU)                       \
+    X(gemm_geglu_128x144_t_x2, 2, 2, 144, 5, 2, 1, 1, 1, GEGLU)                       \
+    X(gemm_geglu_128x152_t_x2, 2, 2, 152, 5, 2, 1, 1, 1, GEGLU)                       \
+    X(gemm_geglu_128x168_t_w2, 2, 2, 168, 4, 1, 2, 1, 1, GEGLU)                       \
+    X(gemm_geglu_128x168_t_x2, 2, 2, 168, 4, 2, 1, 1, 1, GEGLU)                       \
+    X(gemm_geglu_128x184_t_w2, 2, 2, 184, 4, 1, 2, 1, 1, GEGLU)                       \
+    X(gemm_geglu_128x184_t_x2, 2, 2, 184, 4, 2, 1, 1, 1, GEGLU)                       \
     X(gemm_geglu_128x200_t_w2, 2, 2, 200, 4, 1, 2, 1, 1, GEGLU)                       \
     X(gemm_geglu_128x200_t_x2, 2, 2, 200, 4, 2, 1, 1, 1, GEGLU)                       \
     X(gemm_add_128x64, 2, 1, 64, 8, 1, 1, 1, 0, ADD)                                  \
@@ -86,24 +99,36 @@
     X(gemm_add_128x104, 2, 1, 104, 6, 1, 1, 1, 0, ADD)                                \
     X(gemm_add_128x128, 2, 1, 128, 6, 1, 1, 1, 0, ADD)                                \
     X(gemm_add_128x216, 2, 1, 216, 4, 1, 1, 1, 0, ADD)                                \
+    X(gemm_add_128x48_k2, 2, 1, 48, 8, 1, 1, 2, 0, ADD)                               \
+    X(gemm_add_128x72_k2, 2, 1, 72, 8, 1, 1, 2, 0, ADD)                               \
     X(gemm_add_128x80_k2, 2, 1, 80, 8, 1, 1, 2, 0, ADD)                               \
+    X(gemm_add_128x96_k2, 2, 1, 96, 7, 1, 1, 2, 0, ADD)                               \
+    X(gemm_add_128x120_k2, 2, 1, 120, 6, 1, 1, 2, 0, ADD)                             \
     X(gemm_add_128x128_w2_k2, 2, 1, 128, 6, 1, 2, 2, 0, ADD)                          \
     X(gemm_add_128x136_k2, 2, 1, 136, 6, 1, 1, 2, 0, ADD)                             \
+    X(gemm_add_128x168_k2, 2, 1, 168, 4, 1, 1, 2, 0, ADD)                             \
+    X(gemm_add_128x184_k2, 2, 1, 184, 4, 1, 1, 2, 0, ADD)                             \
     X(gemm_add_128x200_k2, 2, 1, 200, 4, 1, 1, 2, 0, ADD)                             \
+    X(gemm_add_128x224_k2, 2, 1, 224, 4, 1, 1, 2, 0, ADD)                             \
     X(gemm_add_128x248_k2, 2, 1, 248, 4, 1, 1, 2, 0, ADD)                             \
     X(gemm_add_128x200_w2, 2, 1, 200, 4, 1, 2, 1, 0, ADD)                             \
     X(gemm_add_128x192_t_w2, 2, 2, 192, 4, 1, 2, 1, 1, ADD)                           \
     X(gemm_add_128x192_t_x2, 2, 2, 192, 4, 2, 1, 1, 1, ADD)                           \
     X(gemm_rope_128x32, 2, 1, 32, 8, 1, 1, 1, 0, ROPE)                                \
+    X(gemm_rope_128x48, 2, 1, 48, 8, 1, 1, 1, 0, ROPE)                                \
+    X(gemm_rope_128x64, 2, 1, 64, 8, 1, 1, 1, 0, ROPE)                                \
+    X(gemm_rope_128x80, 2, 1, 80, 7, 1, 1, 1, 0, ROPE)                                \
     X(gemm_rope_128x96, 2, 1, 96, 7, 1, 1, 1, 0, ROPE)                                \
-    X(gemm_rope_128x136_w2, 2, 1, 136, 5, 1, 2, 1, 0, ROPE)                           \
+    X(gemm_rope_128x120, 2, 1, 120, 6, 1, 1, 1, 0, ROPE)                              \
     X(gemm_rope_128x168, 2, 1, 168, 4, 1, 1, 1, 0, ROPE)                              \
+    X(gemm_rope_128x136_w2, 2, 1, 136, 5, 1, 2, 1, 0, ROPE)                           \
     X(gemm_rope_128x192_t_x2, 2, 2, 192, 4, 2, 1, 1, 1, ROPE)                         \
     X(gemm_store_128x64, 2, 1, 64, 8, 1, 1, 1, 0, STORE)                              \
     X(gemm_store_128x96, 2, 1, 96, 7, 1, 1, 1, 0, STORE)                              \
-    X(gemm_store_128x128, 2, 1, 128, 6, 1, 1, 1, 0, STORE)                            \
     X(gemm_store_192x112, 3, 1, 112, 4, 1, 1, 1, 0, STORE)                            \
+    X(gemm_store_128x128, 2, 1, 128, 6, 1, 1, 1, 0, STORE)                            \
     X(gemm_store_128x192_t_w2, 2, 2, 192, 4, 1, 2, 1, 1, STORE)                       \
+    X(gemm_gelu_128x88, 2, 1, 88, 7, 1, 1, 1, 0, GELU)                                \
     X(gemm_gelu_192x104, 3, 1, 104, 5, 1, 1, 1, 0, GELU)                              \
     X(gemm_gelu_192x160, 3, 1, 160, 3, 1, 1, 1, 0, GELU)                              \
     X(gemm_gelu_128x192_t_x2, 2, 2, 192, 4, 2, 1, 1, 1, GELU)                         \

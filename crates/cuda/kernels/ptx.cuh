@@ -182,6 +182,13 @@ PTX_FN void tma_load(uint32_t dst, const TensorMap* map, int x, int y, uint32_t 
                  "l"(map), "r"(x), "r"(y), "r"(bar)
                  : "memory");
 }
+// The same of three axes.
+PTX_FN void tma_load_3d(uint32_t dst, const TensorMap* map, int x, int y, int z, uint32_t bar) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(dst),
+                 "l"(map), "r"(x), "r"(y), "r"(z), "r"(bar)
+                 : "memory");
+}
 // The same box into the same place of every CTA in `mask`, each counting on its own `bar`.
 PTX_FN void tma_load_multicast(uint32_t dst, const TensorMap* map, int x, int y, uint32_t bar,
                                uint16_t mask) {

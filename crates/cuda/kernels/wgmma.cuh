@@ -118,4 +118,27 @@ WGMMA_SHAPE(240, 30, 120, 121, 122)
 WGMMA_SHAPE(248, 31, 124, 125, 126)
 WGMMA_SHAPE(256, 32, 128, 129, 130)
 
+// The same with a's fragment in registers: as of mma.m16n8k16, rows 16·(t/32) and on.
+template <int N> struct WgmmaRegisters;
+
+// N = 8·J; A0 … A3, B, P are the numbers of the operands after the 4·J accumulators.
+#define WGMMA_REGISTERS(N, J, A0, A1, A2, A3, B, P)                                             \
+    template <> struct WgmmaRegisters<N> {                                                      \
+        static __device__ __forceinline__ void run(float (&d)[4 * J], uint4 a, uint64_t b,      \
+                                                   int accumulate) {                            \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                       \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" WG_R##J   \
+                         "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, 0;\n}" \
+                         : WG_D##J                                                              \
+                         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "r"(accumulate));    \
+        }                                                                                       \
+    };
+
+WGMMA_REGISTERS(24, 3, 12, 13, 14, 15, 16, 17)
+WGMMA_REGISTERS(56, 7, 28, 29, 30, 31, 32, 33)
+WGMMA_REGISTERS(88, 11, 44, 45, 46, 47, 48, 49)
+WGMMA_REGISTERS(136, 17, 68, 69, 70, 71, 72, 73)
+WGMMA_REGISTERS(176, 22, 88, 89, 90, 91, 92, 93)
+WGMMA_REGISTERS(208, 26, 104, 105, 106, 107, 108, 109)
+
 }  // namespace ptx

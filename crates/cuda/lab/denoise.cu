@@ -2,6 +2,7 @@
 // size, 788 prefix keys) as one CUDA graph, checks it against plain CUDA-core kernels and times it.
 //   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -cudart static -o denoise
 //     denoise.cu ../kernels/attention_suffix.cu
+#include <cudaTypedefs.h>
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -13,6 +14,7 @@
 #include "../kernels/denoise_edge.cu"
 #include "../kernels/denoise_load.cu"
 #include "../kernels/denoise_product.cu"
+#include "../kernels/denoise_wide.cu"
 #include "denoise_reference.cuh"
 
 // The attention kernel is a translation unit of its own: kernels/attention_suffix.cu.
@@ -24,7 +26,11 @@ struct AttentionSuffixParams {
   unsigned key_slots, state_row, prefix_ready;
 };
 static_assert(sizeof(AttentionSuffixParams) == 80, "as in attention_suffix.cu");
-extern "C" __global__ void attention_suffix_r16_c8(const __grid_constant__ AttentionSuffixParams);
+extern "C" {
+__global__ void attention_suffix_r16_c8(const __grid_constant__ AttentionSuffixParams);
+__global__ void attention_suffix_r32_c8(const __grid_constant__ AttentionSuffixParams);
+__global__ void attention_suffix_r80_c8(const __grid_constant__ AttentionSuffixParams);
+}
 
 using denoise::u16;
 using denoise::u32;
@@ -186,17 +192,53 @@ struct Launch {
   size_t smem;
   std::vector<char> params;
   Kind kind;
+  ptx::TensorMap map = {};
 };
+
+PFN_cuTensorMapEncodeTiled_v12000 encode_tiled;
+
+// All rows of a product's input, 64 columns at a time.
+ptx::TensorMap rows_map(const DenoiseProductParams& p) {
+  ptx::TensorMap map;
+  const DenoiseRows& r = p.input_rows;
+  const cuuint64_t dims[] = {r.width, r.count, p.rows / r.count};
+  const cuuint64_t strides[] = {r.width * 2ull, r.stride * r.width * 2ull};
+  const cuuint32_t box[] = {64, r.count, p.rows / r.count}, steps[] = {1, 1, 1};
+  const CUresult e = encode_tiled((CUtensorMap*)&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3,
+                                  (void*)(p.input + (size_t)r.first * r.width), dims, strides, box,
+                                  steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (e != CUDA_SUCCESS) printf("cuTensorMapEncodeTiled: %d\n", e), exit(1);
+  return map;
+}
 
 struct Shape {  // of a product kernel
   const char* name;
   const void* fn;
   int mt, kc, cl, nt;
+  int threads, smem;  // of a wide kernel, else 0
 };
-#define SHAPE(fn, mt, kc, cl, nt) Shape{#fn, (const void*)fn, mt, kc, cl, nt}
+#define SHAPE(fn, mt, kc, cl) Shape{#fn, (const void*)fn, mt, kc, cl, 2, 0, 0}
+template <class T>
+Shape wide_shape(const char* name, const void* fn, int k, int cl, int nt) {
+  return {name, fn, 4, k / cl, cl, nt, T::kBlock, (int)T::kSmem};
+}
+#define WIDE(fn, ctas, e, k, cl, nt, stages)                                                    \
+  wide_shape<denoise::Wide<denoise::Epilogue::e, k, cl, nt, stages>>(#fn, (const void*)fn, k, cl, \
+                                                                     nt),
+const Shape wide_shapes[] = {DENOISE_WIDE(WIDE)};
+
+Shape wide(const std::string& name) {
+  for (const Shape& s : wide_shapes)
+    if (name == s.name) return s;
+  printf("no kernel %s\n", name.c_str());
+  exit(1);
+}
 
 struct Choice {
   Shape qkv, o, gu, down, mlp;
+  unsigned attention = 1;  // tiles of 16 rows (one per query head and token) of a CTA
 };
 
 template <class P>
@@ -205,11 +247,14 @@ std::vector<char> bytes_of(const P& p) {
 }
 
 Launch product_launch(const Shape& s, DenoiseProductParams p, int outputs, Kind kind) {
-  const size_t smem = (size_t)s.mt * s.kc * 32;
+  const size_t smem = s.threads ? s.smem : (size_t)s.mt * s.kc * 32;
   if ((int)p.rows > s.nt * 8) printf("%s: too many rows\n", s.name), exit(1);
   CHECK(cudaFuncSetAttribute(s.fn, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem));
   p.depth = kind == kGateUp ? 4 : kind == kQkv || kind == kDown ? 3 : 2;
-  return {s.fn, dim3(outputs / 16 / s.mt * s.cl), denoise::kBlock, s.cl, smem, bytes_of(p), kind};
+  const dim3 grid(outputs / 16 / s.mt * s.cl);
+  Launch l{s.fn, grid, s.threads ? s.threads : denoise::kBlock, s.cl, smem, bytes_of(p), kind};
+  if (s.threads) l.map = rows_map(p);
+  return l;
 }
 
 struct Loop {
@@ -275,12 +320,14 @@ struct Loop {
     t.cache_rows = kPrefix + c.tokens(), t.prefix_rows = kPrefix, t.suffix_keys = c.tokens();
     t.image_tokens = 256, t.state_row = state, t.prefix_ready = 1;
     t.key_slots = ((kPrefix + 7) / 8 + (t.suffix_keys + 7) / 8 + 15) / 16 * 16;
-    const size_t smem = 16 * (656 + 2 * t.key_slots + 64) + t.key_slots * 528 + 16;
-    CHECK(cudaFuncSetAttribute(attention_suffix_r16_c8, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               (int)smem));
-    list.push_back({(const void*)attention_suffix_r16_c8,
-                    dim3(8, (t.queries * 8 + 15) / 16, c.samples), 256, 8, smem, bytes_of(t),
-                    kAttention});
+    const u32 tiles = choice.attention, rows_16 = 16 * tiles;
+    const size_t smem = rows_16 * (656 + 2 * t.key_slots + 64) + t.key_slots * 528 + 16;
+    const void* fn = tiles == 1   ? (const void*)attention_suffix_r16_c8
+                     : tiles == 2 ? (const void*)attention_suffix_r32_c8
+                                  : (const void*)attention_suffix_r80_c8;
+    CHECK(cudaFuncSetAttribute(fn, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem));
+    const dim3 grid(8, (t.queries * 8 + rows_16 - 1) / rows_16, c.samples);
+    list.push_back({fn, grid, 256, 8, smem, bytes_of(t), kAttention});
   }
 
   void layer(int l, int step, bool state) {
@@ -351,7 +398,7 @@ void launch(const Launch& l, cudaStream_t stream, bool dependent) {
   cudaLaunchConfig_t cfg = {};
   cfg.gridDim = l.grid, cfg.blockDim = dim3(l.threads), cfg.dynamicSmemBytes = l.smem;
   cfg.stream = stream, cfg.attrs = at, cfg.numAttrs = n;
-  void* args[] = {(void*)l.params.data()};
+  void* args[] = {(void*)l.params.data(), (void*)&l.map};
   CHECK(cudaLaunchKernelExC(&cfg, l.fn, args));
 }
 

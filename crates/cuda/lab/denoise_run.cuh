@@ -184,32 +184,43 @@ void print_worst(const Reference& r) {
   fflush(stdout);
 }
 
-const Choice rows_16{SHAPE(denoise_qkv_16, 1, 1024, 1, 2), SHAPE(denoise_o_16, 1, 1024, 2, 2),
-                     SHAPE(denoise_gate_up_16, 2, 1024, 1, 2),
-                     SHAPE(denoise_down_16, 1, 1024, 4, 2),
-                     SHAPE(denoise_mlp_out_16, 1, 1024, 1, 2)};
-const Choice rows_32{SHAPE(denoise_qkv_32, 1, 1024, 1, 4), SHAPE(denoise_o_32, 1, 1024, 2, 4),
-                     SHAPE(denoise_gate_up_32, 2, 1024, 1, 4),
-                     SHAPE(denoise_down_32, 1, 1024, 4, 4),
-                     SHAPE(denoise_mlp_out_32, 1, 1024, 1, 4)};
-const Choice rows_56{SHAPE(denoise_qkv_56, 2, 1024, 1, 7), SHAPE(denoise_o_56, 1, 1024, 2, 7),
-                     SHAPE(denoise_gate_up_56, 4, 1024, 1, 7),
-                     SHAPE(denoise_down_56, 1, 1024, 4, 7),
-                     SHAPE(denoise_mlp_out_56, 1, 1024, 1, 7)};
+const Choice rows_16{SHAPE(denoise_qkv_16, 1, 1024, 1), SHAPE(denoise_o_16, 1, 1024, 2),
+                     SHAPE(denoise_gate_up_16, 2, 1024, 1), SHAPE(denoise_down_16, 1, 1024, 4),
+                     SHAPE(denoise_mlp_out_16, 1, 1024, 1)};
+
+// The narrowest kernels that take the rows, and the attention the host would choose.
+Choice choice_for(const Case& c) {
+  const int rows = c.samples * c.tokens(), heads = (c.tokens() * 8 + 15) / 16 * c.samples;
+  Choice choice = rows_16;
+  for (const char* width : {"24", "56", "88", "136", "176", "208"}) {
+    if (rows <= 16 || rows > atoi(width)) continue;
+    const std::string w = width;
+    choice = {wide("denoise_qkv_" + w), wide("denoise_o_" + w), wide("denoise_gate_up_" + w),
+              wide("denoise_down_" + w), wide("denoise_mlp_out_" + w)};
+    break;
+  }
+  choice.attention = heads <= 28 ? 1 : heads <= 96 ? 2 : 5;
+  return choice;
+}
+
+#ifdef DENOISE_VARIANTS
+#include DENOISE_VARIANTS
+#else
+void run_variants(const Model&, cudaStream_t, const Case&, Reference&) {}
+#endif
 void run_cases(const Model& m, cudaStream_t stream) {
   const Case cases[] = {{false, 10, 1}, {true, 10, 1}, {false, 50, 1}, {true, 50, 1}};
   for (const Case& c : cases) {
-    const bool few = c.tokens() <= 16;
-    const Choice& best = few ? rows_16 : rows_56;
     Reference ref(m, c);
-    ref.run(best);
+    ref.run(choice_for(c));
     print_worst(ref);
-    study(m, c, best, ref, few ? 200 : 50, true, stream);
-    if (!few) continue;
+    study(m, c, choice_for(c), ref, c.h == 10 ? 200 : 50, true, stream);
+    run_variants(m, stream, c, ref);
     Case batch = c;
-    for (const int samples : {2, 4}) {
+    for (const int samples : {2, 4, 8, 16}) {
       batch.samples = samples;
-      study(m, batch, samples == 2 ? rows_32 : rows_56, ref, 3, false, stream);
+      if (samples * c.tokens() > 208) break;
+      study(m, batch, choice_for(batch), ref, 3, true, stream);
     }
   }
 }
@@ -220,6 +231,9 @@ int main() {
   printf("%s, %d SMs\n", prop.name, prop.multiProcessorCount);
   cudaStream_t stream;
   CHECK(cudaStreamCreate(&stream));
+  cudaDriverEntryPointQueryResult found;
+  CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", (void**)&encode_tiled, 12000,
+                                         cudaEnableDefault, &found));
   Model m;
   run_cases(m, stream);
   CHECK(cudaDeviceSynchronize());

@@ -246,8 +246,8 @@ impl Attention {
         // Measured at P = 788: narrow tiles while all clusters fit the machine, wide ones once
         // the keys are fetched many times over.
         let wanted = match rows.div_ceil(16) * samples {
-            0..=16 => 1,
-            17..=96 => 2,
+            0..=28 => 1,
+            29..=96 => 2,
             _ => 5,
         };
         let Suffix { tiles, cluster, function } = self.suffix.iter().find(|s| s.tiles == wanted)?;

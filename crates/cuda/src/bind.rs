@@ -10,6 +10,7 @@ use pirouette_model::program::{
 use pirouette_model::schedule::rope_angles;
 
 use crate::driver::{Context, DeviceMemory, Pinned, Stream};
+use crate::layout::row_pitch;
 use crate::portable;
 
 /// Bytes of an element on the GPU.
@@ -195,13 +196,13 @@ fn io_offsets(program: &Program) -> (Vec<Option<usize>>, usize) {
     (offsets, bytes)
 }
 
-/// The program with scratch rows padded to 16 bytes (the copy engines want it) and inputs, which
-/// live elsewhere, of no size.
+/// The program with scratch rows padded (see [`row_pitch`]) and inputs, which live elsewhere, of no
+/// size.
 fn padded_scratch(program: &Program) -> Program {
     let mut padded = program.clone();
     for buffer in &mut padded.buffers {
         if buffer.role == Role::Scratch {
-            buffer.cols = buffer.cols.next_multiple_of(8);
+            buffer.cols = row_pitch(buffer.cols);
         } else {
             buffer.rows = 0;
         }
@@ -275,7 +276,7 @@ fn scaled_offsets(
 fn normed_bytes(program: &Program) -> usize {
     let inputs = program.steps.iter().filter_map(|step| match &step.op {
         Op::Linear(Linear { input, groups, norm, .. }) if *norm != Norm::None => {
-            Some(groups * input.count * input.cols.next_multiple_of(8) * 2)
+            Some(groups * input.count * row_pitch(input.cols) * 2)
         }
         _ => None,
     });

@@ -39,6 +39,7 @@ static CUBINS: &[Cubin] = &[
     hopper!("denoise_load"),
     hopper!("denoise_product"),
     hopper!("denoise_rim_load"),
+    hopper!("denoise_wide"),
     hopper!("embed"),
     hopper!("gemm_sm90"),
     hopper!("patchify"),

@@ -1,4 +1,4 @@
-//! Host twin of `kernels/denoise_{product,edge}.cu`: the Euler loop over few rows, on Hopper.
+//! Host twin of `kernels/denoise_{product,wide,edge}.cu`: the Euler loop over few rows, on Hopper.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use bytemuck::{Pod, Zeroable};
 use pirouette_model::BackendError;
 
 use crate::cubins;
-use crate::driver::{Arg, Context, Function, Launch};
+use crate::driver::{Arg, Context, Function, Launch, Swizzle, TensorMap, TensorMapSpec};
 use crate::portable;
 
 /// `DenoiseRows`
@@ -148,46 +148,81 @@ pub enum Role {
     Mlp,
 }
 
-/// One instance: 16-row tiles per CTA, inputs of a CTA, CTAs that share K, 8-token groups.
+/// One kernel of `denoise_product.cu` or, of `denoise_wide.cu`, with a ring.
 struct Instance {
     name: &'static str,
     role: Role,
-    tiles: u32,
-    k_slice: u32,
+    /// Inputs of the product.
+    k: u32,
+    /// CTAs that share them.
     cluster: u32,
+    /// Groups of 8 rows.
     groups: u32,
+    shape: Shape,
 }
 
-const fn instance(
-    name: &'static str,
-    role: Role,
-    [tiles, k_slice, cluster, groups]: [u32; 4],
-) -> Instance {
-    Instance { name, role, tiles, k_slice, cluster, groups }
+enum Shape {
+    /// Tiles of 16 outputs of a CTA, whose weights all lie in shared memory.
+    Few(u32),
+    /// Stages of a ring of 128 inputs.
+    Wide(u32),
+}
+
+const fn few(name: &'static str, role: Role, k: u32, tiles: u32) -> Instance {
+    Instance { name, role, k, cluster: k / 1024, groups: 2, shape: Shape::Few(tiles) }
+}
+
+const fn wide(name: &'static str, role: Role, [k, cluster, groups, stages]: [u32; 4]) -> Instance {
+    Instance { name, role, k, cluster, groups, shape: Shape::Wide(stages) }
 }
 
 /// Fastest first among those that take the rows.
 const INSTANCES: &[Instance] = &[
-    instance("denoise_qkv_16", Role::Qkv, [1, 1024, 1, 2]),
-    instance("denoise_o_16", Role::Out, [1, 1024, 2, 2]),
-    instance("denoise_gate_up_16", Role::Up, [2, 1024, 1, 2]),
-    instance("denoise_down_16", Role::Down, [1, 1024, 4, 2]),
-    instance("denoise_mlp_out_16", Role::Mlp, [1, 1024, 1, 2]),
-    instance("denoise_qkv_32", Role::Qkv, [1, 1024, 1, 4]),
-    instance("denoise_o_32", Role::Out, [1, 1024, 2, 4]),
-    instance("denoise_gate_up_32", Role::Up, [2, 1024, 1, 4]),
-    instance("denoise_down_32", Role::Down, [1, 1024, 4, 4]),
-    instance("denoise_mlp_out_32", Role::Mlp, [1, 1024, 1, 4]),
-    instance("denoise_qkv_56", Role::Qkv, [2, 1024, 1, 7]),
-    instance("denoise_o_56", Role::Out, [1, 1024, 2, 7]),
-    instance("denoise_gate_up_56", Role::Up, [4, 1024, 1, 7]),
-    instance("denoise_down_56", Role::Down, [1, 1024, 4, 7]),
-    instance("denoise_mlp_out_56", Role::Mlp, [1, 1024, 1, 7]),
+    few("denoise_qkv_16", Role::Qkv, 1024, 1),
+    few("denoise_o_16", Role::Out, 2048, 1),
+    few("denoise_gate_up_16", Role::Up, 1024, 2),
+    few("denoise_down_16", Role::Down, 4096, 1),
+    few("denoise_mlp_out_16", Role::Mlp, 1024, 1),
+    wide("denoise_qkv_24", Role::Qkv, [1024, 2, 3, 4]),
+    wide("denoise_o_24", Role::Out, [2048, 4, 3, 4]),
+    wide("denoise_gate_up_24", Role::Up, [1024, 1, 3, 4]),
+    wide("denoise_down_24", Role::Down, [4096, 8, 3, 4]),
+    wide("denoise_mlp_out_24", Role::Mlp, [1024, 8, 3, 4]),
+    wide("denoise_qkv_56", Role::Qkv, [1024, 1, 7, 3]),
+    wide("denoise_o_56", Role::Out, [2048, 8, 7, 3]),
+    wide("denoise_gate_up_56", Role::Up, [1024, 1, 7, 3]),
+    wide("denoise_down_56", Role::Down, [4096, 8, 7, 3]),
+    wide("denoise_mlp_out_56", Role::Mlp, [1024, 8, 7, 3]),
+    wide("denoise_qkv_88", Role::Qkv, [1024, 2, 11, 2]),
+    wide("denoise_o_88", Role::Out, [2048, 8, 11, 2]),
+    wide("denoise_gate_up_88", Role::Up, [1024, 1, 11, 2]),
+    wide("denoise_down_88", Role::Down, [4096, 8, 11, 2]),
+    wide("denoise_mlp_out_88", Role::Mlp, [1024, 8, 11, 2]),
+    wide("denoise_qkv_136", Role::Qkv, [1024, 2, 17, 2]),
+    wide("denoise_o_136", Role::Out, [2048, 4, 17, 2]),
+    wide("denoise_gate_up_136", Role::Up, [1024, 1, 17, 3]),
+    wide("denoise_down_136", Role::Down, [4096, 4, 17, 2]),
+    wide("denoise_mlp_out_136", Role::Mlp, [1024, 8, 17, 2]),
+    wide("denoise_qkv_176", Role::Qkv, [1024, 2, 22, 2]),
+    wide("denoise_o_176", Role::Out, [2048, 4, 22, 2]),
+    wide("denoise_gate_up_176", Role::Up, [1024, 1, 22, 3]),
+    wide("denoise_down_176", Role::Down, [4096, 4, 22, 2]),
+    wide("denoise_mlp_out_176", Role::Mlp, [1024, 8, 22, 2]),
+    wide("denoise_qkv_208", Role::Qkv, [1024, 2, 26, 2]),
+    wide("denoise_o_208", Role::Out, [2048, 4, 26, 2]),
+    wide("denoise_gate_up_208", Role::Up, [1024, 1, 26, 3]),
+    wide("denoise_down_208", Role::Down, [4096, 4, 26, 2]),
+    wide("denoise_mlp_out_208", Role::Mlp, [1024, 8, 26, 2]),
 ];
 
-/// Threads of a product: eight warps compute, one loads weights.
-const THREADS: u32 = 288;
-/// Copies of 8 KB of weights a block keeps under way: more crowd out the kernel in front.
+/// Threads of a few-row product: eight warps compute, one loads weights.
+const FEW_THREADS: u32 = 288;
+/// Threads of a wide product: four warps compute, one loads, three prepare the norm.
+const WIDE_THREADS: u32 = 256;
+/// Inputs of a stage of a wide product.
+const PART: u32 = 128;
+/// Copies of 8 KB of weights a block of a few-row product keeps under way: more crowd out the
+/// kernel in front.
 const fn depth(role: Role) -> u32 {
     match role {
         Role::Up => 4,
@@ -195,16 +230,29 @@ const fn depth(role: Role) -> u32 {
         Role::Out | Role::Mlp => 2,
     }
 }
-const MAX_SHARED: usize = 200 << 10;
 
 impl Instance {
     fn takes(&self, role: Role, rows: u32) -> bool {
         self.role == role && rows <= self.groups * 8
     }
+
+    /// Outputs of a CTA, its threads and its dynamic shared memory (`Wide::kSmem`).
+    fn block(&self) -> (u32, u32, u32) {
+        match self.shape {
+            Shape::Few(tiles) => (16 * tiles, FEW_THREADS, tiles * (self.k / self.cluster) * 32),
+            Shape::Wide(stages) => {
+                let stages = stages.min(self.k / self.cluster / PART);
+                let stage = PART * 2 * (64 + self.groups * 8);
+                let mail = if self.cluster > 1 { 64 * self.groups * 32 } else { 0 };
+                (64, WIDE_THREADS, stages * stage + mail + 1024)
+            }
+        }
+    }
 }
 
 /// The loaded kernels.
 pub struct Denoise {
+    context: Arc<Context>,
     products: Vec<Function>,
     edge: Function,
 }
@@ -212,12 +260,18 @@ pub struct Denoise {
 impl Denoise {
     /// Loads them; Hopper only.
     pub fn load(context: &Arc<Context>) -> Result<Self, BackendError> {
-        let products = cubins::load(context, "denoise_product")?;
+        let few = cubins::load(context, "denoise_product")?;
+        let wide = cubins::load(context, "denoise_wide")?;
+        let function = |i: &Instance| {
+            let (_, _, shared) = i.block();
+            match i.shape {
+                Shape::Few(_) => few.function(i.name, shared as usize),
+                Shape::Wide(_) => wide.function(i.name, shared as usize),
+            }
+        };
         Ok(Denoise {
-            products: INSTANCES
-                .iter()
-                .map(|i| products.function(i.name, MAX_SHARED))
-                .collect::<Result<_, _>>()?,
+            context: context.clone(),
+            products: INSTANCES.iter().map(function).collect::<Result<_, _>>()?,
             edge: cubins::load(context, "denoise_edge")?.function("denoise_edge", 0)?,
         })
     }
@@ -231,15 +285,40 @@ impl Denoise {
     }
 
     /// A product of `outputs` rows of weight; `None` when no instance takes it.
-    pub fn product(&self, role: Role, outputs: u32, mut p: ProductParams) -> Option<Launch> {
-        let at = INSTANCES.iter().position(|i| i.takes(role, p.rows))?;
+    pub fn product(
+        &self,
+        role: Role,
+        outputs: u32,
+        mut p: ProductParams,
+    ) -> Result<Option<Launch>, BackendError> {
+        let Some(at) = INSTANCES.iter().position(|i| i.takes(role, p.rows)) else {
+            return Ok(None);
+        };
         let i = &INSTANCES[at];
         p.depth = depth(role);
-        let shared_bytes = i.tiles * i.k_slice * 32;
-        let grid = [outputs / 16 / i.tiles * i.cluster, 1, 1];
-        let args = vec![Arg::of(&p)];
-        let launch = Launch::new(self.products[at].clone(), grid, THREADS, args);
-        Some(Launch { shared_bytes, cluster: [i.cluster, 1, 1], dependent: true, ..launch })
+        let mut args = vec![Arg::of(&p)];
+        if let Shape::Wide(_) = i.shape {
+            args.push(Arg::of(&self.rows(&p, i.k)?));
+        }
+        let (block, threads, shared_bytes) = i.block();
+        let grid = [outputs / block * i.cluster, 1, 1];
+        let launch = Launch::new(self.products[at].clone(), grid, threads, args);
+        Ok(Some(Launch { shared_bytes, cluster: [i.cluster, 1, 1], dependent: true, ..launch }))
+    }
+
+    /// All rows of a product's input, 64 columns at a time.
+    fn rows(&self, p: &ProductParams, k: u32) -> Result<TensorMap, BackendError> {
+        let Rows { stride, first, count, width } = p.input_rows;
+        let row = u64::from(width) * 2;
+        let samples = p.rows / count;
+        let spec = TensorMapSpec {
+            address: p.input + u64::from(first) * row,
+            extents: &[k.into(), count.into(), samples.into()],
+            strides_bytes: &[row, u64::from(stride) * row],
+            boxes: &[64, count, samples],
+            swizzle: Swizzle::B128,
+        };
+        TensorMap::bf16(&self.context, &spec)
     }
 
     /// The edge between two Euler steps.
@@ -248,5 +327,26 @@ impl Denoise {
         let grid = [p.rows + states, 1, 1];
         let launch = Launch::new(self.edge.clone(), grid, 1024, vec![Arg::of(&p)]);
         Launch { dependent: true, ..launch }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One instance of every role for any rows that the loop may have, within a multiprocessor's
+    /// shared memory.
+    #[test]
+    fn instances_take_all_roles_alike() {
+        let roles = [Role::Qkv, Role::Out, Role::Up, Role::Down, Role::Mlp];
+        let widest = |role| INSTANCES.iter().filter(|i| i.role == role).map(|i| i.groups).max();
+        for role in roles {
+            assert_eq!(widest(role), widest(Role::Qkv), "{role:?}");
+        }
+        assert!(Denoise::takes(1) && Denoise::takes(204) && !Denoise::takes(209));
+        for i in INSTANCES {
+            let (_, _, shared) = i.block();
+            assert!(shared <= 224 << 10, "{}: {shared}", i.name);
+        }
     }
 }

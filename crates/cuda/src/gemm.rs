@@ -111,6 +111,13 @@ const fn tile(
 const TILES: &[Tile] = {
     use GemmEpilogue::{Add, GeGlu, Gelu, Rope, Store, StorePosition};
     &[
+        tile("gemm_geglu_128x144_t_w2", [2, 2, 144, 5], [1, 2, 1], true, GeGlu),
+        tile("gemm_geglu_128x144_t_x2", [2, 2, 144, 5], [2, 1, 1], true, GeGlu),
+        tile("gemm_geglu_128x152_t_x2", [2, 2, 152, 5], [2, 1, 1], true, GeGlu),
+        tile("gemm_geglu_128x168_t_w2", [2, 2, 168, 4], [1, 2, 1], true, GeGlu),
+        tile("gemm_geglu_128x168_t_x2", [2, 2, 168, 4], [2, 1, 1], true, GeGlu),
+        tile("gemm_geglu_128x184_t_w2", [2, 2, 184, 4], [1, 2, 1], true, GeGlu),
+        tile("gemm_geglu_128x184_t_x2", [2, 2, 184, 4], [2, 1, 1], true, GeGlu),
         tile("gemm_geglu_128x200_t_w2", [2, 2, 200, 4], [1, 2, 1], true, GeGlu),
         tile("gemm_geglu_128x200_t_x2", [2, 2, 200, 4], [2, 1, 1], true, GeGlu),
         tile("gemm_add_128x64", [2, 1, 64, 8], [1, 1, 1], false, Add),
@@ -118,24 +125,36 @@ const TILES: &[Tile] = {
         tile("gemm_add_128x104", [2, 1, 104, 6], [1, 1, 1], false, Add),
         tile("gemm_add_128x128", [2, 1, 128, 6], [1, 1, 1], false, Add),
         tile("gemm_add_128x216", [2, 1, 216, 4], [1, 1, 1], false, Add),
+        tile("gemm_add_128x48_k2", [2, 1, 48, 8], [1, 1, 2], false, Add),
+        tile("gemm_add_128x72_k2", [2, 1, 72, 8], [1, 1, 2], false, Add),
         tile("gemm_add_128x80_k2", [2, 1, 80, 8], [1, 1, 2], false, Add),
+        tile("gemm_add_128x96_k2", [2, 1, 96, 7], [1, 1, 2], false, Add),
+        tile("gemm_add_128x120_k2", [2, 1, 120, 6], [1, 1, 2], false, Add),
         tile("gemm_add_128x128_w2_k2", [2, 1, 128, 6], [1, 2, 2], false, Add),
         tile("gemm_add_128x136_k2", [2, 1, 136, 6], [1, 1, 2], false, Add),
+        tile("gemm_add_128x168_k2", [2, 1, 168, 4], [1, 1, 2], false, Add),
+        tile("gemm_add_128x184_k2", [2, 1, 184, 4], [1, 1, 2], false, Add),
         tile("gemm_add_128x200_k2", [2, 1, 200, 4], [1, 1, 2], false, Add),
+        tile("gemm_add_128x224_k2", [2, 1, 224, 4], [1, 1, 2], false, Add),
         tile("gemm_add_128x248_k2", [2, 1, 248, 4], [1, 1, 2], false, Add),
         tile("gemm_add_128x200_w2", [2, 1, 200, 4], [1, 2, 1], false, Add),
         tile("gemm_add_128x192_t_w2", [2, 2, 192, 4], [1, 2, 1], true, Add),
         tile("gemm_add_128x192_t_x2", [2, 2, 192, 4], [2, 1, 1], true, Add),
         tile("gemm_rope_128x32", [2, 1, 32, 8], [1, 1, 1], false, Rope),
+        tile("gemm_rope_128x48", [2, 1, 48, 8], [1, 1, 1], false, Rope),
+        tile("gemm_rope_128x64", [2, 1, 64, 8], [1, 1, 1], false, Rope),
+        tile("gemm_rope_128x80", [2, 1, 80, 7], [1, 1, 1], false, Rope),
         tile("gemm_rope_128x96", [2, 1, 96, 7], [1, 1, 1], false, Rope),
-        tile("gemm_rope_128x136_w2", [2, 1, 136, 5], [1, 2, 1], false, Rope),
+        tile("gemm_rope_128x120", [2, 1, 120, 6], [1, 1, 1], false, Rope),
         tile("gemm_rope_128x168", [2, 1, 168, 4], [1, 1, 1], false, Rope),
+        tile("gemm_rope_128x136_w2", [2, 1, 136, 5], [1, 2, 1], false, Rope),
         tile("gemm_rope_128x192_t_x2", [2, 2, 192, 4], [2, 1, 1], true, Rope),
         tile("gemm_store_128x64", [2, 1, 64, 8], [1, 1, 1], false, Store),
         tile("gemm_store_128x96", [2, 1, 96, 7], [1, 1, 1], false, Store),
-        tile("gemm_store_128x128", [2, 1, 128, 6], [1, 1, 1], false, Store),
         tile("gemm_store_192x112", [3, 1, 112, 4], [1, 1, 1], false, Store),
+        tile("gemm_store_128x128", [2, 1, 128, 6], [1, 1, 1], false, Store),
         tile("gemm_store_128x192_t_w2", [2, 2, 192, 4], [1, 2, 1], true, Store),
+        tile("gemm_gelu_128x88", [2, 1, 88, 7], [1, 1, 1], false, Gelu),
         tile("gemm_gelu_192x104", [3, 1, 104, 5], [1, 1, 1], false, Gelu),
         tile("gemm_gelu_192x160", [3, 1, 160, 3], [1, 1, 1], false, Gelu),
         tile("gemm_gelu_128x192_t_x2", [2, 2, 192, 4], [2, 1, 1], true, Gelu),
@@ -190,21 +209,27 @@ impl Tile {
     fn cost(&self, rows: u32, n: u32, k: u32, sms: u32) -> u64 {
         let (bm, bn, parts) = (self.bm() as u64, self.bn as u64, self.cluster[2] as u64);
         let waves = self.tiles(rows, n).div_ceil(self.at_once(sms)) as u64;
-        let stage = (bm * bn / 32).max((bm + bn) * 9 / 4);
+        let stage = (bm * bn / 32).max((bm + bn) * 12 / 5);
         let main = k.div_ceil(K_STEP) as u64 * stage / parts;
         let epilogues = if self.turns { 1 } else { waves };
-        let exchange = if parts > 1 { 1000 * parts } else { 0 };
+        let exchange = if parts > 1 { 1250 * parts } else { 0 };
         3000 + waves * main + epilogues * 30 * bn * bm / 128 + exchange
     }
 }
 
+/// Shapes of rows × n × k at which another instance than the estimate's was measured faster.
+const MEASURED: &[(GemmEpilogue, [u32; 3], &str)] = &[
+    (GemmEpilogue::Add, [768, 1152, 4304], "gemm_add_128x128_w2_k2"),
+    (GemmEpilogue::Add, [1536, 1152, 4304], "gemm_add_128x128"),
+    (GemmEpilogue::Add, [512, 1152, 1152], "gemm_add_128x64"),
+];
+
 /// The instance for a product of `rows` × `n` × `k`.
-fn choose(
-    epilogue: GemmEpilogue,
-    [rows, n, k]: [u32; 3],
-    sms: u32,
-) -> Option<(usize, &'static Tile)> {
-    let fitting = TILES.iter().enumerate().filter(|(_, t)| t.epilogue == epilogue);
+fn choose(epilogue: GemmEpilogue, size: [u32; 3], sms: u32) -> Option<(usize, &'static Tile)> {
+    let measured = MEASURED.iter().find(|(e, s, _)| (*e, *s) == (epilogue, size));
+    let named = |t: &Tile| measured.is_none_or(|(_, _, name)| t.name == *name);
+    let [rows, n, k] = size;
+    let fitting = TILES.iter().enumerate().filter(|(_, t)| t.epilogue == epilogue && named(t));
     fitting.min_by_key(|(_, t)| t.cost(rows, n, k, sms))
 }
 
@@ -289,7 +314,7 @@ impl Gemm {
 mod tests {
     use super::*;
 
-    /// The winners of the isolated measurements at batch 1.
+    /// The winners of the isolated measurements at batch 1, three cameras unless said.
     #[test]
     fn measured_winners_are_chosen() {
         use GemmEpilogue::{Add, GeGlu, Gelu, Rope, Store, StorePosition};
@@ -306,7 +331,22 @@ mod tests {
             (GeGlu, [788, 32768, 2048], "gemm_geglu_128x200_t_w2"),
             (Add, [788, 2048, 16384], "gemm_add_128x200_k2"),
             (Add, [968, 2048, 16384], "gemm_add_128x248_k2"),
+            // Two cameras, one.
+            (Store, [512, 3456, 1152], "gemm_store_128x128"),
+            (Gelu, [512, 4304, 1152], "gemm_gelu_192x104"),
+            (Rope, [532, 2560, 2048], "gemm_rope_128x96"),
+            (Add, [532, 2048, 2048], "gemm_add_128x136_k2"),
+            (GeGlu, [532, 32768, 2048], "gemm_geglu_128x184_t_x2"),
             (Add, [532, 2048, 16384], "gemm_add_128x136_k2"),
+            (GeGlu, [712, 32768, 2048], "gemm_geglu_128x184_t_w2"),
+            (Add, [712, 2048, 16384], "gemm_add_128x184_k2"),
+            (Store, [256, 3456, 1152], "gemm_store_128x64"),
+            (Gelu, [256, 4304, 1152], "gemm_gelu_128x88"),
+            (Add, [256, 1152, 4304], "gemm_add_128x48_k2"),
+            (Rope, [276, 2560, 2048], "gemm_rope_128x48"),
+            (Add, [276, 2048, 2048], "gemm_add_128x72_k2"),
+            (GeGlu, [276, 32768, 2048], "gemm_geglu_128x144_t_w2"),
+            (Add, [276, 2048, 16384], "gemm_add_128x72_k2"),
         ] {
             let chosen = choose(epilogue, size, 132).map(|(_, tile)| tile.name);
             assert_eq!(chosen, Some(want), "{size:?}");
@@ -314,9 +354,20 @@ mod tests {
     }
 
     #[test]
+    fn measured_choices_exist() {
+        for (epilogue, size, name) in MEASURED {
+            let chosen = choose(*epilogue, *size, 132).map(|(_, tile)| tile.name);
+            assert_eq!(chosen, Some(*name));
+        }
+    }
+
+    #[test]
     fn tiles_fit_an_sm() {
         for tile in TILES {
             assert!(tile.shared_bytes() <= 232_448, "{}", tile.name);
+            let named =
+                MEASURED.iter().all(|(e, _, name)| *name != tile.name || *e == tile.epilogue);
+            assert!(named, "{}", tile.name);
             assert!(tile.bn % 8 == 0 && tile.bn <= 256 && tile.bm() <= 256, "{}", tile.name);
         }
     }

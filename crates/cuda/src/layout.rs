@@ -59,6 +59,12 @@ fn packed_head(head_dim: usize) -> usize {
     (head_dim / 2).next_multiple_of(8) * 2
 }
 
+/// Elements from one bf16 row to the next: whole 16 bytes, which the copy engine asks for, and for
+/// long rows whole cache lines, without which 128 bytes of a row are pieces of two.
+pub fn row_pitch(cols: usize) -> usize {
+    cols.next_multiple_of(if cols > 512 { 64 } else { 8 })
+}
+
 /// One weight on the device.
 #[derive(Clone, Copy, Debug)]
 pub struct Place {
@@ -122,8 +128,8 @@ impl Layout {
 
 fn place(spec: &WeightSpec, order: RowOrder) -> Place {
     let (rows, ld, element) = match spec.kind {
-        Kind::Matrix => (order.packed_rows(spec.rows), spec.cols.next_multiple_of(8), 2),
-        Kind::TokenTable => (spec.rows, spec.cols.next_multiple_of(8), 2),
+        Kind::Matrix => (order.packed_rows(spec.rows), row_pitch(spec.cols), 2),
+        Kind::TokenTable => (spec.rows, row_pitch(spec.cols), 2),
         Kind::RimMatrix | Kind::Vector => (spec.rows, spec.cols, 4),
     };
     Place { offset: 0, rows, ld, order, element, column_sum: None, norm_scale: None }

@@ -65,7 +65,7 @@ impl LoopPlan<'_> {
                 let next = self.linear_named(&format!("denoise.step{}.action.in", step + 1));
                 Some(denoise.edge(self.edge(packed, at, Some(linear), next, None)))
             }
-            _ => self.product(denoise, packed, at, linear),
+            _ => self.product(denoise, packed, at, linear)?,
         };
         let missing =
             || BackendError::Unavailable(format!("no denoise kernel takes step `{name}`"));
@@ -148,12 +148,13 @@ impl LoopPlan<'_> {
         packed: &Packed,
         at: usize,
         linear: &Linear,
-    ) -> Option<Launch> {
+    ) -> Result<Option<Launch>, BackendError> {
         let (bound, weights) = (self.bound, self.weights);
+        let Some(weight) = packed.matrix(linear.weight) else { return Ok(None) };
         let place = weights.place(linear.weight);
         let input = bound.view(&linear.input);
         let mut p = ProductParams {
-            weight: packed.matrix(linear.weight)?,
+            weight,
             input: input.base,
             input_rows: Rows::of(&input),
             input_sums: bound.sums(),
@@ -173,9 +174,12 @@ impl LoopPlan<'_> {
             Norm::Rms { scale: Some(_) } => p.input = bound.scaled(linear.input.buffer),
             Norm::Adaptive { table, row, .. } => {
                 p.input = bound.scaled(linear.input.buffer);
-                p.bias = packed.bias(linear.weight, table, row)?;
+                match packed.bias(linear.weight, table, row) {
+                    Some(bias) => p.bias = bias,
+                    None => return Ok(None),
+                }
             }
-            Norm::Rms { scale: None } | Norm::Layer { .. } => return None,
+            Norm::Rms { scale: None } | Norm::Layer { .. } => return Ok(None),
         }
         let role = match &linear.epilogue {
             Epilogue::Rope { q: Some(q), k, v, positions: Positions::Suffix { first }, .. } => {
@@ -207,7 +211,7 @@ impl LoopPlan<'_> {
                 let from_heads = linear.input.cols == bound.program.config.q_dim();
                 if from_heads { Role::Out } else { Role::Down }
             }
-            _ => return None,
+            _ => return Ok(None),
         };
         denoise.product(role, place.rows as u32, p)
     }

@@ -8,6 +8,7 @@ use pirouette_model::weights::Kind;
 
 use crate::bind::Binding;
 use crate::driver::Launch;
+use crate::layout::row_pitch;
 use crate::load::Weights;
 use crate::portable::{self, Portable};
 
@@ -163,7 +164,7 @@ pub fn normalise(
 /// The normalised input, one row after the other.
 pub fn normed_view(bound: &Binding, linear: &Linear) -> portable::View {
     let rows = (linear.groups * linear.input.count) as u32;
-    let ld = (linear.input.cols as u32).next_multiple_of(8);
+    let ld = row_pitch(linear.input.cols) as u32;
     portable::View { base: bound.normed(), ld, stride: rows, first: 0, count: rows, f32: 0, pad: 0 }
 }
 
