@@ -197,6 +197,9 @@ pub struct BenchArgs {
     /// Runs before measuring (default: 20 on a GPU, 1 on the CPU).
     #[arg(long)]
     pub warmup: Option<usize>,
+    /// Runs a second, as a robot asks for them, with pauses between (default: one after another).
+    #[arg(long, value_name = "HZ")]
+    pub rate: Option<f64>,
     /// Write the results as JSON to this file (`-` for standard output).
     #[arg(long)]
     pub json: Option<PathBuf>,

@@ -1,6 +1,8 @@
 //! `pirouette bench`: weights and a shape → medians, p99, stages and throughput.
 
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use pirouette_cuda::gauge::Gauge;
@@ -27,6 +29,9 @@ struct Report {
     precision: &'static str,
     weight_bytes: u64,
     clock: &'static str,
+    /// Runs a second; none: one after another.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rate_hz: Option<f64>,
     results: Vec<Row>,
     #[serde(skip_serializing_if = "Option::is_none")]
     deterministic: Option<Deterministic>,
@@ -68,6 +73,10 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     if args.batch.is_empty() || args.runs == Some(0) || args.deterministic == Some(0) {
         bail!("nothing to measure: --batch, --runs and --deterministic must be at least 1");
     }
+    if args.rate.is_some_and(|hz| !(0.01..=1e6).contains(&hz)) {
+        bail!("--rate is a number of runs a second, from 0.01 on");
+    }
+    let period = args.rate.map(|hz| Duration::from_secs_f64(1.0 / hz));
     let weights = Weights::open(&args.weights)?;
     let config = weights.config;
     let mut opened = device::open(&args.device, config, args.shape.steps, weights.source())?;
@@ -83,6 +92,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         precision: args.device.precision.name(),
         weight_bytes,
         clock: CLOCK,
+        rate_hz: args.rate,
         results: vec![],
         deterministic: None,
     };
@@ -94,11 +104,14 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         let measured = match &mut opened {
             device::Opened::Cpu(cpu) => {
                 let mut executable = cpu.compile_cpu(program)?;
-                Measured { runs: time(&mut executable, &sample, warmup, runs)?, gpu: None }
+                Measured {
+                    runs: time(&mut executable, &sample, [warmup, runs], period)?,
+                    gpu: None,
+                }
             }
             device::Opened::Cuda(cuda) => {
                 let mut executable = cuda.compile_cuda(program)?;
-                let runs = time(&mut executable, &sample, warmup, runs)?;
+                let runs = time(&mut executable, &sample, [warmup, runs], period)?;
                 Measured { gpu: Some(gpu(cuda, &mut executable, runs.len())?), runs }
             }
         };
@@ -152,16 +165,21 @@ struct Gpu {
     stages: [f64; 3],
 }
 
-/// Runs warm-up and measured runs; the actions of the last must be finite.
+/// Runs warm-up and measured runs, one every `period`; the actions of the last must be finite.
 fn time(
     executable: &mut dyn Executable,
     sample: &RandomInputs,
-    warmup: usize,
-    runs: usize,
+    [warmup, runs]: [usize; 2],
+    period: Option<Duration>,
 ) -> Result<Vec<StageTimes>> {
     let mut actions = vec![0.0; sample.noise.len()];
     let mut times = Vec::with_capacity(runs);
+    let mut due = Instant::now();
     for i in 0..warmup + runs {
+        if let Some(period) = period {
+            thread::sleep(due.saturating_duration_since(Instant::now()));
+            due += period;
+        }
         let t = executable.run(&sample.inputs(), &mut actions)?;
         if i >= warmup {
             times.push(t);
@@ -186,7 +204,7 @@ fn gpu(device: &CudaDevice, executable: &mut CudaExecutable, runs: usize) -> Res
     };
     let gauge = Gauge::open(&device.context().properties).ok();
     let energy = |g: &Option<Gauge>| g.as_ref().and_then(|g| g.read().energy_joules);
-    let (before, begun, mut samples) = (energy(&gauge), std::time::Instant::now(), 0);
+    let (before, begun, mut samples) = (energy(&gauge), Instant::now(), 0);
     while begun.elapsed().as_secs_f64() < 1.0 {
         samples += executable.replay_ms(8)?.len() * executable.program().shape.batch;
     }

@@ -35,6 +35,9 @@ impl Opened {
     pub fn boxed(self) -> Box<dyn Device> {
         match self {
             Opened::Cpu(d) => Box::new(d),
+            #[cfg(feature = "fault-injection")]
+            Opened::Cuda(d) => crate::fault::wrap(d),
+            #[cfg(not(feature = "fault-injection"))]
             Opened::Cuda(d) => d,
         }
     }

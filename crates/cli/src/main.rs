@@ -5,6 +5,8 @@ mod bench;
 mod descriptors;
 mod device;
 mod doctor;
+#[cfg(feature = "fault-injection")]
+mod fault;
 mod golden;
 mod infer;
 mod inspect;

@@ -243,8 +243,8 @@ void check_embed(u32 rows, u32 width, u32 parts, std::vector<u32> lens) {
     stats.poison();
     const float scale = std::sqrt(float(width));
     Launch l{"embed", (const void*)embed, dim3(rows, batch), 256, 0, 1, {}};
-    l.add(EmbedParams{tokens.at, lengths.at, table.at, stream_rows.at, stats.at, vocab, width,
-                      slots, rows, 256, parts, scale, 0});
+    l.add(EmbedParams{tokens.at, lengths.at, table.at, stream_rows.at, nullptr, nullptr, stats.at,
+                      vocab, width, slots, rows, 256, parts, scale, 0});
     l.run();
     const auto got = stream_rows.host(), source = table.host();
     const auto sums = stats.host();

@@ -24,15 +24,16 @@ fn tiers_agree_step_by_step() {
         let table = Arc::new(WeightTable::new(config, 2));
         let mut device = CudaDevice::open(0, table.clone(), &Synthetic::new(&config, 3)).unwrap();
         // The first three already run every kind of Hopper kernel: those of the loop with few
-        // rows and with many, with and without guidance.
+        // rows, with some and with many, with and without guidance. The others run every width.
         let shapes = [
             (1, 3, 20, 10, Rtc::Off),
-            (9, 1, 7, 20, Rtc::Off),
+            (12, 1, 7, 20, Rtc::Off),
             (2, 1, 7, 10, Rtc::Guided),
             (3, 2, 13, 10, Rtc::Off),
             (1, 1, 200, 50, Rtc::Off),
+            (8, 1, 7, 10, Rtc::Off),
             (2, 2, 48, 50, Rtc::Off),
-            (9, 1, 7, 10, Rtc::Off),
+            (16, 1, 7, 10, Rtc::Off),
             (9, 1, 7, 20, Rtc::Guided),
         ];
         let shapes = if quick() { &shapes[..3] } else { &shapes[..] };
