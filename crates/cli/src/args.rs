@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use pirouette_model::{Config, Family, Rtc, Shape};
+use serde::{Deserialize, Serialize};
 
 /// π0 and π0.5 robot-policy inference: a drop-in for openpi's policy server.
 #[derive(Parser)]
@@ -43,10 +44,14 @@ pub enum Command {
     Verify(VerifyArgs),
     /// Say what this machine offers, each line with its fix.
     Doctor(DoctorArgs),
+    /// Serve one device to the `serve` that started this process.
+    #[cfg(target_os = "linux")]
+    #[command(hide = true)]
+    Worker,
 }
 
 /// The two models, for commands that run on random weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum ModelName {
     Pi0,
     Pi05,
@@ -63,7 +68,7 @@ impl ModelName {
 }
 
 /// Stored precision of the matrices.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Precision {
     F32,
     Bf16,
@@ -80,7 +85,7 @@ impl Precision {
 }
 
 /// Where and how to run.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
 pub struct DeviceArgs {
     /// `auto` (a GPU if there is one), `cpu`, or `cuda:N`; `serve` also takes `cuda:0,cuda:1` and
     /// `null:1:30,8:60`: no model, made-up actions after these milliseconds (batch:ms).
@@ -95,7 +100,7 @@ pub struct DeviceArgs {
 }
 
 /// Which weights.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, Serialize, Deserialize)]
 pub struct WeightArgs {
     /// Checkpoint directory: openpi safetensors, openpi JAX (Orbax) or LeRobot.
     #[arg(long)]

@@ -1,6 +1,6 @@
 //! A GPU → one that breaks at a given run, to see what becomes of a server around it. Only in builds
-//! with the feature `fault-injection`: `PIROUETTE_FAULT=cuda:1@200` lets the 200th run of that GPU,
-//! counted over its lives, meet a kernel that writes to address 0.
+//! with `--features fault-injection`: `PIROUETTE_FAULT=cuda:1@200` lets the 200th run of that GPU,
+//! counted over the lives of a process, meet a kernel that writes to address 0.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,9 +1,10 @@
 //! What `serve` tells while it runs → standard error, as text for people or JSON for collectors.
 
+use serde::{Deserialize, Serialize};
 use tracing_subscriber::EnvFilter;
 
 /// The form of a line.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
 pub enum LogFormat {
     /// For people.
     Text,

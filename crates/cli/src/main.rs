@@ -29,6 +29,8 @@ mod stress;
 mod text;
 mod verify;
 mod weights;
+#[cfg(target_os = "linux")]
+mod worker;
 
 use std::process::ExitCode;
 
@@ -77,5 +79,7 @@ fn run(cli: args::Cli) -> anyhow::Result<()> {
         args::Command::Report(a) => report::run(&a),
         args::Command::Stress(a) => stress::run(&a),
         args::Command::Verify(a) => verify::run(&a),
+        #[cfg(target_os = "linux")]
+        args::Command::Worker => worker::run(),
     }
 }

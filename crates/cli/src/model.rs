@@ -7,11 +7,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use pirouette_engine::{Bucket, BucketRule, DeviceFactory, Engine, EngineOptions, SwapReport};
-use pirouette_model::{BackendError, Device, Rtc, WeightTable};
+use pirouette_model::{BackendError, Config, Device, Rtc, WeightTable};
 use pirouette_policy::{Policy, contract};
 
 use crate::args::{DeviceArgs, WeightArgs};
 use crate::device;
+use crate::log::LogFormat;
 use crate::setup::{self, PolicyArgs};
 use crate::weights::Weights;
 
@@ -48,6 +49,34 @@ pub struct ModelPlan {
     pub rtc: bool,
     /// How long a free device waits for company.
     pub window: Duration,
+    /// Whether devices are processes.
+    pub isolate: Isolate,
+    /// How those log.
+    pub log: LogFormat,
+}
+
+/// Which devices run in a process of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Isolate {
+    /// GPUs.
+    Auto,
+    /// All.
+    Always,
+    /// None.
+    Never,
+}
+
+impl Isolate {
+    /// Whether that device does. Processes are started as Linux does it.
+    fn holds(self, args: &DeviceArgs) -> Result<bool> {
+        let linux = cfg!(target_os = "linux");
+        Ok(match self {
+            Isolate::Always if !linux => bail!("--isolate always: only Linux can"),
+            Isolate::Always => true,
+            Isolate::Auto => linux && matches!(device::target(args)?, device::Target::Cuda(_)),
+            Isolate::Never => false,
+        })
+    }
 }
 
 /// What an engine is started with, and the policy in front of it.
@@ -84,8 +113,14 @@ impl ModelPlan {
         }
         tracing::info!("{}; {}", setup::describe(&policy), weights.origin);
         let options = self.options(&policy, WeightTable::new(model, steps))?;
-        let open = |args: &DeviceArgs| factory(args.clone(), weight_args.clone(), steps);
-        let devices = self.devices.iter().map(open).collect();
+        let open = |args: &DeviceArgs| -> Result<DeviceFactory> {
+            let (args, weights) = (args.clone(), weight_args.clone());
+            Ok(match self.isolate.holds(&args)? {
+                true => isolated(args, weights, steps, self.log),
+                false => factory(args, weights, steps),
+            })
+        };
+        let devices = self.devices.iter().map(open).collect::<Result<_>>()?;
         Ok(Parts { policy, devices, options })
     }
 
@@ -155,16 +190,48 @@ impl Parts {
 
 /// Opens the device and its weights, on the engine's thread and again after every failure.
 pub fn factory(args: DeviceArgs, weights: WeightArgs, steps: usize) -> DeviceFactory {
+    // One null device for all lives: it counts its runs.
     let null = device::null(&args).ok().flatten();
-    Arc::new(move || {
-        if let Some(null) = &null {
-            return Ok(Box::new(null.clone()) as Box<dyn Device>);
-        }
-        let unavailable = |e: anyhow::Error| BackendError::Unavailable(format!("{e:#}"));
-        let weights = Weights::open(&weights).map_err(unavailable)?;
-        let opened = device::open(&args, weights.config, steps, weights.source());
-        Ok(opened.map_err(unavailable)?.boxed())
+    Arc::new(move || match &null {
+        Some(null) => Ok(Box::new(null.clone()) as Box<dyn Device>),
+        None => open_here(&args, &weights, steps).map(|(_, device)| device),
     })
+}
+
+/// The same in a process of its own, a new one after every failure.
+#[cfg(target_os = "linux")]
+fn isolated(
+    device: DeviceArgs,
+    weights: WeightArgs,
+    steps: usize,
+    log: LogFormat,
+) -> DeviceFactory {
+    let open = crate::worker::Open { device, weights, steps, log };
+    Arc::new(move || {
+        let device = crate::worker::ProcessDevice::open(open.clone())?;
+        Ok(Box::new(device) as Box<dyn Device>)
+    })
+}
+
+#[cfg(not(target_os = "linux"))]
+fn isolated(args: DeviceArgs, weights: WeightArgs, steps: usize, _: LogFormat) -> DeviceFactory {
+    factory(args, weights, steps)
+}
+
+/// Opens the device and its weights in this process.
+pub fn open_here(
+    args: &DeviceArgs,
+    weights: &WeightArgs,
+    steps: usize,
+) -> Result<(Config, Box<dyn Device>), BackendError> {
+    let unavailable = |e: anyhow::Error| BackendError::Unavailable(format!("{e:#}"));
+    let weights = Weights::open(weights).map_err(unavailable)?;
+    let config = weights.config;
+    if let Some(null) = device::null(args).map_err(unavailable)? {
+        return Ok((config, Box::new(null)));
+    }
+    let opened = device::open(args, config, steps, weights.source()).map_err(unavailable)?;
+    Ok((config, opened.boxed()))
 }
 
 /// The model that is served, and how it is replaced while it is.
@@ -267,6 +334,8 @@ mod tests {
             deterministic: false,
             rtc: false,
             window: Duration::ZERO,
+            isolate: Isolate::Never,
+            log: LogFormat::Text,
         }
     }
 

@@ -95,6 +95,8 @@ mod tests {
                 deterministic: false,
                 rtc: false,
                 window: Duration::ZERO,
+                isolate: model::Isolate::Never,
+                log: crate::log::LogFormat::Text,
             };
             let parts = plan.open(Some(checkpoint.clone())).unwrap();
             let policy = parts.policy.clone();

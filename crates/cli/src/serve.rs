@@ -20,7 +20,7 @@ use crate::args::DeviceArgs;
 use crate::descriptors;
 use crate::device;
 use crate::log::{self, LogFormat};
-use crate::model::{ModelPlan, Served};
+use crate::model::{Isolate, ModelPlan, Served};
 use crate::service::PolicyService;
 use crate::setup::PolicyArgs;
 
@@ -100,6 +100,10 @@ pub struct ServeArgs {
     /// Serve from several GPUs on one port: `all`, or their numbers as in `0,2`.
     #[arg(long, conflicts_with = "device")]
     pub gpus: Option<String>,
+    /// Which devices run in a process of their own, so that one that breaks takes nothing else with
+    /// it: `auto` means GPUs.
+    #[arg(long, value_enum, value_name = "WHICH", default_value = "auto")]
+    pub isolate: Isolate,
     /// Engines of a null device.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=64))]
     pub replicas: u8,
@@ -173,6 +177,8 @@ pub fn load(args: &ServeArgs) -> Result<PolicyService> {
         deterministic: args.deterministic,
         rtc: args.rtc,
         window: Duration::from_secs_f64(args.window_ms / 1e3),
+        isolate: args.isolate,
+        log: args.log_format,
     };
     if plan.is_null()? {
         tracing::warn!(

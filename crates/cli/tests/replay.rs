@@ -94,6 +94,11 @@ fn a_recording_is_reproduced_bit_for_bit_and_a_flipped_bit_is_found() {
     assert_eq!(report["recorded_by"], Value::Array(vec![]), "the same fingerprint: {report}");
     assert_eq!(report["now"]["devices"][0]["fingerprint"].as_str().unwrap().len(), 16);
 
+    // A device in a process of its own.
+    let (output, report) = replay(&recording, &["--isolate", "always"]);
+    assert!(output.status.success(), "{report}");
+    assert_eq!(report["identical"], 8, "{report}");
+
     let (output, report) = replay(&recording, &["--steps", "3", "--limit", "5"]);
     assert_eq!(output.status.code(), Some(1));
     assert_eq!((&report["compared"], &report["different"]), (&5.into(), &5.into()), "{report}");

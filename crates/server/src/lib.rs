@@ -31,6 +31,7 @@ mod record;
 mod reload;
 mod render;
 mod rtc;
+mod seldom;
 mod serve;
 mod service;
 mod socket;

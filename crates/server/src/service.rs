@@ -10,6 +10,7 @@ use pirouette_policy::{NdArray, Value};
 use crate::newest::Ticket;
 use crate::pages::{Page, PageRequest};
 use crate::rtc::RtcFields;
+use crate::seldom::Seldom;
 
 /// A boxed future, so that services can be trait objects.
 pub type ServiceFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -302,11 +303,17 @@ impl From<EngineError> for ServiceError {
         let message = match &error {
             // A device's own words may name files; they belong in the log.
             EngineError::Unavailable(why) => {
-                tracing::warn!(%why, "request refused: no device is ready");
+                static LINE: Seldom = Seldom::new();
+                if let Some(unsaid) = LINE.pass() {
+                    tracing::warn!(%why, unsaid, "request refused: no device is ready");
+                }
                 "no device is ready: try again in a moment".to_string()
             }
             EngineError::DeviceFailed(why) => {
-                tracing::warn!(%why, "request lost to a device failure");
+                static LINE: Seldom = Seldom::new();
+                if let Some(unsaid) = LINE.pass() {
+                    tracing::warn!(%why, unsaid, "request lost to a device failure");
+                }
                 "the device failed and is being restarted: try again".to_string()
             }
             other => other.to_string(),

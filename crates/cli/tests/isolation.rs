@@ -1,0 +1,155 @@
+//! The binary: devices in processes of their own, one of which is killed under load; what signals
+//! and the end of the server mean to them.
+#![cfg(target_os = "linux")]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+const PATIENCE: Duration = Duration::from_secs(120);
+
+struct Server {
+    child: Child,
+    port: u16,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Server {
+    /// Two devices without a model, 20 ms a run, each a process.
+    fn start() -> Self {
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let mut child = Command::new(env!("CARGO_BIN_EXE_pirouette"))
+            .args(["serve", "pi0_libero", "--device", "null:1:20,4:20", "--replicas", "2"])
+            .args(["--max-batch", "4", "--isolate", "always", "--port", &port.to_string()])
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let (lines, stderr) = (log.clone(), child.stderr.take().unwrap());
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                lines.lock().unwrap().push(line);
+            }
+        });
+        let server = Server { child, port, log };
+        server.until("ready", || server.get("/readyz").starts_with("HTTP/1.1 200"));
+        server
+    }
+
+    fn until(&self, what: &str, mut is_so: impl FnMut() -> bool) {
+        let begun = Instant::now();
+        while !is_so() {
+            let log = || self.log.lock().unwrap().join("\n");
+            assert!(begun.elapsed() < PATIENCE, "not {what}: {}", log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn get(&self, path: &str) -> String {
+        let mut answer = String::new();
+        if let Ok(mut stream) = TcpStream::connect(("127.0.0.1", self.port)) {
+            let ask = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+            // What could not be asked or read has no answer.
+            let _ = stream.write_all(ask.as_bytes());
+            let _ = stream.read_to_string(&mut answer);
+        }
+        answer
+    }
+
+    /// Processes started so far.
+    fn workers(&self) -> Vec<i32> {
+        let log = self.log.lock().unwrap();
+        let id = |line: &String| line.split("is served by process ").nth(1)?.trim().parse().ok();
+        log.iter().filter_map(id).collect()
+    }
+
+    fn ready_devices(&self) -> usize {
+        let metrics = self.get("/metrics");
+        let ready = |l: &&str| l.starts_with("pirouette_device_ready") && l.ends_with(" 1");
+        metrics.lines().filter(ready).count()
+    }
+
+    fn load(&self, seconds: &str) -> Child {
+        Command::new(env!("CARGO_BIN_EXE_pirouette"))
+            .args(["load", &format!("ws://127.0.0.1:{}", self.port)])
+            .args(["--clients", "6", "--seconds", seconds, "--json", "-"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap()
+    }
+}
+
+fn report(load: Child) -> Value {
+    serde_json::from_slice(&load.wait_with_output().unwrap().stdout).unwrap()
+}
+
+fn kill(signal: &str, id: i32) {
+    let killed = Command::new("kill").args([signal, &id.to_string()]).status().unwrap();
+    assert!(killed.success());
+}
+
+#[test]
+fn a_killed_process_costs_what_it_held_and_comes_back() {
+    let server = Server::start();
+    server.until("two processes", || server.workers().len() == 2);
+    server.until("both ready", || server.ready_devices() == 2);
+    let load = server.load("3");
+    std::thread::sleep(Duration::from_secs(1));
+    kill("-KILL", server.workers()[1]);
+    let report = report(load);
+    let (good, sent) = (report["good"].as_u64().unwrap(), report["sent"].as_u64().unwrap());
+    assert!(good > 20 && sent - good <= 4, "a batch was lost at most: {report}");
+    server.until("the third process", || server.workers().len() == 3);
+    server.until("both ready again", || server.ready_devices() == 2);
+}
+
+#[test]
+fn processes_outlive_the_signal_to_drain_and_end_with_the_server() {
+    let mut server = Server::start();
+    server.until("two processes", || server.workers().len() == 2);
+    let workers = server.workers();
+    for id in &workers {
+        kill("-TERM", *id);
+        kill("-INT", *id);
+    }
+    let answered = report(server.load("1"));
+    assert_eq!(answered["sent"], answered["good"], "{answered}");
+    assert_eq!(server.workers(), workers, "none was started anew");
+    server.child.kill().unwrap();
+    server.child.wait().unwrap();
+    server.until("all ended", || {
+        workers.iter().all(|id| !Path::new(&format!("/proc/{id}/stat")).exists() || is_dead(*id))
+    });
+}
+
+/// Ended, and not yet waited for by whoever inherited it.
+fn is_dead(id: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
+    stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z'))
+}
+
+#[test]
+fn a_worker_by_itself_says_what_it_is_for() {
+    let output = Command::new(env!("CARGO_BIN_EXE_pirouette"))
+        .arg("worker")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("what `serve` starts"));
+}
