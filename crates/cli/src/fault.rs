@@ -1,6 +1,6 @@
-//! A GPU → one that breaks at a given run, to see what becomes of a server around it. Only in builds
-//! with `--features fault-injection`: `PIROUETTE_FAULT=cuda:1@200` lets the 200th run of that GPU,
-//! counted over the lives of a process, meet a kernel that writes to address 0.
+//! A GPU → one that breaks at a given run, to see what becomes of a server around it. Only with
+//! `--features fault-injection`: `PIROUETTE_FAULT=cuda:1@200` lets the 200th run of that GPU in every
+//! process meet a kernel that writes to address 0.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use pirouette_cuda::CudaDevice;
 use pirouette_model::{BackendError, Device, Executable, Inputs, Program, StageTimes};
 
-/// Runs of the GPU that is to break, in all of its lives.
+/// Runs of the GPU that is to break.
 static RUNS: AtomicU64 = AtomicU64::new(0);
 
 /// The device itself, or one that breaks if the environment asks for it.

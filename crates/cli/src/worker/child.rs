@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use bytemuck::{Pod, cast_slice, cast_slice_mut};
@@ -16,8 +17,13 @@ use pirouette_model::{
 };
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::watch::watch;
 use super::{Answer, Ask, Places, receive, send, times_to_wire};
 use crate::{log, model};
+
+/// How long the thread stays awake for a run that was announced: inputs of a full batch take
+/// milliseconds to write, those of one request a tenth of one.
+const LOOKOUT: Duration = Duration::from_micros(500);
 
 /// `pirouette worker`: serves one device until the socket closes or the device breaks.
 pub fn run() -> Result<()> {
@@ -45,6 +51,10 @@ pub fn run() -> Result<()> {
         let answer = match ask {
             Ask::Forget { id } => {
                 worker.programs.remove(&id);
+                continue;
+            }
+            Ask::Wake => {
+                watch(&mut stream, Instant::now(), LOOKOUT)?;
                 continue;
             }
             Ask::Compile { id, shape } => worker.compile(id, shape.into()),

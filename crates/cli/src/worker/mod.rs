@@ -7,6 +7,7 @@
 
 mod child;
 mod parent;
+mod watch;
 
 use std::io::{self, BufRead, Read, Write};
 
@@ -31,6 +32,8 @@ enum Ask {
         id: u64,
         shape: WireShape,
     },
+    /// A run is about to be asked for. No answer.
+    Wake,
     /// Inputs lie in the file; `previous`: chunks of real-time chunking, too.
     Run {
         id: u64,

@@ -7,18 +7,21 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytemuck::cast_slice;
 use pirouette_model::{BackendError, Device, Executable, Inputs, Program, StageTimes};
 use rustix::fs::{MemfdFlags, memfd_create};
 
+use super::watch::{may_watch, watch};
 use super::{Answer, Ask, Open, Places, receive, send, times_from_wire};
 
 /// Time a process may take to load weights, or to compile a program.
 const SLOW: Duration = Duration::from_secs(1800);
 /// Time a run may take: the engine gives up long before, this ends the process.
 const RUN: Duration = Duration::from_secs(600);
+/// From this long before a run's answer is due until this long after it, the thread stays awake.
+const AWAKE: Duration = Duration::from_micros(300);
 
 /// A device in a process of its own.
 pub struct ProcessDevice {
@@ -63,7 +66,8 @@ impl Device for ProcessDevice {
         let id = link.last_id;
         match link.ask(&Ask::Compile { id, shape: program.shape.into() }, SLOW)? {
             Answer::Compiled => {
-                Ok(Box::new(ProcessExecutable { link: self.link.clone(), id, program, places }))
+                let link = self.link.clone();
+                Ok(Box::new(ProcessExecutable { link, id, program, places, usual: None }))
             }
             other => Err(link.strange(&other)),
         }
@@ -79,6 +83,8 @@ struct ProcessExecutable {
     id: u64,
     program: Arc<Program>,
     places: Places,
+    /// What the last run took, from asking to its answer.
+    usual: Option<Duration>,
 }
 
 impl ProcessExecutable {
@@ -122,10 +128,20 @@ impl Executable for ProcessExecutable {
             return Err(BackendError::InputSize { name: "actions", got, want });
         }
         let mut link = lock(&self.link);
-        self.write(&link.file, inputs).map_err(|e| link.lost(&e.to_string()))?;
+        let write = |link: &mut Link| {
+            if link.watches {
+                // The process wakes while the inputs are written.
+                send(link.stream.get_mut(), &Ask::Wake)?;
+            }
+            self.write(&link.file, inputs)
+        };
+        write(&mut link).map_err(|e| link.lost(&e.to_string()))?;
         let previous = inputs.previous.is_some();
+        let asked = Instant::now();
+        link.due = self.usual.map(|usual| asked + usual);
         match link.ask(&Ask::Run { id: self.id, previous }, RUN)? {
             Answer::Ran { times } => {
+                self.usual = Some(asked.elapsed());
                 let at = self.places.offsets()[9];
                 let read = link.file.read_exact_at(bytemuck::cast_slice_mut(actions), at);
                 read.map_err(|e| link.lost(&e.to_string()))?;
@@ -154,6 +170,10 @@ struct Link {
     file: File,
     file_bytes: u64,
     last_id: u64,
+    /// Whether a core may stay awake for an answer.
+    watches: bool,
+    /// When the answer of the run that is asked for next should come.
+    due: Option<Instant>,
     /// Why nothing can be asked any more.
     failure: Option<String>,
 }
@@ -175,16 +195,21 @@ impl Link {
             .process_group(0)
             .spawn()?;
         let stream = BufReader::new(ours);
-        Ok(Link { what, child, stream, file, file_bytes: 0, last_id: 0, failure: None })
+        let (watches, due, failure) = (may_watch(), None, None);
+        Ok(Link { what, child, stream, file, file_bytes: 0, last_id: 0, watches, due, failure })
     }
 
     fn ask(&mut self, ask: &Ask, limit: Duration) -> Result<Answer, BackendError> {
         if let Some(failure) = &self.failure {
             return Err(BackendError::Device(failure.clone()));
         }
+        let due = self.due.take().filter(|_| self.watches);
         let mut answer = || {
             self.stream.get_ref().set_read_timeout(Some(limit))?;
             send(self.stream.get_mut(), ask)?;
+            if let Some(due) = due {
+                watch(&mut self.stream, due.checked_sub(AWAKE).unwrap_or(due), 2 * AWAKE)?;
+            }
             receive::<Answer>(&mut self.stream)
         };
         match answer() {
