@@ -1,5 +1,5 @@
 //! A GPU → one that breaks at a given run, to see what becomes of a server around it. Only with
-//! `--features fault-injection`: `PIROUETTE_FAULT=cuda:1@200` lets the 200th run of that GPU in every
+//! `--features fault-injection`: `PIROUETTE_FAULT=cuda:1@200` lets that GPU's 200th run in each
 //! process meet a kernel that writes to address 0.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};

@@ -9,10 +9,12 @@ use pirouette_model::WeightTable;
 use pirouette_policy::{NdArray, Value, sample_observation};
 
 use crate::args::{DeviceArgs, WeightArgs};
+use crate::log::LogFormat;
+use crate::model::{self, Open};
 use crate::setup::{self, PolicyArgs};
 use crate::text::write_json;
 use crate::weights::Weights;
-use crate::{device, model, npz};
+use crate::{device, npz};
 
 /// Arguments of `infer`.
 #[derive(clap::Args)]
@@ -89,7 +91,8 @@ pub fn run(args: &InferArgs) -> Result<()> {
     if device::null(&args.device)?.is_some() {
         bail!("`--device {}` has no model: it is for `pirouette serve`", args.device.device);
     }
-    let factory = model::factory(args.device.clone(), weight_args, steps);
+    let (device, log) = (args.device.clone(), LogFormat::Text);
+    let factory = model::here(&Open { device, weights: weight_args, steps, log });
     let engine = Engine::start(vec![factory], options)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(engine.wait_ready()).map_err(|why| anyhow::anyhow!("{why}"))?;

@@ -2,6 +2,7 @@
 //! are replaced together.
 
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use anyhow::{Result, bail};
 use pirouette_engine::{Bucket, BucketRule, DeviceFactory, Engine, EngineOptions, SwapReport};
 use pirouette_model::{BackendError, Config, Device, Rtc, WeightTable};
 use pirouette_policy::{Policy, contract};
+use serde::{Deserialize, Serialize};
 
 use crate::args::{DeviceArgs, WeightArgs};
 use crate::device;
@@ -58,7 +60,8 @@ pub struct ModelPlan {
 /// Which devices run in a process of their own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Isolate {
-    /// GPUs.
+    /// Of several GPUs all, a single one from its first failure on: a GPU that breaks ends all use
+    /// of CUDA in its process.
     Auto,
     /// All.
     Always,
@@ -67,17 +70,22 @@ pub enum Isolate {
 }
 
 impl Isolate {
-    /// Whether that device does. Processes are started as Linux does it.
-    fn holds(self, args: &DeviceArgs) -> Result<bool> {
+    /// Opens one of `count` devices as this says. Processes are started as Linux does it.
+    fn factory(self, open: Open, count: usize) -> Result<DeviceFactory> {
         let linux = cfg!(target_os = "linux");
+        let gpu = matches!(device::target(&open.device)?, device::Target::Cuda(_));
         Ok(match self {
             Isolate::Always if !linux => bail!("--isolate always: only Linux can"),
-            Isolate::Always => true,
-            Isolate::Auto => linux && matches!(device::target(args)?, device::Target::Cuda(_)),
-            Isolate::Never => false,
+            Isolate::Always => apart(open),
+            Isolate::Auto if linux && gpu && count > 1 => apart(open),
+            Isolate::Auto if linux && gpu => here_first(here(&open), apart(open), &CUDA_BROKE),
+            Isolate::Auto | Isolate::Never => here(&open),
         })
     }
 }
+
+/// Whether a GPU that this process used has failed.
+static CUDA_BROKE: AtomicBool = AtomicBool::new(false);
 
 /// What an engine is started with, and the policy in front of it.
 pub struct Parts {
@@ -113,12 +121,9 @@ impl ModelPlan {
         }
         tracing::info!("{}; {}", setup::describe(&policy), weights.origin);
         let options = self.options(&policy, WeightTable::new(model, steps))?;
-        let open = |args: &DeviceArgs| -> Result<DeviceFactory> {
-            let (args, weights) = (args.clone(), weight_args.clone());
-            Ok(match self.isolate.holds(&args)? {
-                true => isolated(args, weights, steps, self.log),
-                false => factory(args, weights, steps),
-            })
+        let open = |device: &DeviceArgs| {
+            let (device, weights) = (device.clone(), weight_args.clone());
+            self.isolate.factory(Open { device, weights, steps, log: self.log }, self.devices.len())
         };
         let devices = self.devices.iter().map(open).collect::<Result<_>>()?;
         Ok(Parts { policy, devices, options })
@@ -188,25 +193,33 @@ impl Parts {
     }
 }
 
+/// Which device with which weights.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Open {
+    /// Flags of the device.
+    pub device: DeviceArgs,
+    /// Flags of the weights.
+    pub weights: WeightArgs,
+    /// Euler steps of the tables that are computed at load.
+    pub steps: usize,
+    /// How a process of its own logs.
+    pub log: LogFormat,
+}
+
 /// Opens the device and its weights, on the engine's thread and again after every failure.
-pub fn factory(args: DeviceArgs, weights: WeightArgs, steps: usize) -> DeviceFactory {
+pub fn here(open: &Open) -> DeviceFactory {
     // One null device for all lives: it counts its runs.
-    let null = device::null(&args).ok().flatten();
+    let null = device::null(&open.device).ok().flatten();
+    let open = open.clone();
     Arc::new(move || match &null {
         Some(null) => Ok(Box::new(null.clone()) as Box<dyn Device>),
-        None => open_here(&args, &weights, steps).map(|(_, device)| device),
+        None => open_here(&open).map(|(_, device)| device),
     })
 }
 
 /// The same in a process of its own, a new one after every failure.
 #[cfg(target_os = "linux")]
-fn isolated(
-    device: DeviceArgs,
-    weights: WeightArgs,
-    steps: usize,
-    log: LogFormat,
-) -> DeviceFactory {
-    let open = crate::worker::Open { device, weights, steps, log };
+fn apart(open: Open) -> DeviceFactory {
     Arc::new(move || {
         let device = crate::worker::ProcessDevice::open(open.clone())?;
         Ok(Box::new(device) as Box<dyn Device>)
@@ -214,23 +227,41 @@ fn isolated(
 }
 
 #[cfg(not(target_os = "linux"))]
-fn isolated(args: DeviceArgs, weights: WeightArgs, steps: usize, _: LogFormat) -> DeviceFactory {
-    factory(args, weights, steps)
+fn apart(open: Open) -> DeviceFactory {
+    here(&open)
+}
+
+/// `here` until a device that it opened must be opened again: `broke` is set then, and whoever sees
+/// it set takes `apart`.
+fn here_first(
+    here: DeviceFactory,
+    apart: DeviceFactory,
+    broke: &'static AtomicBool,
+) -> DeviceFactory {
+    let opened = AtomicBool::new(false);
+    Arc::new(move || {
+        if opened.load(Relaxed) {
+            broke.store(true, Relaxed);
+        }
+        if broke.load(Relaxed) {
+            return apart();
+        }
+        let device = here()?;
+        opened.store(true, Relaxed);
+        Ok(device)
+    })
 }
 
 /// Opens the device and its weights in this process.
-pub fn open_here(
-    args: &DeviceArgs,
-    weights: &WeightArgs,
-    steps: usize,
-) -> Result<(Config, Box<dyn Device>), BackendError> {
+pub fn open_here(open: &Open) -> Result<(Config, Box<dyn Device>), BackendError> {
     let unavailable = |e: anyhow::Error| BackendError::Unavailable(format!("{e:#}"));
-    let weights = Weights::open(weights).map_err(unavailable)?;
+    let weights = Weights::open(&open.weights).map_err(unavailable)?;
     let config = weights.config;
-    if let Some(null) = device::null(args).map_err(unavailable)? {
+    if let Some(null) = device::null(&open.device).map_err(unavailable)? {
         return Ok((config, Box::new(null)));
     }
-    let opened = device::open(args, config, steps, weights.source()).map_err(unavailable)?;
+    let opened = device::open(&open.device, config, open.steps, weights.source());
+    let opened = opened.map_err(unavailable)?;
     Ok((config, opened.boxed()))
 }
 
@@ -314,8 +345,10 @@ fn retire(old: Arc<Model>) {
 #[cfg(test)]
 mod tests {
     use std::path::Path;
+    use std::sync::atomic::AtomicUsize;
 
     use pirouette_engine::{Noise, Request};
+    use pirouette_model::{Executable, Program};
     use pirouette_policy::sample_observation;
     use pirouette_testing::fixture::testdata;
 
@@ -337,6 +370,43 @@ mod tests {
             isolate: Isolate::Never,
             log: LogFormat::Text,
         }
+    }
+
+    struct Named(&'static str);
+
+    impl Device for Named {
+        fn name(&self) -> String {
+            self.0.into()
+        }
+
+        fn compile(&mut self, _: Arc<Program>) -> Result<Box<dyn Executable>, BackendError> {
+            Err(BackendError::Unavailable(self.0.into()))
+        }
+
+        fn weight_bytes(&self) -> u64 {
+            0
+        }
+    }
+
+    /// The first life is here, and so is one after an attempt that failed; the next is apart, as
+    /// is the first of another device when this one has broken.
+    #[test]
+    fn a_device_is_opened_here_until_it_breaks() {
+        static BROKE: AtomicBool = AtomicBool::new(false);
+        let named = |name: &'static str, fails: usize| -> DeviceFactory {
+            let calls = AtomicUsize::new(0);
+            Arc::new(move || match calls.fetch_add(1, Relaxed) {
+                call if call < fails => Err(BackendError::Unavailable(name.into())),
+                _ => Ok(Box::new(Named(name)) as _),
+            })
+        };
+        let open = |factory: &DeviceFactory| factory().map(|device| device.name());
+        let one = here_first(named("here", 1), named("apart", 0), &BROKE);
+        let other = here_first(named("other", 0), named("apart", 0), &BROKE);
+        assert!(open(&one).is_err());
+        assert_eq!(open(&one).unwrap(), "here");
+        assert_eq!(open(&one).unwrap(), "apart");
+        assert_eq!(open(&other).unwrap(), "apart");
     }
 
     fn checkpoint(name: &str) -> PathBuf {

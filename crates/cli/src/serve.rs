@@ -101,7 +101,7 @@ pub struct ServeArgs {
     #[arg(long, conflicts_with = "device")]
     pub gpus: Option<String>,
     /// Which devices run in a process of their own, so that one that breaks takes nothing else with
-    /// it: `auto` means GPUs.
+    /// it. `auto`: of several GPUs all, a single one from its first failure on.
     #[arg(long, value_enum, value_name = "WHICH", default_value = "auto")]
     pub isolate: Isolate,
     /// Engines of a null device.

@@ -40,7 +40,7 @@ pub fn run() -> Result<()> {
     let mut stream = BufReader::new(control);
     let Some(Ask::Open(open)) = receive(&mut stream)? else { bail!(usage) };
     log::start(open.log);
-    let (config, device) = match model::open_here(&open.device, &open.weights, open.steps) {
+    let (config, device) = match model::open_here(&open) {
         Ok(opened) => opened,
         Err(error) => return Ok(send(stream.get_mut(), &Answer::Failed(error.into()))?),
     };

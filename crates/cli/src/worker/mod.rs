@@ -14,8 +14,7 @@ use std::io::{self, BufRead, Read, Write};
 use pirouette_model::{BackendError, Program, Rtc, Shape, StageTimes};
 use serde::{Deserialize, Serialize};
 
-use crate::args::{DeviceArgs, WeightArgs};
-use crate::log::LogFormat;
+use crate::model::Open;
 
 pub use child::run;
 pub use parent::ProcessDevice;
@@ -43,19 +42,6 @@ enum Ask {
     Forget {
         id: u64,
     },
-}
-
-/// Which device with which weights.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Open {
-    /// Flags of the device.
-    pub device: DeviceArgs,
-    /// Flags of the weights.
-    pub weights: WeightArgs,
-    /// Euler steps of the tables that are computed at load.
-    pub steps: usize,
-    /// How the process logs.
-    pub log: LogFormat,
 }
 
 /// What the process answers.

@@ -14,7 +14,8 @@ use pirouette_model::{BackendError, Device, Executable, Inputs, Program, StageTi
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::watch::{may_watch, watch};
-use super::{Answer, Ask, Open, Places, receive, send, times_from_wire};
+use super::{Answer, Ask, Places, receive, send, times_from_wire};
+use crate::model::Open;
 
 /// Time a process may take to load weights, or to compile a program.
 const SLOW: Duration = Duration::from_secs(1800);
