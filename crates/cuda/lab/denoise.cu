@@ -2,6 +2,8 @@
 // size, 788 prefix keys) as one CUDA graph, checks it against plain CUDA-core kernels and times it.
 //   nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -cudart static -o denoise
 //     denoise.cu ../kernels/attention_suffix.cu
+// With -DDENOISE_VARIANTS='"FILE"' a file of yours defines other kernels (DENOISE_WIDE_KERNEL) and
+// `run_variants`, which studies them beside these.
 #include <cudaTypedefs.h>
 #include <algorithm>
 #include <cmath>

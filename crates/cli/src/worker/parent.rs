@@ -190,6 +190,7 @@ impl Link {
         // This very program, also when its file has been replaced meanwhile. A group of its own:
         // an interrupt from the keyboard is for the server, which ends its processes itself.
         let child = Command::new("/proc/self/exe")
+            .arg0("pirouette")
             .arg("worker")
             .stdin(Stdio::from(std::os::fd::OwnedFd::from(theirs)))
             .stdout(Stdio::from(file.try_clone()?))
