@@ -127,9 +127,9 @@ pub fn free_bytes(args: &DeviceArgs) -> Result<Option<u64>> {
         Target::Null(_) => None,
         Target::Cpu => available_memory(),
         Target::Cuda(ordinal) => {
-            let context = Driver::open()?.context(ordinal)?;
-            context.make_current()?;
-            Some(context.memory_info()?.0)
+            // Without a context: the server may have none of its own, or a broken one.
+            let gauge = Driver::open()?.inspect(ordinal).and_then(|p| Gauge::open(&p));
+            gauge.ok().and_then(|gauge| gauge.read().memory_free_bytes)
         }
     })
 }

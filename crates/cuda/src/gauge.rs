@@ -25,6 +25,8 @@ pub struct Reading {
     pub temperature_celsius: Option<u32>,
     /// Memory used by all processes, bytes.
     pub memory_used_bytes: Option<u64>,
+    /// Memory that can still be had, bytes.
+    pub memory_free_bytes: Option<u64>,
     /// Energy since the driver was loaded, joules.
     pub energy_joules: Option<f64>,
 }
@@ -48,12 +50,14 @@ impl Gauge {
         let Ok(device) = self.nvml.device_by_uuid(self.uuid.as_str()) else {
             return Reading::default();
         };
+        let memory = device.memory_info().ok();
         Reading {
             power_watts: device.power_usage().ok().map(|mw| mw as f64 / 1e3),
             sm_mhz: device.clock_info(Clock::SM).ok(),
             memory_mhz: device.clock_info(Clock::Memory).ok(),
             temperature_celsius: device.temperature(TemperatureSensor::Gpu).ok(),
-            memory_used_bytes: device.memory_info().ok().map(|m| m.used),
+            memory_used_bytes: memory.as_ref().map(|m| m.used),
+            memory_free_bytes: memory.as_ref().map(|m| m.free),
             energy_joules: device.total_energy_consumption().ok().map(|mj| mj as f64 / 1e3),
         }
     }
