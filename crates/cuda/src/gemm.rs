@@ -217,7 +217,8 @@ impl Tile {
     }
 }
 
-/// Shapes of rows × n × k at which another instance than the estimate's was measured faster.
+/// Shapes of rows × n × k at which another instance than the estimate's was measured faster, on
+/// cards of 132 multiprocessors.
 const MEASURED: &[(GemmEpilogue, [u32; 3], &str)] = &[
     (GemmEpilogue::Add, [768, 1152, 4304], "gemm_add_128x128_w2_k2"),
     (GemmEpilogue::Add, [1536, 1152, 4304], "gemm_add_128x128"),
@@ -226,7 +227,7 @@ const MEASURED: &[(GemmEpilogue, [u32; 3], &str)] = &[
 
 /// The instance for a product of `rows` × `n` × `k`.
 fn choose(epilogue: GemmEpilogue, size: [u32; 3], sms: u32) -> Option<(usize, &'static Tile)> {
-    let measured = MEASURED.iter().find(|(e, s, _)| (*e, *s) == (epilogue, size));
+    let measured = MEASURED.iter().find(|(e, s, _)| sms == 132 && (*e, *s) == (epilogue, size));
     let named = |t: &Tile| measured.is_none_or(|(_, _, name)| t.name == *name);
     let [rows, n, k] = size;
     let fitting = TILES.iter().enumerate().filter(|(_, t)| t.epilogue == epilogue && named(t));
