@@ -30,10 +30,15 @@ impl Drop for Server {
 impl Server {
     /// Two devices without a model, 20 ms a run, each a process.
     fn start() -> Self {
+        let two = ["--device", "null:1:20,4:20", "--replicas", "2", "--max-batch", "4"];
+        Self::with(&two)
+    }
+
+    fn with(flags: &[&str]) -> Self {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let mut child = Command::new(env!("CARGO_BIN_EXE_pirouette"))
-            .args(["serve", "pi0_libero", "--device", "null:1:20,4:20", "--replicas", "2"])
-            .args(["--max-batch", "4", "--isolate", "always", "--port", &port.to_string()])
+            .args(["serve", "pi0_libero", "--isolate", "always", "--port", &port.to_string()])
+            .args(flags)
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()
@@ -60,9 +65,14 @@ impl Server {
     }
 
     fn get(&self, path: &str) -> String {
+        self.ask("GET", path, "")
+    }
+
+    fn ask(&self, method: &str, path: &str, body: &str) -> String {
         let mut answer = String::new();
         if let Ok(mut stream) = TcpStream::connect(("127.0.0.1", self.port)) {
-            let ask = format!("GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+            let head = format!("Host: x\r\nConnection: close\r\nContent-Length: {}", body.len());
+            let ask = format!("{method} {path} HTTP/1.1\r\n{head}\r\n\r\n{body}");
             // What could not be asked or read has no answer.
             let _ = stream.write_all(ask.as_bytes());
             let _ = stream.read_to_string(&mut answer);
@@ -135,6 +145,35 @@ fn processes_outlive_the_signal_to_drain_and_end_with_the_server() {
     server.until("all ended", || {
         workers.iter().all(|id| !Path::new(&format!("/proc/{id}/stat")).exists() || is_dead(*id))
     });
+}
+
+#[test]
+fn a_swapped_checkpoint_ends_the_process_of_the_old_one() {
+    let testdata = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata");
+    let checkpoint = testdata.join("A_tiny/e2e/pi0_libero/checkpoint").display().to_string();
+    let tokenizer = testdata.join("D_preprocess/tokenizer/tok_bpe.model").display().to_string();
+    let admin = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut server = Server::with(&[
+        "--device",
+        "cpu",
+        "--precision",
+        "f32",
+        "--checkpoint",
+        &checkpoint,
+        "--tokenizer",
+        &tokenizer,
+        "--admin-port",
+        &admin.to_string(),
+    ]);
+    let public = std::mem::replace(&mut server.port, admin);
+    let answer = server.ask("POST", "/swap", &format!("{{\"checkpoint\": {checkpoint:?}}}"));
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    server.port = public;
+    server.until("two processes", || server.workers().len() == 2);
+    let [old, new] = server.workers()[..] else { panic!("two processes") };
+    server.until("the old one ended", || !Path::new(&format!("/proc/{old}/stat")).exists());
+    assert!(Path::new(&format!("/proc/{new}/stat")).exists() && !is_dead(new));
+    assert!(server.get("/readyz").starts_with("HTTP/1.1 200"));
 }
 
 /// Ended, and not yet waited for by whoever inherited it.
