@@ -15,8 +15,12 @@ static RUNS: AtomicU64 = AtomicU64::new(0);
 pub fn wrap(device: Box<CudaDevice>) -> Box<dyn Device> {
     let asked = std::env::var("PIROUETTE_FAULT").unwrap_or_default();
     let (gpu, at) = asked.split_once('@').unwrap_or_default();
-    match at.parse() {
-        Ok(at) if Device::name(device.as_ref()).starts_with(&format!("{gpu} ")) => {
+    let at: Option<u64> = at.parse().ok();
+    if at.is_none() && !asked.is_empty() {
+        tracing::warn!("PIROUETTE_FAULT={asked}: say which GPU at which run, as in cuda:1@200");
+    }
+    match at {
+        Some(at) if Device::name(device.as_ref()).starts_with(&format!("{gpu} ")) => {
             Box::new(Faulty { device: Arc::new(Mutex::new(device)), at })
         }
         _ => device,

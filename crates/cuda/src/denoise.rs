@@ -349,4 +349,21 @@ mod tests {
             assert!(shared <= 224 << 10, "{}: {shared}", i.name);
         }
     }
+
+    /// The shapes here are those the wide kernels are compiled for.
+    #[test]
+    fn wide_instances_are_those_of_the_kernel_file() {
+        let source = include_str!("../kernels/denoise_wide.cu");
+        let listed = source.lines().filter(|line| line.starts_with("  X(")).count();
+        let mut found = 0;
+        for i in INSTANCES {
+            let Shape::Wide(stages) = i.shape else { continue };
+            let (name, shape) = (format!("X({},", i.name), [i.k, i.cluster, i.groups, stages]);
+            let shape = shape.map(|n| n.to_string()).join(", ") + ")";
+            let line = source.lines().find(|line| line.contains(&name));
+            assert!(line.is_some_and(|line| line.contains(&shape)), "{name} {shape}: {line:?}");
+            found += 1;
+        }
+        assert_eq!(found, listed);
+    }
 }

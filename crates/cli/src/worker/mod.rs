@@ -22,6 +22,9 @@ pub use parent::ProcessDevice;
 /// Longest line.
 const LINE_LIMIT: u64 = 64 << 10;
 
+/// Most bytes of an error's text, which may be a compiler's whole log: escaped it fits a line.
+const TEXT_LIMIT: usize = 8 << 10;
+
 /// What the server asks.
 #[derive(Debug, Serialize, Deserialize)]
 enum Ask {
@@ -68,11 +71,19 @@ impl From<BackendError> for Failure {
             BackendError::OutOfMemory { what, device, needed_bytes, free_bytes } => {
                 Failure::OutOfMemory { what, device, needed_bytes, free_bytes }
             }
-            BackendError::Unsupported(text) => Failure::Unsupported(text),
-            BackendError::Device(text) => Failure::Device(text),
-            other => Failure::Unavailable(other.to_string()),
+            BackendError::Unsupported(text) => Failure::Unsupported(shortened(text)),
+            BackendError::Device(text) => Failure::Device(shortened(text)),
+            other => Failure::Unavailable(shortened(other.to_string())),
         }
     }
+}
+
+fn shortened(mut text: String) -> String {
+    if text.len() > TEXT_LIMIT {
+        text.truncate(text.floor_char_boundary(TEXT_LIMIT));
+        text.push_str(" …");
+    }
+    text
 }
 
 impl From<Failure> for BackendError {
@@ -228,6 +239,12 @@ mod tests {
             };
             assert_eq!(BackendError::from(back).to_string(), text);
         }
+        // A compiler's log, at its worst.
+        let log = "\u{1}".repeat(1 << 20);
+        let mut wire = Vec::new();
+        send(&mut wire, &Answer::Failed(BackendError::Unavailable(log).into())).unwrap();
+        let back = receive(&mut &wire[..]).unwrap();
+        assert!(matches!(back, Some(Answer::Failed(Failure::Unavailable(_)))));
         for rtc in [Rtc::Off, Rtc::Guided, Rtc::Trained] {
             let shape =
                 Shape { batch: 3, cameras: 2, prompt_tokens: 16, horizon: 50, steps: 10, rtc };
