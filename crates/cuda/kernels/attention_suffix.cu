@@ -3,7 +3,8 @@
 //
 // | what | value |
 // |---|---|
-// | q, out | bf16 [batch · stride, 2048]: row i of a sample is M rows 8i … 8i+7 of [·, 256] |
+// | q, out | bf16 [batch · stride, 2048]: row i of a sample is M rows 8i … 8i+7 of [·, 256]; |
+// |        | `out` may lie in blocks of 32 columns, as DenoiseRows in denoise_params.cuh says |
 // | K, V | bf16 [batch · cache_rows, 256]: prefix keys s < cameras · image_tokens + prompt, |
 // |      | suffix keys s in [prefix_rows, prefix_rows + suffix_keys) |
 // | mask | all of those; with `state_row`, query row 0 sees no suffix key but the first |
@@ -31,11 +32,13 @@ struct AttentionSuffixParams {
     const u16* q;        ///< bf16 [batch · q_stride, 2048]
     const u16* k;        ///< bf16 [batch · cache_rows, 256]
     const u16* v;        ///< bf16 [batch · cache_rows, 256]
-    u16* out;            ///< bf16 [batch · out_stride, 2048]
+    u16* out;            ///< bf16 [batch · out_stride, 2048], see `out_width`
     const u32* lengths;  ///< [batch, 2]: cameras, prompt length; written before the graph starts
     u32 queries;         ///< query rows of a sample
     u32 q_stride;        ///< rows from one sample's queries to the next's
     u32 out_stride;      ///< rows from one sample's outputs to the next's
+    u32 out_width;       ///< elements from one row of `out` to the next
+    u32 out_step;        ///< elements from 32 of its columns to the next 32
     u32 cache_rows;      ///< rows of a sample in K and V
     u32 prefix_rows;     ///< prefix slots: cache row of the first suffix key
     u32 suffix_keys;     ///< suffix keys
@@ -45,7 +48,7 @@ struct AttentionSuffixParams {
     u32 state_row;       ///< 1: query row 0 sees no suffix key but the first
     u32 prefix_ready;    ///< 1: no kernel still running writes the prefix rows of K and V
 };
-static_assert(sizeof(AttentionSuffixParams) == 80, "shared with the host");
+static_assert(sizeof(AttentionSuffixParams) == 88, "shared with the host");
 
 namespace suffix {
 
@@ -279,10 +282,11 @@ __device__ __forceinline__ void push(const float (&o)[TILES][kOutTiles][4], cons
     }
 }
 
-/// Weighs the ranks' parts of the columns this CTA owns, adds them, writes.
+/// Weighs the ranks' parts of the columns this CTA owns, adds them, writes; `out` is where the
+/// first of its rows lies.
 template <u32 TILES, u32 CLUSTER>
 __device__ __forceinline__ void combine(const u8* smem, Layout<TILES, CLUSTER> at, u16* out,
-                                        u32 live, u32 rank) {
+                                        const AttentionSuffixParams& p, u32 live, u32 rank) {
     constexpr u32 kCount = kBlocks<CLUSTER>;
     const u32 lane = threadIdx.x & 31;
     for (u32 i = threadIdx.x / 32; i < TILES * kCount * 2; i += kWarps) {
@@ -310,7 +314,8 @@ __device__ __forceinline__ void combine(const u8* smem, Layout<TILES, CLUSTER> a
             acc[3] = fmaf(w, b.y, acc[3]);
         }
         const float inverse = 1.f / total;
-        u16* to = out + row * kDim + (rank * kCount + block) * 16 + lane % 4 * 2;
+        const u32 column = row % kHeads * kDim + (rank * kCount + block) * 16 + lane % 4 * 2;
+        u16* to = out + row / kHeads * p.out_width + column / 32 * p.out_step + column % 32;
         if (row >= live) continue;
         *reinterpret_cast<u32*>(to) = ptx::pack_bf16(acc[0] * inverse, acc[1] * inverse);
         *reinterpret_cast<u32*>(to + 8) = ptx::pack_bf16(acc[2] * inverse, acc[3] * inverse);
@@ -371,8 +376,8 @@ __device__ __forceinline__ void run(const AttentionSuffixParams& params) {
     ptx::cluster_wait();
     push<TILES, CLUSTER>(o, smem, at, rank);
     ptx::barrier_wait_cluster(base + at.gather(), 0);
-    const u64 out = (static_cast<u64>(sample) * params.out_stride * kHeads + first_row) * kDim;
-    combine<TILES, CLUSTER>(smem, at, params.out + out, live, rank);
+    const u64 row = static_cast<u64>(sample) * params.out_stride + first_row / kHeads;
+    combine<TILES, CLUSTER>(smem, at, params.out + row * params.out_width, params, live, rank);
 }
 
 }  // namespace suffix

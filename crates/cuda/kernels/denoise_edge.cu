@@ -31,7 +31,8 @@ __device__ __forceinline__ void put(const DenoiseEdgeParams& p, u16* out, bool s
   if (!stream) return;
   if (p.scaled) {
     const float scaled = bf16_value(rounded) * __ldg(p.next_scale + n);
-    p.scaled[at] = static_cast<u16>(bf16_pair(scaled, 0.0f));
+    const u32 to = edge_index(rows, row) * p.scaled_width + n / 32 * p.scaled_step + n % 32;
+    p.scaled[to] = static_cast<u16>(bf16_pair(scaled, 0.0f));
   }
   float s = bf16_value(rounded) * bf16_value(rounded);
 #pragma unroll

@@ -15,8 +15,9 @@ __device__ __forceinline__ u32 row_index(const DenoiseRows& rows, u32 i) {
   return sample * rows.stride + rows.first + i - sample * rows.count;
 }
 
-__device__ __forceinline__ u64 row_offset(const DenoiseRows& rows, u32 i) {
-  return static_cast<u64>(row_index(rows, i)) * rows.width;
+// Where column c of row i lies.
+__device__ __forceinline__ u64 element_of(const DenoiseRows& rows, u32 i, u32 c) {
+  return static_cast<u64>(row_index(rows, i)) * rows.width + c / 32 * rows.step + c % 32;
 }
 
 // gelu_tanh(x) = x * sigmoid(2 * sqrt(2/pi) * (x + 0.044715 x^3))
@@ -43,7 +44,9 @@ struct Extra {
   float2 turn0, turn1;  // Qkv: cos, sin of tokens t and t + 1
   u16 old[4];           // Add: stream values (row r: t, t + 1; row r + 8: t, t + 1)
   const u16* old_from[2];  // Add: where they are, tokens t and t + 1, row r
+  bool ours;            // whether this CTA finishes the item
   u16* to;              // features of token t (lanes 0-3) or t + 1 (lanes 4-7); null: not ours
+  u16* scaled_to;       // Add, Store: the same of the scaled copy; null: not ours, or none
   float* sum_to;        // Add, Store: where the sum of squares goes
 };
 
@@ -92,23 +95,27 @@ struct Finish {
       e.turn1 = turn_of(token + 1, tile % 16 * 8 + r);
     }
     const u32 mine = token + (r & 1);
-    e.to = nullptr;
+    e.ours = ours;
+    e.to = e.scaled_to = nullptr;
     if (lane < 8 && mine < p.rows && ours) {
       const bool q = E != Epilogue::Qkv || tile < 128;
       const DenoiseRows& rows = q ? p.out_rows : p.cache_rows;
       u16* base = q ? p.out : tile < 144 ? p.k : p.v;
-      const u32 row = row_index(rows, mine);
-      e.to = base + static_cast<u64>(row) * rows.width + (q ? f.x : f.x % 256);
-      e.sum_to = p.out_sums + row * kSums + tile;
+      e.to = base + element_of(rows, mine, q ? f.x : f.x % 256);
+      if (kToStream) {
+        if (p.scaled) e.scaled_to = p.scaled + element_of(p.scaled_rows, mine, f.x);
+        e.sum_to = p.out_sums + row_index(rows, mine) * kSums + tile;
+      }
     }
     if (E == Epilogue::Add) {
-      e.old_from[0] = p.old + row_offset(p.out_rows, min(token, p.rows - 1)) + f.x + r;
-      e.old_from[1] = p.old + row_offset(p.out_rows, min(token + 1, p.rows - 1)) + f.x + r;
+      e.old_from[0] = p.old + element_of(p.out_rows, min(token, p.rows - 1), f.x) + r;
+      e.old_from[1] = p.old + element_of(p.out_rows, min(token + 1, p.rows - 1), f.x) + r;
     }
   }
 
   // Add: the residual stream under the item, once the dependency is met.
   __device__ __forceinline__ void load_old(Extra& e) const {
+    if (!e.ours) return;
     e.old[0] = load_l2_half(e.old_from[0]);
     e.old[1] = load_l2_half(e.old_from[1]);
     e.old[2] = load_l2_half(e.old_from[0] + 8);
@@ -165,10 +172,9 @@ struct Finish {
       store_pair(e.to, 0, low);
       store_pair(e.to, 8, high);
       if (p.scaled) {
-        u16* to = e.to ? p.scaled + (e.to - p.out) : nullptr;
         const float a = e.next_first, b = e.next_second;
-        store_pair(to, 0, bf16_pair(bf16_low(low) * a, bf16_high(low) * a));
-        store_pair(to, 8, bf16_pair(bf16_low(high) * b, bf16_high(high) * b));
+        store_pair(e.scaled_to, 0, bf16_pair(bf16_low(low) * a, bf16_high(low) * a));
+        store_pair(e.scaled_to, 8, bf16_pair(bf16_low(high) * b, bf16_high(high) * b));
       }
       store_sum(e, low, high);
     }

@@ -16,7 +16,7 @@
 // Weights: packed as denoise_load.cu says; a tile of 16 outputs is contiguous, K-slices in order.
 // A cluster splits K. A warp owns an eighth of the CTA's inputs and all of its outputs; x goes
 // from L2 by way of L1 to registers as the B fragment of mma.m16n8k16 (tokens are the n
-// side), weights through shared memory.
+// side), weights through shared memory. x lies in blocks of 32 columns (DenoiseRows).
 // Norm (qkv, gate‖up): y = rms(x) * (W * (scale * x)) + bias. Whoever writes the stream also
 // writes it times the scale of the norm that follows (learned, or an adaptive norm's 1 + scale),
 // rounded once, and its sums of squares, one per 16 features; W * shift of an adaptive norm comes
@@ -46,7 +46,10 @@
 // | depth by kernel (all 4 before)                                          | 3.35        |
 // | rows of padding not fetched                                             | 3.31        |
 // | x through L1 instead of L2: half of gate‖up's traffic                   | 3.20        |
-// | sums through L1, depth 3 2 4 3                                          | 3.12        |
+// | sums through L1, depth 3 2 4 3                                          | 3.12 - 3.18 |
+// | rows in blocks of 32 columns: a quarter of a warp takes one cache line, |             |
+// |   not halves of two (predicted 3.05), `old` by its owner alone          | 3.07        |
+// | depth 3 2 4 4                                                           | 3.00        |
 //
 // Where a layer-step goes (H100, stamps of %globaltimer in every CTA, us): from a kernel's last
 // store to the release of the next 0.6 - 0.7; from there to x in the slowest CTA 1.9 - 2.8 (0.6 in
@@ -64,7 +67,10 @@
 // attention with K before V or V after q (3.13, 3.18), its V in registers early (3.15);
 // weights of 64 outputs side by side (3.20), boxes of 4 KB (3.17), weights in rows of 64 bytes, so
 // that a fragment is put together of two loads (3.26); o, gate‖up or down by the wide kernel of 24
-// rows (3.27, 3.45, 3.16).
+// rows (3.27, 3.45, 3.16). Against 3.18: two or four copies of x, so that fewer CTAs read the same
+// lines (3.23, 3.30); x in blocks of 8 columns (3.29: four lines to a quarter of a warp). Against
+// 3.00: the CTAs of a product that found room fetch the weights of those that did not into L2
+// (gate‖up 3.03, down 3.01, qkv 3.00).
 #include "denoise_product.cuh"
 
 #define DENOISE_PRODUCT(name, CTAS, ...)                                \

@@ -105,7 +105,7 @@ struct Product {
     for (int n = 0; n < NT; ++n) {
       real[n] = n * 8 + (lane >> 2) < p.rows;
       const u32 token = min(n * 8 + (lane >> 2), p.rows - 1);
-      x[n] = p.input + row_offset(p.input_rows, token) + column;
+      x[n] = p.input + element_of(p.input_rows, token, column);
     }
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
@@ -146,9 +146,9 @@ struct Product {
 
   // Inputs of block k of this lane's row of group n. That every CTA fetches the rows is what takes
   // longest once the dependency is met: they go through L1, where the CTAs of a multiprocessor
-  // share them, and without their padding.
+  // share them, without their padding, and a cache line to a quarter of the warp (DenoiseRows).
   __device__ __forceinline__ uint4 load_x(int n, int k) const {
-    return real[n] ? load_global(x[n] + k * 32) : make_uint4(0, 0, 0, 0);
+    return real[n] ? load_global(x[n] + k * p.input_rows.step) : make_uint4(0, 0, 0, 0);
   }
 
   // This warp's share of the sums for all rows.
@@ -162,7 +162,10 @@ struct Product {
     float2 sums[NT];
     if (kHasNorm) {
 #pragma unroll
-      for (int n = 0; n < NT; ++n) sums[n] = load_global_pair(p.input_sums + sums_from[n]);
+      for (int n = 0; n < NT; ++n) {
+        const bool real = n * 8 + warp < p.rows;
+        sums[n] = real ? load_global_pair(p.input_sums + sums_from[n]) : make_float2(0.0f, 0.0f);
+      }
     }
     if (E == Epilogue::Add) load_old(extra);
     compute_sync<kBlock>(2);  // the loader has seen all weights

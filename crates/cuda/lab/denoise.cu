@@ -24,10 +24,10 @@ struct AttentionSuffixParams {
   const unsigned short *q, *k, *v;
   unsigned short* out;
   const unsigned* lengths;
-  unsigned queries, q_stride, out_stride, cache_rows, prefix_rows, suffix_keys, image_tokens;
-  unsigned key_slots, state_row, prefix_ready;
+  unsigned queries, q_stride, out_stride, out_width, out_step, cache_rows, prefix_rows;
+  unsigned suffix_keys, image_tokens, key_slots, state_row, prefix_ready;
 };
-static_assert(sizeof(AttentionSuffixParams) == 80, "as in attention_suffix.cu");
+static_assert(sizeof(AttentionSuffixParams) == 88, "as in attention_suffix.cu");
 extern "C" {
 __global__ void attention_suffix_r16_c8(const __grid_constant__ AttentionSuffixParams);
 __global__ void attention_suffix_r32_c8(const __grid_constant__ AttentionSuffixParams);
@@ -140,16 +140,39 @@ struct Case {
   int tokens() const { return pi05 ? h : h + 1; }  // suffix keys and stream rows of a sample
 };
 
+// A matrix in blocks of 32 columns, as the few-row products read it. The room of a row before it
+// puts row 1, where π0's loop begins, at a cache line.
+struct Blocked {
+  bf16* at;
+  u32 step;
+  size_t count;
+
+  Blocked(size_t rows, int width, u32 before) {
+    step = (rows + before + 1) / 2 * 2 * 32;
+    count = (size_t)step * width / 32;
+    at = device<bf16>(count + before * 32) + before * 32;
+  }
+  DenoiseRows rows(DenoiseRows r) const {
+    r.width = 32, r.step = step;
+    return r;
+  }
+};
+
 // Everything a run writes.
 struct Arena {
   bf16 *stream, *scaled, *q, *attended, *hidden, *u, *k[kLayers], *v[kLayers];
+  Blocked scaled_blocks, attended_blocks, hidden_blocks;
   float *sums, *middle_sums;
   float *actions, *noise, *state, *y;
   u32* lengths;
   size_t action_bytes;
 
-  explicit Arena(const Case& c) {
-    const size_t rows = (size_t)c.samples * c.tokens();
+  explicit Arena(const Case& c) : Arena(c, (size_t)c.samples * c.tokens()) {}
+
+  Arena(const Case& c, size_t rows)
+      : scaled_blocks(rows, 1024, !c.pi05),
+        attended_blocks(rows, 2048, !c.pi05),
+        hidden_blocks(rows, 4096, !c.pi05) {
     stream = device<bf16>(rows * 1024);
     scaled = device<bf16>(rows * 1024);
     q = device<bf16>(rows * 2048);
@@ -252,7 +275,7 @@ Launch product_launch(const Shape& s, DenoiseProductParams p, int outputs, Kind 
   const size_t smem = s.threads ? s.smem : (size_t)s.mt * s.kc * 32;
   if ((int)p.rows > s.nt * 8) printf("%s: too many rows\n", s.name), exit(1);
   CHECK(cudaFuncSetAttribute(s.fn, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)smem));
-  p.depth = kind == kGateUp ? 4 : kind == kQkv || kind == kDown ? 3 : 2;
+  p.depth = kind == kGateUp || kind == kDown ? 4 : kind == kQkv ? 3 : 2;
   const dim3 grid(outputs / 16 / s.mt * s.cl);
   Launch l{s.fn, grid, s.threads ? s.threads : denoise::kBlock, s.cl, smem, bytes_of(p), kind};
   if (s.threads) l.map = rows_map(p);
@@ -268,8 +291,22 @@ struct Loop {
 
   DenoiseRows view(int width, bool state) const {
     const u32 n = c.tokens(), first = c.pi05 || state ? 0 : 1;
-    return {n, first, n - first, (u32)width};
+    return {n, first, n - first, (u32)width, 32};
   }
+
+  // Where few-row kernels hand rows on.
+  struct Place {
+    u16* at;
+    DenoiseRows rows;
+  };
+  Place place(bf16* plain, const Blocked& blocks, int width, bool state) const {
+    const DenoiseRows rows = view(width, state);
+    const bool few = choice.qkv.threads == 0;
+    return few ? Place{(u16*)blocks.at, blocks.rows(rows)} : Place{(u16*)plain, rows};
+  }
+  Place scaled(bool state) const { return place(a.scaled, a.scaled_blocks, 1024, state); }
+  Place attended(bool state) const { return place(a.attended, a.attended_blocks, 2048, state); }
+  Place hidden(bool state) const { return place(a.hidden, a.hidden_blocks, 4096, state); }
   u32 rows(bool state) const { return c.samples * (state ? c.tokens() : c.h); }
 
   // Scale of a norm: adaptive or learned.
@@ -294,18 +331,20 @@ struct Loop {
     p.state_weight = m.state_weight, p.state_bias = m.state_bias, p.state_out = (u16*)a.stream;
     p.sums = a.sums;
     if (step < kSteps) {
-      p.scaled = (u16*)a.scaled, p.next_scale = scale(m.layer[0].table1, step);
+      const Place to = scaled(state);
+      p.scaled = to.at, p.scaled_width = to.rows.width, p.scaled_step = to.rows.step;
+      p.next_scale = scale(m.layer[0].table1, step);
     }
     p.stream_rows = view(1024, false);
-    p.out_rows = c.pi05 ? view(1024, false) : DenoiseRows{(u32)c.h, 0, (u32)c.h, 1024};
-    p.state_rows = {(u32)c.tokens(), 0, 1, 1024};
+    p.out_rows = c.pi05 ? view(1024, false) : DenoiseRows{(u32)c.h, 0, (u32)c.h, 1024, 32};
+    p.state_rows = {(u32)c.tokens(), 0, 1, 1024, 32};
     p.rows = c.samples * c.h, p.samples = c.samples, p.silu = !c.pi05;
     list.push_back({(const void*)denoise_edge, dim3(p.rows + (state ? c.samples : 0)), 1024, 1, 0,
                     bytes_of(p), kEdge});
     if (!c.pi05 && step < kSteps) {
       DenoiseProductParams q = {};
       q.weight = m.mlp.packed, q.input = (u16*)a.u, q.out = (u16*)a.stream, q.bias = m.mlp_bias;
-      q.out_sums = a.sums, q.scaled = (u16*)a.scaled;
+      q.out_sums = a.sums, q.scaled = scaled(false).at, q.scaled_rows = scaled(false).rows;
       q.next_scale = scale(m.layer[0].table1, step);
       q.input_rows = p.out_rows, q.out_rows = view(1024, false), q.rows = p.rows;
       list.push_back(product_launch(choice.mlp, q, 1024, kMlp));
@@ -316,7 +355,9 @@ struct Loop {
   void attention(int l, bool state) {
     const DenoiseRows rows = view(2048, state);
     AttentionSuffixParams t = {};
-    t.q = (u16*)a.q + rows.first * 2048, t.out = (u16*)a.attended + rows.first * 2048;
+    const Place out = attended(state);
+    t.q = (u16*)a.q + rows.first * 2048, t.out = out.at + rows.first * out.rows.width;
+    t.out_width = out.rows.width, t.out_step = out.rows.step;
     t.k = (u16*)a.k[l], t.v = (u16*)a.v[l], t.lengths = a.lengths;
     t.queries = rows.count, t.q_stride = t.out_stride = rows.stride;
     t.cache_rows = kPrefix + c.tokens(), t.prefix_rows = kPrefix, t.suffix_keys = c.tokens();
@@ -337,10 +378,10 @@ struct Loop {
     DenoiseProductParams p = {};
     p.rows = rows(state), p.image_tokens = 256, p.first_position = state || c.pi05 ? 0 : 1;
     p.lengths = a.lengths, p.rope = m.rope;
-    p.weight = w.qkv.packed, p.input = (u16*)a.scaled, p.out = (u16*)a.q;
+    p.weight = w.qkv.packed, p.input = scaled(state).at, p.out = (u16*)a.q;
     p.input_sums = a.sums;
     p.k = (u16*)a.k[l], p.v = (u16*)a.v[l];
-    p.input_rows = view(1024, state), p.out_rows = view(2048, state);
+    p.input_rows = scaled(state).rows, p.out_rows = view(2048, state);
     p.cache_rows = p.out_rows;
     p.cache_rows.stride = kPrefix + c.tokens(), p.cache_rows.first += kPrefix;
     p.cache_rows.width = 256;
@@ -350,27 +391,29 @@ struct Loop {
     attention(l, state);
 
     DenoiseProductParams o = {};
-    o.rows = p.rows, o.weight = w.o.packed, o.input = (u16*)a.attended;
+    o.rows = p.rows, o.weight = w.o.packed, o.input = attended(state).at;
     o.old = (u16*)a.stream, o.out = (u16*)a.stream, o.out_sums = a.middle_sums;
-    o.input_rows = view(2048, state), o.out_rows = view(1024, state);
+    o.input_rows = attended(state).rows, o.out_rows = view(1024, state);
     if (c.pi05) o.gate = w.table1 + step * 3072 + 2048;
-    o.scaled = (u16*)a.scaled, o.next_scale = scale(w.table2, step);
+    o.scaled = scaled(state).at, o.scaled_rows = scaled(state).rows;
+    o.next_scale = scale(w.table2, step);
     list.push_back(product_launch(choice.o, o, 1024, kO));
 
     DenoiseProductParams g = {};
     g.input_sums = a.middle_sums;
-    g.rows = p.rows, g.weight = w.gu.packed, g.input = (u16*)a.scaled, g.out = (u16*)a.hidden;
-    g.input_rows = view(1024, state), g.out_rows = view(4096, state);
+    g.rows = p.rows, g.weight = w.gu.packed, g.input = scaled(state).at, g.out = hidden(state).at;
+    g.input_rows = scaled(state).rows, g.out_rows = hidden(state).rows;
     if (c.pi05) g.bias = w.bias2 + step * 8192;
     list.push_back(product_launch(choice.gu, g, 8192, kGateUp));
 
     DenoiseProductParams d = {};
-    d.rows = p.rows, d.weight = w.down.packed, d.input = (u16*)a.hidden;
+    d.rows = p.rows, d.weight = w.down.packed, d.input = hidden(state).at;
     d.old = (u16*)a.stream, d.out = (u16*)a.stream, d.out_sums = a.sums;
-    d.input_rows = view(4096, state), d.out_rows = view(1024, state);
+    d.input_rows = hidden(state).rows, d.out_rows = view(1024, state);
     if (c.pi05) d.gate = w.table2 + step * 3072 + 2048;
     if (l + 1 < kLayers) {
-      d.scaled = (u16*)a.scaled, d.next_scale = scale(m.layer[l + 1].table1, step);
+      d.scaled = scaled(state).at, d.scaled_rows = scaled(state).rows;
+      d.next_scale = scale(m.layer[l + 1].table1, step);
     }
     list.push_back(product_launch(choice.down, d, 1024, kDown));
   }

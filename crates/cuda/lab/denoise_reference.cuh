@@ -148,3 +148,9 @@ __global__ void ref_scale(const bf16* stream, bf16* scaled, const float* scale) 
   const int at = blockIdx.x * 1024 + threadIdx.x;
   scaled[at] = __float2bfloat16((float)stream[at] * scale[threadIdx.x]);
 }
+// A row-major row, one block each, to blocks of 32 columns `step` elements apart.
+__global__ void ref_blocks(const bf16* plain, bf16* blocks, int width, int step) {
+  const int row = blockIdx.x;
+  for (int c = threadIdx.x; c < width; c += blockDim.x)
+    blocks[row * 32 + c / 32 * step + c % 32] = plain[(size_t)row * width + c];
+}

@@ -54,6 +54,19 @@ struct Reference {
     return got;
   }
 
+  // The same where the kernel may hand its rows on in blocks.
+  std::vector<float> probe(const Launch& l, const Loop::Place& to, bf16* plain, const Blocked& b) {
+    const DenoiseRows& r = to.rows;
+    const int width = b.count / b.step * 32;
+    if (to.at == (u16*)plain) return probe(l, plain + r.first * width, r.count * width, true);
+    const std::vector<float> raw = probe(l, b.at, b.count, true);
+    std::vector<float> got;
+    for (u32 i = 0; i < r.count; ++i)
+      for (int c = 0; c < width; ++c)
+        got.push_back(raw[(r.first + i) * 32 + c / 32 * b.step + c % 32]);
+    return got;
+  }
+
   void note(Kind kind, const std::vector<float>& got, const bf16* ref, size_t n) {
     worst[kind] = std::max(worst[kind], difference(got, host(ref, n)));
   }
@@ -77,14 +90,19 @@ struct Reference {
         ref_finish<<<c.h, 256>>>(a.y, a.stream, m.mlp_bias, 1024, 1, 2);
         note(kMlp, got, a.stream + 1024, c.h * 1024);
       }
-      for (int l = 0; l < kLayers; ++l, at += 5) layer(l, s, first, rows, state, &loop.list[at]);
+      for (int l = 0; l < kLayers; ++l, at += 5) layer(l, s, first, rows, state, loop, at);
       ref_out<<<c.h, 32>>>(a.stream, c.pi05 ? m.final_table + s * 3072 : nullptr, m.out_weight,
                            m.out_bias, a.actions, c.pi05 ? 0 : 1);
     }
     CHECK(cudaDeviceSynchronize());
   }
 
-  void layer(int l, int s, int first, int rows, bool state, const Launch* fast) {
+  void to_blocks(const bf16* plain, const Blocked& b, int width) {
+    ref_blocks<<<c.tokens(), 256>>>(plain, b.at, width, b.step);
+  }
+
+  void layer(int l, int s, int first, int rows, bool state, const Loop& loop, size_t at) {
+    const Launch* fast = &loop.list[at];
     const Layer& w = m.layer[l];
     const bool check = (s == 0 || s == kSteps - 1) && (l == 0 || l == kLayers - 1);
     const float *t1 = w.table1 + (c.pi05 ? s : 0) * 3072, *t2 = w.table2 + (c.pi05 ? s : 0) * 3072;
@@ -95,6 +113,7 @@ struct Reference {
     if (check) {
       ref_sums<<<c.tokens(), 64>>>(a.stream, a.sums, a.middle_sums);
       ref_scale<<<c.tokens(), 1024>>>(a.stream, a.scaled, t1);
+      to_blocks(a.scaled, a.scaled_blocks, 1024);
       got = probe(fast[0], q, rows * 2048, true);
       got_k = probe(fast[0], k, rows * 256, true);
       got_v = probe(fast[0], v, rows * 256, true);
@@ -106,12 +125,13 @@ struct Reference {
       note(kQkv, got, q, rows * 2048);
       note(kQkv, got_k, k, rows * 256);
       note(kQkv, got_v, v, rows * 256);
-      got = probe(fast[1], a.attended + first * 2048, rows * 2048, true);
+      got = probe(fast[1], loop.attended(state), a.attended, a.attended_blocks);
     }
     ref_attention<<<dim3(rows, 8), 256>>>(a.q, a.k[l], a.v[l], a.attended, first,
                                           kPrefix + c.tokens(), kPrefix, kPrefix, state);
     if (check) {
       note(kAttention, got, a.attended + first * 2048, rows * 2048);
+      to_blocks(a.attended, a.attended_blocks, 2048);
       got = probe(fast[2], x, rows * 1024, false);
     }
     linear(a.attended, w.o, 1024, 2048, 0, nullptr, first, rows);
@@ -120,12 +140,14 @@ struct Reference {
       note(kO, got, x, rows * 1024);
       ref_sums<<<c.tokens(), 64>>>(a.stream, a.sums, a.middle_sums);
       ref_scale<<<c.tokens(), 1024>>>(a.stream, a.scaled, t2);
-      got = probe(fast[3], a.hidden + first * 4096, rows * 4096, true);
+      to_blocks(a.scaled, a.scaled_blocks, 1024);
+      got = probe(fast[3], loop.hidden(state), a.hidden, a.hidden_blocks);
     }
     linear(a.stream, w.gu, 8192, 1024, norm, t2, first, rows);
     ref_finish<<<rows, 256>>>(a.y, a.hidden, nullptr, 4096, first, 1);
     if (check) {
       note(kGateUp, got, a.hidden + first * 4096, rows * 4096);
+      to_blocks(a.hidden, a.hidden_blocks, 4096);
       got = probe(fast[4], x, rows * 1024, false);
     }
     linear(a.hidden, w.down, 1024, 4096, 0, nullptr, first, rows);

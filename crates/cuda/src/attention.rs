@@ -58,6 +58,10 @@ pub struct SuffixParams {
     pub q_stride: u32,
     /// Rows from one sample's outputs to the next's.
     pub out_stride: u32,
+    /// Elements from one row of `out` to the next.
+    pub out_width: u32,
+    /// Elements from 32 of its columns to the next 32.
+    pub out_step: u32,
     /// Cache rows of a sample.
     pub cache_rows: u32,
     /// Prefix slots.
@@ -130,7 +134,7 @@ pub struct PatchifyParams {
 
 const _: () = assert!(size_of::<VisionParams>() == 16);
 const _: () = assert!(size_of::<PrefillParams>() == 32);
-const _: () = assert!(size_of::<SuffixParams>() == 80);
+const _: () = assert!(size_of::<SuffixParams>() == 88);
 const _: () = assert!(size_of::<EmbedParams>() == 88);
 const _: () = assert!(size_of::<PatchifyParams>() == 32);
 
@@ -138,14 +142,22 @@ const VISION_SHARED: u32 = 102_432;
 const PREFILL_SHARED: u32 = 230_400;
 const PREFILL_ROWS: u32 = 128;
 const PREFILL_KEYS: u32 = 80;
-/// Keys one CTA of the suffix kernel holds.
-const MAX_KEY_SLOTS: u32 = 128;
+/// CTAs that share the keys of the suffix kernel, and keys one of them holds.
+const SUFFIX_CLUSTER: u32 = 8;
+const MAX_KEY_SLOTS: usize = 128;
 const MAX_SHARED: u32 = 232_448;
 
-/// An instance of the suffix kernel: 16-row tiles per CTA, CTAs of a cluster.
+/// Room for keys a CTA of the suffix kernel needs; `None` if that is more than it has.
+pub fn key_slots(prefix_rows: usize, suffix_keys: usize) -> Option<u32> {
+    let cluster = SUFFIX_CLUSTER as usize;
+    let keys = prefix_rows.div_ceil(cluster) + suffix_keys.div_ceil(cluster);
+    let slots = keys.next_multiple_of(16);
+    (slots <= MAX_KEY_SLOTS).then_some(slots as u32)
+}
+
+/// An instance of the suffix kernel: 16-row tiles per CTA.
 struct Suffix {
     tiles: u32,
-    cluster: u32,
     function: Function,
 }
 
@@ -167,12 +179,12 @@ impl Attention {
         let prefill = cubins::load(context, "attention_prefill_sm90")?;
         let suffix = cubins::load(context, "attention_suffix")?;
         let prefill = |name: &str| prefill.function(name, PREFILL_SHARED as usize);
-        let suffix = [(1, 8), (2, 8), (5, 8)]
+        let suffix = [1, 2, 5]
             .into_iter()
-            .map(|(tiles, cluster)| {
-                let name = format!("attention_suffix_r{}_c{cluster}", 16 * tiles);
+            .map(|tiles| {
+                let name = format!("attention_suffix_r{}_c{SUFFIX_CLUSTER}", 16 * tiles);
                 let function = suffix.function(&name, MAX_SHARED as usize)?;
-                Ok(Suffix { tiles, cluster, function })
+                Ok(Suffix { tiles, function })
             })
             .collect::<Result<_, BackendError>>()?;
         Ok(Attention {
@@ -250,17 +262,14 @@ impl Attention {
             29..=96 => 2,
             _ => 5,
         };
-        let Suffix { tiles, cluster, function } = self.suffix.iter().find(|s| s.tiles == wanted)?;
-        let keys = p.prefix_rows.div_ceil(*cluster) + p.suffix_keys.div_ceil(*cluster);
-        p.key_slots = keys.next_multiple_of(16);
-        if p.key_slots > MAX_KEY_SLOTS {
-            return None;
-        }
+        let Suffix { tiles, function } = self.suffix.iter().find(|s| s.tiles == wanted)?;
+        p.key_slots = key_slots(p.prefix_rows as usize, p.suffix_keys as usize)?;
         let m = 16 * tiles;
-        let shared_bytes = m * (656 + 2 * p.key_slots + 8 * cluster) + p.key_slots * 528 + 16;
-        let grid = [*cluster, rows.div_ceil(m), samples];
+        let shared_bytes =
+            m * (656 + 2 * p.key_slots + 8 * SUFFIX_CLUSTER) + p.key_slots * 528 + 16;
+        let grid = [SUFFIX_CLUSTER, rows.div_ceil(m), samples];
         let launch = Launch::new(function.clone(), grid, 256, vec![Arg::of(&p)]);
-        Some(Launch { shared_bytes, cluster: [*cluster, 1, 1], dependent: true, ..launch })
+        Some(Launch { shared_bytes, cluster: [SUFFIX_CLUSTER, 1, 1], dependent: true, ..launch })
     }
 
     /// Prompt tokens to stream rows with their statistics.

@@ -9,6 +9,7 @@ use pirouette_model::program::{
 };
 use pirouette_model::schedule::rope_angles;
 
+use crate::denoise::{Blocks, Rows};
 use crate::driver::{Context, DeviceMemory, Pinned, Stream};
 use crate::layout::row_pitch;
 use crate::portable;
@@ -24,6 +25,15 @@ pub fn element_bytes(element: Element) -> usize {
 
 const ALIGN: usize = 256;
 
+/// What lies in [`Blocks`]: scratch that only the loop's few-row kernels touch.
+#[derive(Debug, Default)]
+pub struct InBlocks {
+    /// Buffers.
+    pub buffers: Vec<BufferId>,
+    /// Streams, whose scaled copies do.
+    pub scaled: Vec<BufferId>,
+}
+
 /// Buffers of one compiled program.
 pub struct Binding {
     /// The program.
@@ -37,6 +47,9 @@ pub struct Binding {
     scratch: DeviceMemory,
     scratch_offsets: Vec<usize>,
     pitches: Vec<usize>,
+    /// Layout of each buffer that does not lie row by row, and of each such scaled copy.
+    blocks: Vec<Option<Blocks>>,
+    scaled_blocks: Vec<Option<Blocks>>,
     rope: usize,
     turns: usize,
     normed: usize,
@@ -54,9 +67,20 @@ impl Binding {
         context: &Arc<Context>,
         stream: &Stream,
         program: Arc<Program>,
+        in_blocks: &InBlocks,
     ) -> Result<Self, BackendError> {
         let (io_offsets, io_bytes) = io_offsets(&program);
-        let padded = padded_scratch(&program);
+        let mut padded = padded_scratch(&program);
+        let mut lay = |ids: &[BufferId]| {
+            let mut blocks = vec![None; program.buffers.len()];
+            for id in ids {
+                let rows = &mut padded.buffers[id.0].rows;
+                blocks[id.0] = Some(Blocks::new(*rows));
+                *rows = rows.next_multiple_of(2);
+            }
+            blocks
+        };
+        let (blocks, scaled_blocks) = (lay(&in_blocks.buffers), lay(&in_blocks.scaled));
         let pitches: Vec<usize> = padded.buffers.iter().map(|b| b.cols).collect();
         let plan = arena::plan(&padded, element_bytes, ALIGN);
         let rope_table = rope_table(&program);
@@ -67,7 +91,7 @@ impl Binding {
         let product = (normed + normed_bytes(&program)).next_multiple_of(ALIGN);
         let sums = (product + product_bytes(&program)).next_multiple_of(ALIGN);
         let (stats, end) = stats_offsets(&program, sums + sums_bytes(&program));
-        let (scaled, bytes) = scaled_offsets(&program, &pitches, end);
+        let (scaled, bytes) = scaled_offsets(&padded, end);
         let io = DeviceMemory::new(context, "inputs and actions", io_bytes)?;
         let scratch = DeviceMemory::new(context, "activations", bytes)?;
         scratch.fill(stream, 0, bytes, 0)?;
@@ -87,6 +111,8 @@ impl Binding {
             scratch,
             scratch_offsets,
             pitches,
+            blocks,
+            scaled_blocks,
             rope,
             turns,
             normed,
@@ -133,6 +159,21 @@ impl Binding {
         }
     }
 
+    /// The layout of a buffer that does not lie row by row.
+    pub fn blocks(&self, id: BufferId) -> Option<Blocks> {
+        self.blocks[id.0]
+    }
+
+    /// A view's rows as the loop's kernels see them.
+    pub fn rows(&self, view: &View) -> Rows {
+        Rows::of(&self.view(view)).laid(self.blocks[view.buffer.0])
+    }
+
+    /// The same of the stream's scaled copy.
+    pub fn scaled_rows(&self, view: &View) -> Rows {
+        Rows::of(&self.view(view)).laid(self.scaled_blocks[view.buffer.0])
+    }
+
     /// `lengths`, u32 [samples][2].
     pub fn lengths(&self) -> u64 {
         self.program.buffer("lengths").map_or(0, |id| self.address(id))
@@ -153,8 +194,7 @@ impl Binding {
         self.stats[id.0].map_or(0, |at| self.scratch.address() + at as u64)
     }
 
-    /// A residual stream's copy that the next norm's scale has multiplied, laid out as the stream;
-    /// 0 if it has none.
+    /// A residual stream's copy that the next norm's scale has multiplied; 0 if it has none.
     pub fn scaled(&self, id: BufferId) -> u64 {
         self.scaled[id.0].map_or(0, |at| self.scratch.address() + at as u64)
     }
@@ -253,20 +293,16 @@ fn stats_offsets(program: &Program, mut at: usize) -> (Vec<Option<usize>>, usize
 }
 
 /// A copy of every stream that a norm with a scale reads, from `at` on; returns the end.
-fn scaled_offsets(
-    program: &Program,
-    pitches: &[usize],
-    mut at: usize,
-) -> (Vec<Option<usize>>, usize) {
-    let mut offsets = vec![None; program.buffers.len()];
-    for step in &program.steps {
+fn scaled_offsets(padded: &Program, mut at: usize) -> (Vec<Option<usize>>, usize) {
+    let mut offsets = vec![None; padded.buffers.len()];
+    for step in &padded.steps {
         let Op::Linear(Linear { input, norm, .. }) = &step.op else { continue };
         let id = input.buffer.0;
         let has_scale = !matches!(norm, Norm::None | Norm::Rms { scale: None });
         if has_scale && offsets[id].is_none() {
             at = at.next_multiple_of(ALIGN);
             offsets[id] = Some(at);
-            at += program.buffers[id].rows * pitches[id] * 2;
+            at += padded.buffers[id].rows * padded.buffers[id].cols * 2;
         }
     }
     (offsets, at)

@@ -21,12 +21,44 @@ pub struct Rows {
     pub count: u32,
     /// Elements from one matrix row to the next.
     pub width: u32,
+    /// Elements from 32 columns to the next 32.
+    pub step: u32,
 }
 
 impl Rows {
     /// Rows of a view whose columns begin at its address.
     pub fn of(view: &portable::View) -> Self {
-        Rows { stride: view.stride, first: view.first, count: view.count, width: view.ld }
+        let portable::View { stride, first, count, ld, .. } = *view;
+        Rows { stride, first, count, width: ld, step: COLUMNS }
+    }
+
+    /// The same rows in blocks, if such is the matrix's layout.
+    pub fn laid(self, blocks: Option<Blocks>) -> Self {
+        blocks.map_or(self, |Blocks { step }| Rows { width: COLUMNS, step, ..self })
+    }
+}
+
+/// Columns of a block.
+pub const COLUMNS: u32 = 32;
+
+/// A matrix in blocks of [`COLUMNS`] columns, as few-row products read their inputs: a block's rows
+/// lie behind each other, and an even number of them is whole cache lines.
+#[derive(Clone, Copy, Debug)]
+pub struct Blocks {
+    /// Elements from one block to the next.
+    pub step: u32,
+}
+
+impl Blocks {
+    /// For `rows` rows.
+    pub fn new(rows: usize) -> Self {
+        Blocks { step: rows.next_multiple_of(2) as u32 * COLUMNS }
+    }
+
+    /// Where column `column` of row `row` lies.
+    pub fn element(self, row: usize, column: usize) -> usize {
+        let columns = COLUMNS as usize;
+        column / columns * self.step as usize + row * columns + column % columns
     }
 }
 
@@ -54,7 +86,7 @@ pub struct ProductParams {
     pub input_sums: u64,
     /// Where the stream is written: f32 [N] scale of the norm that follows, or 0.
     pub next_scale: u64,
-    /// `out` times it, laid out as `out`, or 0.
+    /// `out` times it, or 0.
     pub scaled: u64,
     /// Sums of squares of `out`.
     pub out_sums: u64,
@@ -68,6 +100,8 @@ pub struct ProductParams {
     pub out_rows: Rows,
     /// Rows of `k` and `v`.
     pub cache_rows: Rows,
+    /// Rows of `scaled`.
+    pub scaled_rows: Rows,
     /// Rows of work.
     pub rows: u32,
     /// Tokens of a camera.
@@ -110,7 +144,7 @@ pub struct EdgeParams {
     pub state_out: u64,
     /// f32 [1024]: scale of the norm of the first layer, or 0.
     pub next_scale: u64,
-    /// What goes to the stream times it, laid out as the stream, or 0.
+    /// What goes to the stream times it, or 0.
     pub scaled: u64,
     /// f32 [stream rows][64].
     pub sums: u64,
@@ -126,12 +160,14 @@ pub struct EdgeParams {
     pub samples: u32,
     /// 1: action_in ends in SiLU.
     pub silu: u32,
-    /// 0
-    pub unused: u32,
+    /// As [`Rows::width`], of `scaled`; its rows are the stream's.
+    pub scaled_width: u32,
+    /// As [`Rows::step`].
+    pub scaled_step: u32,
 }
 
-const _: () = assert!(size_of::<ProductParams>() == 14 * 8 + 48 + 16);
-const _: () = assert!(size_of::<EdgeParams>() == 16 * 8 + 48 + 16);
+const _: () = assert!(size_of::<ProductParams>() == 14 * 8 + 80 + 16);
+const _: () = assert!(size_of::<EdgeParams>() == 16 * 8 + 60 + 20);
 
 /// What a product ends in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -225,8 +261,8 @@ const PART: u32 = 128;
 /// kernel in front.
 const fn depth(role: Role) -> u32 {
     match role {
-        Role::Up => 4,
-        Role::Qkv | Role::Down => 3,
+        Role::Up | Role::Down => 4,
+        Role::Qkv => 3,
         Role::Out | Role::Mlp => 2,
     }
 }
@@ -284,6 +320,11 @@ impl Denoise {
         roles.into_iter().all(served)
     }
 
+    /// Whether all products of a loop of so many rows are those that read their inputs in blocks.
+    pub fn few(rows: u32) -> bool {
+        INSTANCES.iter().filter(|i| matches!(i.shape, Shape::Few(_))).all(|i| rows <= i.groups * 8)
+    }
+
     /// A product of `outputs` rows of weight; `None` when no instance takes it.
     pub fn product(
         &self,
@@ -308,7 +349,7 @@ impl Denoise {
 
     /// All rows of a product's input, 64 columns at a time.
     fn rows(&self, p: &ProductParams, k: u32) -> Result<TensorMap, BackendError> {
-        let Rows { stride, first, count, width } = p.input_rows;
+        let Rows { stride, first, count, width, .. } = p.input_rows;
         let row = u64::from(width) * 2;
         let samples = p.rows / count;
         let spec = TensorMapSpec {
@@ -347,6 +388,22 @@ mod tests {
         for i in INSTANCES {
             let (_, _, shared) = i.block();
             assert!(shared <= 224 << 10, "{}: {shared}", i.name);
+        }
+    }
+
+    /// Every element has a place of its own, and eight lanes' 16 bytes are a cache line.
+    #[test]
+    fn blocks_are_complete_and_aligned() {
+        for rows in [1, 2, 10, 11, 16] {
+            let blocks = Blocks::new(rows);
+            let mut places: Vec<_> = (0..rows)
+                .flat_map(|row| (0..96).map(move |column| blocks.element(row, column)))
+                .collect();
+            places.sort_unstable();
+            places.dedup();
+            assert_eq!(places.len(), rows * 96);
+            assert!(places.last().is_some_and(|&last| last < rows.next_multiple_of(2) * 96));
+            assert_eq!(blocks.element(0, 32) * 2 % 128, 0);
         }
     }
 

@@ -6,10 +6,10 @@ use std::time::Instant;
 use pirouette_model::program::{Program, Stage};
 use pirouette_model::{BackendError, Executable, Inputs, Rtc, StageTimes};
 
-use crate::bind::Binding;
+use crate::bind::{Binding, InBlocks};
 use crate::device::{Shared, Tier};
 use crate::driver::{Event, Graph, Launch, Pinned};
-use crate::tier_portable;
+use crate::{tier_loop, tier_portable};
 
 /// The norms of the loop's kernels take one modulation per step, not one per row.
 const NO_GIVEN_ACTIONS: &str = "real-time chunking with given actions (rtc_mode \"trained\") does \
@@ -39,7 +39,9 @@ impl CudaExecutable {
             return Err(BackendError::Unsupported(NO_GIVEN_ACTIONS.into()));
         }
         shared.context.make_current()?;
-        let bound = Binding::new(&shared.context, &shared.stream, program.clone())?;
+        let hopper = shared.hopper.as_ref().filter(|_| tier == Tier::Auto);
+        let in_blocks = hopper.map_or_else(InBlocks::default, |_| tier_loop::in_blocks(&program));
+        let bound = Binding::new(&shared.context, &shared.stream, program.clone(), &in_blocks)?;
         let mut host = Pinned::new(&shared.context, bound.io_bytes)?;
         full_lengths(&bound, &mut host);
         let (launches, first_launch) = plan(&shared, &bound, tier)?;

@@ -18,18 +18,16 @@ impl CudaExecutable {
         let Some(id) = program.buffer(name) else { return Ok(None) };
         let buffer = &program.buffers[id.0];
         let (memory, at) = self.bound.locate(id);
-        let (pitch, element) = (self.bound.pitch(id), buffer.element);
-        let row_bytes = pitch * element_bytes(element);
-        let bytes = buffer.rows * row_bytes;
+        let bytes = self.stored_bytes(id);
         let host = Pinned::new(&self.shared.context, bytes)?;
         memory.copy_out(&self.shared.stream, at, &host, 0, bytes)?;
         self.shared.stream.synchronize()?;
         let order = column_order(program, id);
         let mut values = vec![0.0; buffer.rows * buffer.cols];
         for (row, out) in values.chunks_exact_mut(buffer.cols.max(1)).enumerate() {
-            let stored = &host.as_slice()[row * row_bytes..][..row_bytes];
             for (c, out) in out.iter_mut().enumerate() {
-                *out = decode(stored, order.as_ref().map_or(c, |o| o(c)), element);
+                let at = self.element(id, row, order.as_ref().map_or(c, |o| o(c)));
+                *out = decode(host.as_slice(), at, buffer.element);
             }
         }
         Ok(Some(values))
@@ -45,18 +43,35 @@ impl CudaExecutable {
         let buffer = &program.buffers[id.0];
         assert_eq!(values.len(), buffer.rows * buffer.cols, "values of `{name}`");
         let (memory, at) = self.bound.locate(id);
-        let element = buffer.element;
-        let row_bytes = self.bound.pitch(id) * element_bytes(element);
-        let mut host = Pinned::new(&self.shared.context, buffer.rows * row_bytes)?;
+        let bytes = self.stored_bytes(id);
+        let mut host = Pinned::new(&self.shared.context, bytes)?;
         let order = column_order(program, id);
         for (row, values) in values.chunks_exact(buffer.cols.max(1)).enumerate() {
-            let stored = &mut host.as_mut_slice()[row * row_bytes..][..row_bytes];
             for (c, value) in values.iter().enumerate() {
-                encode(stored, order.as_ref().map_or(c, |o| o(c)), element, *value);
+                let at = self.element(id, row, order.as_ref().map_or(c, |o| o(c)));
+                encode(host.as_mut_slice(), at, buffer.element, *value);
             }
         }
-        memory.copy_in(&self.shared.stream, at, &host, 0, buffer.rows * row_bytes)?;
+        memory.copy_in(&self.shared.stream, at, &host, 0, bytes)?;
         self.shared.stream.synchronize()
+    }
+
+    /// Where an element of a buffer is stored.
+    fn element(&self, id: BufferId, row: usize, column: usize) -> usize {
+        match self.bound.blocks(id) {
+            Some(blocks) => blocks.element(row, column),
+            None => row * self.bound.pitch(id) + column,
+        }
+    }
+
+    /// Bytes that a buffer's elements lie in.
+    fn stored_bytes(&self, id: BufferId) -> usize {
+        let buffer = &self.bound.program.buffers[id.0];
+        let elements = match (buffer.rows, self.bound.blocks(id)) {
+            (rows, Some(_)) => rows.next_multiple_of(2) * buffer.cols,
+            (rows, None) => rows * self.bound.pitch(id),
+        };
+        elements * element_bytes(buffer.element)
     }
 
     /// Runs some steps on what the buffers hold.
@@ -89,28 +104,31 @@ fn column_order(program: &Program, id: BufferId) -> Option<impl Fn(usize) -> usi
     })
 }
 
-fn decode(row: &[u8], at: usize, element: Element) -> f32 {
+fn decode(stored: &[u8], at: usize, element: Element) -> f32 {
     match element {
-        Element::Activation => half::bf16::from_le_bytes([row[2 * at], row[2 * at + 1]]).to_f32(),
+        Element::Activation => {
+            half::bf16::from_le_bytes([stored[2 * at], stored[2 * at + 1]]).to_f32()
+        }
         Element::F32 | Element::U32 => {
-            let bytes = [row[4 * at], row[4 * at + 1], row[4 * at + 2], row[4 * at + 3]];
+            let bytes =
+                [stored[4 * at], stored[4 * at + 1], stored[4 * at + 2], stored[4 * at + 3]];
             match element {
                 Element::F32 => f32::from_le_bytes(bytes),
                 _ => u32::from_le_bytes(bytes) as f32,
             }
         }
-        Element::U8 => row[at] as f32,
+        Element::U8 => stored[at] as f32,
     }
 }
 
-fn encode(row: &mut [u8], at: usize, element: Element, value: f32) {
+fn encode(stored: &mut [u8], at: usize, element: Element, value: f32) {
     match element {
         Element::Activation => {
             let bytes = half::bf16::from_f32(value).to_le_bytes();
-            row[2 * at..2 * at + 2].copy_from_slice(&bytes);
+            stored[2 * at..2 * at + 2].copy_from_slice(&bytes);
         }
-        Element::F32 => row[4 * at..4 * at + 4].copy_from_slice(&value.to_le_bytes()),
-        Element::U32 => row[4 * at..4 * at + 4].copy_from_slice(&(value as u32).to_le_bytes()),
-        Element::U8 => row[at] = value as u8,
+        Element::F32 => stored[4 * at..4 * at + 4].copy_from_slice(&value.to_le_bytes()),
+        Element::U32 => stored[4 * at..4 * at + 4].copy_from_slice(&(value as u32).to_le_bytes()),
+        Element::U8 => stored[at] = value as u8,
     }
 }

@@ -262,6 +262,7 @@ impl Hopper {
                 self.attention.prefill(params, operands, groups).map(Some)
             }
             KeyMask::Suffix { prefix_rows, state_row } => {
+                let out_rows = bound.rows(&op.out);
                 let params = SuffixParams {
                     q: address(&op.q),
                     k: address(&op.k),
@@ -271,6 +272,8 @@ impl Hopper {
                     queries: op.q.count as u32,
                     q_stride: op.q.stride as u32,
                     out_stride: op.out.stride as u32,
+                    out_width: out_rows.width,
+                    out_step: out_rows.step,
                     cache_rows: op.k.stride as u32,
                     prefix_rows: prefix_rows as u32,
                     suffix_keys: (op.k.count - prefix_rows) as u32,

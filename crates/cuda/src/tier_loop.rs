@@ -1,10 +1,13 @@
 //! Euler-loop step → launches on Hopper: the denoise kernels while a step has few rows, tower
 //! products beyond.
 
-use pirouette_model::program::{BufferId, Epilogue, Linear, Norm, Op, Positions, Program};
+use pirouette_model::program::{
+    BufferId, Epilogue, KeyMask, Linear, Norm, Op, Positions, Program, Stage, View,
+};
 use pirouette_model::{BackendError, Rtc};
 
-use crate::bind::Binding;
+use crate::attention::key_slots;
+use crate::bind::{Binding, InBlocks};
 use crate::denoise::{Denoise, EdgeParams, ProductParams, Role, Rows};
 use crate::denoise_pack::Packed;
 use crate::driver::Launch;
@@ -18,6 +21,42 @@ use crate::tier_portable::{self, normalise, normed_view, output, table_row};
 pub fn is_small(program: &Program) -> bool {
     let rows = program.shape.batch * program.shape.suffix_rows(&program.config);
     Denoise::takes(rows as u32)
+}
+
+/// What the kernels of a loop of few rows hand each other in blocks of columns.
+pub fn in_blocks(program: &Program) -> InBlocks {
+    let rows = program.shape.batch * program.shape.suffix_rows(&program.config);
+    let mut found = InBlocks::default();
+    if !Denoise::few(rows as u32) {
+        return found;
+    }
+    for step in program.steps.iter().filter(|step| step.stage() == Stage::Denoise) {
+        let Op::Linear(linear) = &step.op else { continue };
+        let id = linear.input.buffer;
+        let to = match (&linear.epilogue, linear.norm) {
+            (Epilogue::Rope { .. } | Epilogue::GeGlu { .. }, _) => &mut found.scaled,
+            (Epilogue::Add { .. }, Norm::None) => &mut found.buffers,
+            _ => continue,
+        };
+        if !to.contains(&id) && fast_writer(program, id) {
+            to.push(id);
+        }
+    }
+    found
+}
+
+/// Whether what writes a buffer of a small loop is one of its kernels: attention of very many keys
+/// is not.
+fn fast_writer(program: &Program, id: BufferId) -> bool {
+    program.steps.iter().all(|step| match &step.op {
+        Op::Attention(attention) if attention.out.buffer == id => match attention.mask {
+            KeyMask::Suffix { prefix_rows, .. } => {
+                key_slots(prefix_rows, attention.k.count - prefix_rows).is_some()
+            }
+            _ => false,
+        },
+        _ => true,
+    })
 }
 
 /// What planning a step of the loop needs.
@@ -101,8 +140,8 @@ impl LoopPlan<'_> {
         };
         p.actions = bound.program.buffer("actions").map_or(0, |id| bound.address(id));
         if let Some(linear) = out {
-            let stream = bound.view(&linear.input);
-            (p.stream, p.stream_rows) = (stream.base, Rows::of(&stream));
+            let stream = &linear.input;
+            (p.stream, p.stream_rows) = (bound.view(stream).base, bound.rows(stream));
             p.out_weight = weights.address(linear.weight);
             p.out_bias = bias(linear);
             if let Norm::Adaptive { table, row, .. } = linear.norm {
@@ -114,9 +153,10 @@ impl LoopPlan<'_> {
             p.in_weight = packed.matrix(linear.weight).unwrap_or(0);
             p.in_bias = bias(linear);
             if let Epilogue::Store { out } | Epilogue::Silu { out } = &linear.epilogue {
-                (p.next_scale, p.scaled) = self.scaled(at, out.buffer);
-                let out = bound.view(out);
-                (p.out, p.out_rows) = (out.base, Rows::of(&out));
+                let rows;
+                (p.next_scale, p.scaled, rows) = self.scaled(at, out);
+                (p.scaled_width, p.scaled_step) = (rows.width, rows.step);
+                (p.out, p.out_rows) = (bound.view(out).base, bound.rows(out));
             }
             p.silu = matches!(linear.epilogue, Epilogue::Silu { .. }) as u32;
         }
@@ -125,20 +165,24 @@ impl LoopPlan<'_> {
             p.state_weight = packed.matrix(linear.weight).unwrap_or(0);
             p.state_bias = bias(linear);
             if let Epilogue::Store { out } = &linear.epilogue {
-                (p.next_scale, p.scaled) = self.scaled(at, out.buffer);
-                let out = bound.view(out);
-                (p.state_out, p.state_rows) = (out.base, Rows::of(&out));
+                let rows;
+                (p.next_scale, p.scaled, rows) = self.scaled(at, out);
+                (p.scaled_width, p.scaled_step) = (rows.width, rows.step);
+                (p.state_out, p.state_rows) = (bound.view(out).base, bound.rows(out));
             }
         }
         p
     }
 
-    /// The scale of the norm that reads `stream` after step `at`, and where the stream's copy times
-    /// it lies; zeros if none does.
-    fn scaled(&self, at: usize, stream: BufferId) -> (u64, u64) {
-        match next_scale(self.weights, &self.bound.program, at, stream) {
-            0 => (0, 0),
-            scale => (scale, self.bound.scaled(stream)),
+    /// The scale of the norm that reads a stream after step `at`, the stream's copy times it and
+    /// how the rows of the view lie there; zeros if none reads it.
+    fn scaled(&self, at: usize, stream: &View) -> (u64, u64, Rows) {
+        match next_scale(self.weights, &self.bound.program, at, stream.buffer) {
+            0 => (0, 0, Rows::default()),
+            scale => {
+                let copy = self.bound.scaled(stream.buffer);
+                (scale, copy, self.bound.scaled_rows(stream))
+            }
         }
     }
 
@@ -152,11 +196,10 @@ impl LoopPlan<'_> {
         let (bound, weights) = (self.bound, self.weights);
         let Some(weight) = packed.matrix(linear.weight) else { return Ok(None) };
         let place = weights.place(linear.weight);
-        let input = bound.view(&linear.input);
         let mut p = ProductParams {
             weight,
-            input: input.base,
-            input_rows: Rows::of(&input),
+            input: bound.view(&linear.input).base,
+            input_rows: bound.rows(&linear.input),
             input_sums: bound.sums(),
             out_sums: bound.sums(),
             rows: (linear.groups * linear.input.count) as u32,
@@ -169,35 +212,33 @@ impl LoopPlan<'_> {
             p.bias =
                 table_row(weights, bias.table, bias.row, weights.table.spec(linear.weight).rows);
         }
+        if linear.norm != Norm::None {
+            p.input = bound.scaled(linear.input.buffer);
+            p.input_rows = bound.scaled_rows(&linear.input);
+        }
         match linear.norm {
-            Norm::None => {}
-            Norm::Rms { scale: Some(_) } => p.input = bound.scaled(linear.input.buffer),
-            Norm::Adaptive { table, row, .. } => {
-                p.input = bound.scaled(linear.input.buffer);
-                match packed.bias(linear.weight, table, row) {
-                    Some(bias) => p.bias = bias,
-                    None => return Ok(None),
-                }
-            }
+            Norm::None | Norm::Rms { scale: Some(_) } => {}
+            Norm::Adaptive { table, row, .. } => match packed.bias(linear.weight, table, row) {
+                Some(bias) => p.bias = bias,
+                None => return Ok(None),
+            },
             Norm::Rms { scale: None } | Norm::Layer { .. } => return Ok(None),
         }
         let role = match &linear.epilogue {
             Epilogue::Rope { q: Some(q), k, v, positions: Positions::Suffix { first }, .. } => {
-                let (q, k, v) = (bound.view(q), bound.view(k), bound.view(v));
-                (p.out, p.k, p.v) = (q.base, k.base, v.base);
-                (p.out_rows, p.cache_rows) = (Rows::of(&q), Rows::of(&k));
+                let base = |view| bound.view(view).base;
+                (p.out, p.k, p.v) = (base(q), base(k), base(v));
+                (p.out_rows, p.cache_rows) = (bound.rows(q), bound.rows(k));
                 p.first_position = *first as u32;
                 Role::Qkv
             }
             Epilogue::GeGlu { out } => {
-                let out = bound.view(out);
-                (p.out, p.out_rows) = (out.base, Rows::of(&out));
+                (p.out, p.out_rows) = (bound.view(out).base, bound.rows(out));
                 Role::Up
             }
             Epilogue::Store { out } => {
-                (p.next_scale, p.scaled) = self.scaled(at, out.buffer);
-                let out = bound.view(out);
-                (p.out, p.out_rows) = (out.base, Rows::of(&out));
+                (p.next_scale, p.scaled, p.scaled_rows) = self.scaled(at, out);
+                (p.out, p.out_rows) = (bound.view(out).base, bound.rows(out));
                 Role::Mlp
             }
             Epilogue::Add { out, gate } => {
@@ -205,9 +246,9 @@ impl LoopPlan<'_> {
                 p.gate = gate.map_or(0, |gate| {
                     table_row(weights, gate.table, gate.row, 3 * cols) + (2 * cols * 4) as u64
                 });
-                (p.next_scale, p.scaled) = self.scaled(at, out.buffer);
-                let out = bound.view(out);
-                (p.out, p.old, p.out_rows) = (out.base, out.base, Rows::of(&out));
+                (p.next_scale, p.scaled, p.scaled_rows) = self.scaled(at, out);
+                (p.out, p.out_rows) = (bound.view(out).base, bound.rows(out));
+                p.old = p.out;
                 let from_heads = linear.input.cols == bound.program.config.q_dim();
                 if from_heads { Role::Out } else { Role::Down }
             }
