@@ -5,8 +5,8 @@
 
 // Rows of a matrix: row i of the work is matrix row (i / count) * stride + first + i % count, and
 // its column c is element row * width + c / 32 * step + c % 32: row-major where `step` is 32, else
-// in blocks of 32 columns. What many CTAs of few rows read is in blocks: a quarter of a warp then
-// fetches one whole cache line instead of halves of two.
+// in blocks of 32 columns and 16 rows, `width` 32 and `step` 512. What many CTAs of few rows read
+// is in blocks: a quarter of a warp then fetches one whole cache line instead of halves of two.
 struct DenoiseRows {
   denoise::u32 stride;  // matrix rows from one sample to the next
   denoise::u32 first;   // first row of a sample

@@ -49,7 +49,7 @@
 // | sums through L1, depth 3 2 4 3                                          | 3.12 - 3.18 |
 // | rows in blocks of 32 columns: a quarter of a warp takes one cache line, |             |
 // |   not halves of two (predicted 3.05), `old` by its owner alone          | 3.07        |
-// | depth 3 2 4 4                                                           | 3.00        |
+// | depth 3 2 4 4, no address computed once x is asked for                  | 2.97 - 3.00 |
 //
 // Where a layer-step goes (H100, stamps of %globaltimer in every CTA, us): from a kernel's last
 // store to the release of the next 0.6 - 0.7; from there to x in the slowest CTA 1.9 - 2.8 (0.6 in
@@ -70,7 +70,10 @@
 // rows (3.27, 3.45, 3.16). Against 3.18: two or four copies of x, so that fewer CTAs read the same
 // lines (3.23, 3.30); x in blocks of 8 columns (3.29: four lines to a quarter of a warp). Against
 // 3.00: the CTAs of a product that found room fetch the weights of those that did not into L2
-// (gate‖up 3.03, down 3.01, qkv 3.00).
+// (gate‖up 3.03, down 3.01, qkv 3.00); o or down in 2 tiles, so that more of the next product's CTAs
+// find room (3.28 where 2.8 was predicted, 3.25), o without a cluster (3.15), qkv in 2 tiles (3.02);
+// sums of even and odd columns apart (3.04), the norm's sums before the products (3.11). The same
+// binary takes 2.97 to 3.02, by where its buffers come to lie.
 #include "denoise_product.cuh"
 
 #define DENOISE_PRODUCT(name, CTAS, ...)                                \

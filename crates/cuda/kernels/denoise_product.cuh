@@ -144,28 +144,33 @@ struct Product {
     }
   }
 
-  // Inputs of block k of this lane's row of group n. That every CTA fetches the rows is what takes
+  // The inputs of this lane's rows. That every CTA fetches the rows is what takes
   // longest once the dependency is met: they go through L1, where the CTAs of a multiprocessor
   // share them, without their padding, and a cache line to a quarter of the warp (DenoiseRows).
-  __device__ __forceinline__ uint4 load_x(int n, int k) const {
-    return real[n] ? load_global(x[n] + k * p.input_rows.step) : make_uint4(0, 0, 0, 0);
+  // STEP is a constant so that no addresses are computed here.
+  template <int STEP>
+  __device__ __forceinline__ void load_x(uint4 (&b)[kBlocks][NT]) const {
+#pragma unroll
+    for (int k = 0; k < kBlocks; ++k) {
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        b[k][n] = real[n] ? load_global(x[n] + k * STEP) : make_uint4(0, 0, 0, 0);
+      }
+    }
   }
 
   // This warp's share of the sums for all rows.
   __device__ __forceinline__ void accumulate(float4 (&sum)[MT][NT], Extra (&extra)[kRounds]) {
     uint4 b[kBlocks][NT];
-#pragma unroll
-    for (int k = 0; k < kBlocks; ++k) {
-#pragma unroll
-      for (int n = 0; n < NT; ++n) b[k][n] = load_x(n, k);
+    if (p.input_rows.step == 32) {
+      load_x<32>(b);
+    } else {
+      load_x<512>(b);
     }
     float2 sums[NT];
     if (kHasNorm) {
 #pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        const bool real = n * 8 + warp < p.rows;
-        sums[n] = real ? load_global_pair(p.input_sums + sums_from[n]) : make_float2(0.0f, 0.0f);
-      }
+      for (int n = 0; n < NT; ++n) sums[n] = load_global_pair(p.input_sums + sums_from[n]);
     }
     if (E == Epilogue::Add) load_old(extra);
     compute_sync<kBlock>(2);  // the loader has seen all weights

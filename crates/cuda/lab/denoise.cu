@@ -147,8 +147,8 @@ struct Blocked {
   u32 step;
   size_t count;
 
-  Blocked(size_t rows, int width, u32 before) {
-    step = (rows + before + 1) / 2 * 2 * 32;
+  Blocked(int width, u32 before) {
+    step = 16 * 32;
     count = (size_t)step * width / 32;
     at = device<bf16>(count + before * 32) + before * 32;
   }
@@ -167,12 +167,9 @@ struct Arena {
   u32* lengths;
   size_t action_bytes;
 
-  explicit Arena(const Case& c) : Arena(c, (size_t)c.samples * c.tokens()) {}
-
-  Arena(const Case& c, size_t rows)
-      : scaled_blocks(rows, 1024, !c.pi05),
-        attended_blocks(rows, 2048, !c.pi05),
-        hidden_blocks(rows, 4096, !c.pi05) {
+  explicit Arena(const Case& c)
+      : scaled_blocks(1024, !c.pi05), attended_blocks(2048, !c.pi05), hidden_blocks(4096, !c.pi05) {
+    const size_t rows = (size_t)c.samples * c.tokens();
     stream = device<bf16>(rows * 1024);
     scaled = device<bf16>(rows * 1024);
     q = device<bf16>(rows * 2048);

@@ -9,7 +9,7 @@ use pirouette_model::program::{
 };
 use pirouette_model::schedule::rope_angles;
 
-use crate::denoise::{Blocks, Rows};
+use crate::denoise::{BLOCK_ROWS, Rows};
 use crate::driver::{Context, DeviceMemory, Pinned, Stream};
 use crate::layout::row_pitch;
 use crate::portable;
@@ -25,7 +25,8 @@ pub fn element_bytes(element: Element) -> usize {
 
 const ALIGN: usize = 256;
 
-/// What lies in [`Blocks`]: scratch that only the loop's few-row kernels touch.
+/// What lies in blocks of 32 columns and [`BLOCK_ROWS`] rows: scratch that only the loop's few-row
+/// kernels touch.
 #[derive(Debug, Default)]
 pub struct InBlocks {
     /// Buffers.
@@ -47,9 +48,7 @@ pub struct Binding {
     scratch: DeviceMemory,
     scratch_offsets: Vec<usize>,
     pitches: Vec<usize>,
-    /// Layout of each buffer that does not lie row by row, and of each such scaled copy.
-    blocks: Vec<Option<Blocks>>,
-    scaled_blocks: Vec<Option<Blocks>>,
+    in_blocks: InBlocks,
     rope: usize,
     turns: usize,
     normed: usize,
@@ -67,20 +66,13 @@ impl Binding {
         context: &Arc<Context>,
         stream: &Stream,
         program: Arc<Program>,
-        in_blocks: &InBlocks,
+        in_blocks: InBlocks,
     ) -> Result<Self, BackendError> {
         let (io_offsets, io_bytes) = io_offsets(&program);
         let mut padded = padded_scratch(&program);
-        let mut lay = |ids: &[BufferId]| {
-            let mut blocks = vec![None; program.buffers.len()];
-            for id in ids {
-                let rows = &mut padded.buffers[id.0].rows;
-                blocks[id.0] = Some(Blocks::new(*rows));
-                *rows = rows.next_multiple_of(2);
-            }
-            blocks
-        };
-        let (blocks, scaled_blocks) = (lay(&in_blocks.buffers), lay(&in_blocks.scaled));
+        for id in in_blocks.buffers.iter().chain(&in_blocks.scaled) {
+            padded.buffers[id.0].rows = BLOCK_ROWS;
+        }
         let pitches: Vec<usize> = padded.buffers.iter().map(|b| b.cols).collect();
         let plan = arena::plan(&padded, element_bytes, ALIGN);
         let rope_table = rope_table(&program);
@@ -111,8 +103,7 @@ impl Binding {
             scratch,
             scratch_offsets,
             pitches,
-            blocks,
-            scaled_blocks,
+            in_blocks,
             rope,
             turns,
             normed,
@@ -159,19 +150,19 @@ impl Binding {
         }
     }
 
-    /// The layout of a buffer that does not lie row by row.
-    pub fn blocks(&self, id: BufferId) -> Option<Blocks> {
-        self.blocks[id.0]
+    /// Whether a buffer lies in blocks and not row by row.
+    pub fn in_blocks(&self, id: BufferId) -> bool {
+        self.in_blocks.buffers.contains(&id)
     }
 
     /// A view's rows as the loop's kernels see them.
     pub fn rows(&self, view: &View) -> Rows {
-        Rows::of(&self.view(view)).laid(self.blocks[view.buffer.0])
+        Rows::of(&self.view(view)).laid(self.in_blocks(view.buffer))
     }
 
     /// The same of the stream's scaled copy.
     pub fn scaled_rows(&self, view: &View) -> Rows {
-        Rows::of(&self.view(view)).laid(self.scaled_blocks[view.buffer.0])
+        Rows::of(&self.view(view)).laid(self.in_blocks.scaled.contains(&view.buffer))
     }
 
     /// `lengths`, u32 [samples][2].

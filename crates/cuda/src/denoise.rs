@@ -33,33 +33,24 @@ impl Rows {
     }
 
     /// The same rows in blocks, if such is the matrix's layout.
-    pub fn laid(self, blocks: Option<Blocks>) -> Self {
-        blocks.map_or(self, |Blocks { step }| Rows { width: COLUMNS, step, ..self })
+    pub fn laid(self, in_blocks: bool) -> Self {
+        if in_blocks {
+            Rows { width: COLUMNS, step: BLOCK_ROWS as u32 * COLUMNS, ..self }
+        } else {
+            self
+        }
     }
 }
 
-/// Columns of a block.
-pub const COLUMNS: u32 = 32;
+const COLUMNS: u32 = 32;
+/// Rows of a block of 32 columns, the layout in which few-row products read their inputs: a block's
+/// rows lie behind each other.
+pub const BLOCK_ROWS: usize = 16;
 
-/// A matrix in blocks of [`COLUMNS`] columns, as few-row products read their inputs: a block's rows
-/// lie behind each other, and an even number of them is whole cache lines.
-#[derive(Clone, Copy, Debug)]
-pub struct Blocks {
-    /// Elements from one block to the next.
-    pub step: u32,
-}
-
-impl Blocks {
-    /// For `rows` rows.
-    pub fn new(rows: usize) -> Self {
-        Blocks { step: rows.next_multiple_of(2) as u32 * COLUMNS }
-    }
-
-    /// Where column `column` of row `row` lies.
-    pub fn element(self, row: usize, column: usize) -> usize {
-        let columns = COLUMNS as usize;
-        column / columns * self.step as usize + row * columns + column % columns
-    }
+/// Where an element lies in a matrix in blocks.
+pub fn block_element(row: usize, column: usize) -> usize {
+    let columns = COLUMNS as usize;
+    (column / columns * BLOCK_ROWS + row) * columns + column % columns
 }
 
 /// `DenoiseProductParams`
@@ -391,20 +382,18 @@ mod tests {
         }
     }
 
-    /// Every element has a place of its own, and eight lanes' 16 bytes are a cache line.
+    /// Every element has a place of its own, a block begins at a cache line.
     #[test]
     fn blocks_are_complete_and_aligned() {
-        for rows in [1, 2, 10, 11, 16] {
-            let blocks = Blocks::new(rows);
-            let mut places: Vec<_> = (0..rows)
-                .flat_map(|row| (0..96).map(move |column| blocks.element(row, column)))
-                .collect();
-            places.sort_unstable();
-            places.dedup();
-            assert_eq!(places.len(), rows * 96);
-            assert!(places.last().is_some_and(|&last| last < rows.next_multiple_of(2) * 96));
-            assert_eq!(blocks.element(0, 32) * 2 % 128, 0);
-        }
+        let elements = |row| (0..96).map(move |column| block_element(row, column));
+        let mut places: Vec<_> = (0..BLOCK_ROWS).flat_map(elements).collect();
+        places.sort_unstable();
+        assert_eq!(places, (0..BLOCK_ROWS * 96).collect::<Vec<_>>());
+        assert_eq!(block_element(0, 32) * 2 % 128, 0);
+        let step = Rows::default().laid(true).step as usize;
+        assert_eq!(block_element(0, 64), 2 * step);
+        let largest = INSTANCES.iter().filter(|i| matches!(i.shape, Shape::Few(_)));
+        assert!(largest.map(|i| i.groups as usize * 8).all(|rows| rows <= BLOCK_ROWS));
     }
 
     /// The shapes here are those the wide kernels are compiled for.

@@ -41,7 +41,7 @@ impl CudaExecutable {
         shared.context.make_current()?;
         let hopper = shared.hopper.as_ref().filter(|_| tier == Tier::Auto);
         let in_blocks = hopper.map_or_else(InBlocks::default, |_| tier_loop::in_blocks(&program));
-        let bound = Binding::new(&shared.context, &shared.stream, program.clone(), &in_blocks)?;
+        let bound = Binding::new(&shared.context, &shared.stream, program.clone(), in_blocks)?;
         let mut host = Pinned::new(&shared.context, bound.io_bytes)?;
         full_lengths(&bound, &mut host);
         let (launches, first_launch) = plan(&shared, &bound, tier)?;

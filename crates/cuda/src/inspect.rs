@@ -7,6 +7,7 @@ use pirouette_model::BackendError;
 use pirouette_model::program::{BufferId, Element, Epilogue, Op, Program};
 
 use crate::bind::element_bytes;
+use crate::denoise::{BLOCK_ROWS, block_element};
 use crate::driver::Pinned;
 use crate::executable::CudaExecutable;
 
@@ -58,20 +59,18 @@ impl CudaExecutable {
 
     /// Where an element of a buffer is stored.
     fn element(&self, id: BufferId, row: usize, column: usize) -> usize {
-        match self.bound.blocks(id) {
-            Some(blocks) => blocks.element(row, column),
-            None => row * self.bound.pitch(id) + column,
+        if self.bound.in_blocks(id) {
+            block_element(row, column)
+        } else {
+            row * self.bound.pitch(id) + column
         }
     }
 
     /// Bytes that a buffer's elements lie in.
     fn stored_bytes(&self, id: BufferId) -> usize {
         let buffer = &self.bound.program.buffers[id.0];
-        let elements = match (buffer.rows, self.bound.blocks(id)) {
-            (rows, Some(_)) => rows.next_multiple_of(2) * buffer.cols,
-            (rows, None) => rows * self.bound.pitch(id),
-        };
-        elements * element_bytes(buffer.element)
+        let rows = if self.bound.in_blocks(id) { BLOCK_ROWS } else { buffer.rows };
+        rows * self.bound.pitch(id) * element_bytes(buffer.element)
     }
 
     /// Runs some steps on what the buffers hold.
