@@ -1,11 +1,12 @@
 //! Whole-model timings on synthetic weights of the full size.
 //!
-//! `bench [pi0|pi05] [auto|portable] [batch] [cameras] [prompt] [horizon] [--steps] [--compare]`:
-//! input to output, replay only, by stage; with `--steps` by kind of step; with `--compare` the
-//! distance of the actions from the portable tier's.
+//! `bench [pi0|pi05] [auto|portable] [batch] [cameras] [prompt] [horizon] [--steps] [--compare]
+//! [--overlap]`: input to output, replay only, by stage; with `--steps` by kind of step; with
+//! `--compare` the distance of the actions from the portable tier's; with `--overlap` the
+//! throughput of two batches at a time beside that of one after another.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 use std::time::Instant;
 
 use anyhow::{Context, Result};
@@ -81,7 +82,49 @@ fn main() -> Result<()> {
     if args.iter().any(|a| a == "--steps") {
         print_steps(&mut executable)?;
     }
+    if args.iter().any(|a| a == "--overlap") {
+        let program = executable.program().clone();
+        let mut other = CudaDevice::open(0, program.weights.clone(), &source)?;
+        other.set_tier(tier);
+        overlap(&mut [executable, other.compile_cuda(program)?])?;
+    }
     Ok(())
+}
+
+/// Two batches at a time, each on a stream (and weights) of its own, so that one's loop may run
+/// beside the other's vision and prefill.
+fn overlap(executables: &mut [CudaExecutable; 2]) -> Result<()> {
+    for at_once in [1, 2, 1, 2] {
+        let begin = Barrier::new(at_once);
+        let rates = std::thread::scope(|scope| {
+            let threads: Vec<_> = executables[..at_once]
+                .iter_mut()
+                .map(|executable| scope.spawn(|| throughput(executable, &begin)))
+                .collect();
+            threads.into_iter().map(|t| t.join().unwrap_or((0.0, f64::NAN))).collect::<Vec<_>>()
+        });
+        let sum: f64 = rates.iter().map(|rate| rate.0).sum();
+        println!("{at_once} at a time: {sum:.1} samples/s, p50 {:.2} ms", rates[0].1);
+    }
+    Ok(())
+}
+
+/// Samples a second and the median's milliseconds of 1.5 s of runs; zero if one fails.
+fn throughput(executable: &mut CudaExecutable, begin: &Barrier) -> (f64, f64) {
+    let (config, shape) = (executable.program().config, executable.program().shape);
+    let request = Request::new(&config, shape);
+    let mut actions = vec![0.0; request.noise.len()];
+    let mut run = || executable.run(&request.inputs(), &mut actions).map(|times| times.total_ms);
+    let warm = (0..3).all(|_| run().is_ok());
+    begin.wait();
+    let (start, mut ms) = (Instant::now(), Vec::new());
+    while warm && start.elapsed().as_secs_f64() < 1.5 {
+        let Ok(one) = run() else { return (0.0, f64::NAN) };
+        ms.push(one);
+    }
+    let rate = (ms.len() * shape.batch) as f64 / start.elapsed().as_secs_f64();
+    ms.sort_by(f64::total_cmp);
+    (rate, ms.get(ms.len() / 2).copied().unwrap_or(f64::NAN))
 }
 
 /// A made-up request.

@@ -64,14 +64,14 @@
 // gate‖up 3.61, down 3.44); 56 or 40 registers for more CTAs at once (3.51, 4.6); gate‖up with 16
 // warps (3.73); attention over 16 CTAs (3.56). Boxes of 4 KB, 6 of them: 0.03 better, once. Against
 // 3.19: qkv or down in 2 tiles (3.33, 3.37), gate‖up in 4 or 1 (3.43, 3.64). Against 3.12:
-// attention with K before V or V after q (3.13, 3.18), its V in registers early (3.15);
-// weights of 64 outputs side by side (3.20), boxes of 4 KB (3.17), weights in rows of 64 bytes, so
-// that a fragment is put together of two loads (3.26); o, gate‖up or down by the wide kernel of 24
-// rows (3.27, 3.45, 3.16). Against 3.18: two or four copies of x, so that fewer CTAs read the same
-// lines (3.23, 3.30); x in blocks of 8 columns (3.29: four lines to a quarter of a warp). Against
-// 3.00: the CTAs of a product that found room fetch the weights of those that did not into L2
-// (gate‖up 3.03, down 3.01, qkv 3.00); o or down in 2 tiles, so that more of the next product's CTAs
-// find room (3.28 where 2.8 was predicted, 3.25), o without a cluster (3.15), qkv in 2 tiles (3.02);
+// attention with K before V or V after q (3.13, 3.18), its V in registers early (3.15); weights of
+// 64 outputs side by side (3.20), boxes of 4 KB (3.17), weights in rows of 64 bytes, so that a
+// fragment is put together of two loads (3.26); o, gate‖up or down by the wide kernel of 24 rows
+// (3.27, 3.45, 3.16). Against 3.18: two or four copies of x, so that fewer CTAs read the same lines
+// (3.23, 3.30); x in blocks of 8 columns (3.29: four lines to a quarter of a warp). Against 3.00:
+// the CTAs of a product that found room fetch the weights of those that did not into L2 (gate‖up
+// 3.03, down 3.01, qkv 3.00); o or down in 2 tiles, so that more of the next product's CTAs find
+// room (3.28 where 2.8 was predicted, 3.25), o without a cluster (3.15), qkv in 2 tiles (3.02);
 // sums of even and odd columns apart (3.04), the norm's sums before the products (3.11). The same
 // binary takes 2.97 to 3.02, by where its buffers come to lie.
 #include "denoise_product.cuh"

@@ -28,7 +28,8 @@
 // Tried at 50 rows, no better (against 5.20, qkv in clusters of 2): qkv in clusters of 4 (5.75; its
 // 160 CTAs keep attention's out), o in 4 (5.46), down in 4 (5.47), gate‖up with 128 outputs a CTA
 // (5.94) or 2 stages (5.17), rows by multicast to pairs of gate‖up's CTAs (5.07 against 5.06, at 80
-// rows 7.27 against 7.19, at 160 12.75 against 12.72) or of qkv's (5.15), 7 stages and one CTA a multiprocessor (5.33), down in 2 stages (5.50).
+// rows 7.27 against 7.19, at 160 12.75 against 12.72) or of qkv's (5.15), 7 stages and one CTA a
+// multiprocessor (5.33), down in 2 stages (5.50).
 // These kernels at 10 rows: 3.42, against 3.12 of denoise_product.cu. Weights with the 64 outputs
 // of a stage side by side would give 0.1 here and cost 0.09 there.
 #include "denoise_wide.cuh"
