@@ -67,45 +67,69 @@ static __device__ __forceinline__ void produce(const Smem<T>& s, const Place& c,
     }
 }
 
-// Turns the partial statistics of each tile's rows into {rstd, mean·rstd}, by three spare warps.
+// {rstd, mean·rstd} of a row whose columns add up to `sum` and their squares to `squares`.
+static __device__ __forceinline__ float2 record_of(const GemmParams& p, float sum, float squares) {
+    const float mean = p.colsum != nullptr ? sum * p.inv_width : 0.f;
+    const float rstd = rsqrtf(fmaxf(squares * p.inv_width - mean * mean, 0.f) + 1e-6f);
+    return make_float2(rstd, mean * rstd);
+}
+
+// A row's record from the partial statistics that its writers left. Every CTA fetches those of all
+// its rows, and a tile may have to wait for them. Behind RMSNorm a row has 256 bytes of them: by
+// eight lanes, so that a quarter of a warp takes a cache line. Behind LayerNorm it has 144: one
+// thread a row has more of them under way.
+template <class T>
+static __device__ __forceinline__ float2 read_record(const GemmParams& p, uint32_t row, int lane) {
+    const float4* part = reinterpret_cast<const float4*>(p.stats_in + (size_t)row * p.slots_in);
+    float sum = 0.f, squares = 0.f;
+    if (T::RMS) {
+#pragma unroll
+        for (int j = 0; j < 16; j += 8) {
+            if (j + lane >= p.slots_in / 2) continue;
+            const float4 v = __ldcg(part + j + lane);
+            sum += v.x + v.z, squares += v.y + v.w;
+        }
+#pragma unroll
+        for (int d = 4; d > 0; d /= 2) {
+            sum += __shfl_xor_sync(~0u, sum, d);
+            squares += __shfl_xor_sync(~0u, squares, d);
+        }
+    } else {
+#pragma unroll 4
+        for (uint32_t j = 0; j < p.slots_in / 2; j++) {
+            const float4 v = __ldcg(part + j);
+            sum += v.x, squares += v.y;
+            sum += v.z, squares += v.w;
+        }
+    }
+    return record_of(p, sum, squares);
+}
+
+// The records of each tile's rows, by three spare warps. Two buffers take turns; behind RMSNorm
+// most tiles of a CTA have the rows of one of the two tiles before, whose records are there.
 template <class T>
 static __device__ __forceinline__ void normalise(const Smem<T>& s, const Place& c,
                                                  const GemmParams& p, int tid) {
+    constexpr int LANES = T::RMS ? 8 : 1;  // of a row
     ptx::grid_dependency_wait();
-    int count = 0;
+    int count = 0, before = -1, last = -1;  // first rows of the two tiles before
     for (int t = c.cluster; t < c.tiles_m * c.tiles_n; t += c.clusters, count++) {
         const int first = origin<T>(c, t, p.group).y;
         const int buffer = count & 1;
         if (count >= 2) ptx::mbar_wait(s.rec_empty + 8 * buffer, (count / 2 - 1) & 1);
-        for (int i = tid; i < T::BN; i += 96) {
-            const uint32_t row = first + i;
+        const bool there = T::RMS && first == before;
+        if (T::RMS) before = last, last = first;
+#pragma unroll(T::RMS ? 2 : 1)
+        for (int i = tid / LANES; !there && i < T::BN; i += 96 / LANES) {
+            const uint32_t row = T::RMS ? min((uint32_t)(first + i), p.rows - 1) : first + i;
             float2 rec = make_float2(1.f, 0.f);
-            if (p.stats_in != nullptr) {
-                float sum = 0.f, squares = 0.f;
-                if (row < p.rows) {
-                    const float4* part =
-                        reinterpret_cast<const float4*>(p.stats_in + (size_t)row * p.slots_in);
-#pragma unroll 4
-                    for (uint32_t j = 0; j < p.slots_in / 2; j++) {
-                        const float4 v = __ldcg(part + j);
-                        sum += v.x, squares += v.y;
-                        sum += v.z, squares += v.w;
-                    }
+            if (p.stats_in != nullptr && row < p.rows) rec = read_record<T>(p, row, tid % LANES);
+            if (tid % LANES == 0) {
+                ptx::st_shared(s.records + buffer * T::RECORDS + 8 * i, rec);
+                if (T::EPI == ROPE) {
+                    const uint32_t at = s.positions + buffer * T::POSITIONS + 4 * i;
+                    ptx::st_shared(at, (float)(row % p.period));
                 }
-                const float mean = p.colsum != nullptr ? sum * p.inv_width : 0.f;
-                const float var = fmaxf(squares * p.inv_width - mean * mean, 0.f);
-                const float rstd = rsqrtf(var + 1e-6f);
-                rec = make_float2(rstd, mean * rstd);
-            }
-            asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(s.records + buffer * T::RECORDS +
-                                                                 8 * i),
-                         "f"(rec.x), "f"(rec.y)
-                         : "memory");
-            if (T::EPI == ROPE) {
-                asm volatile("st.shared.f32 [%0], %1;" ::"r"(s.positions +
-                                                             buffer * T::POSITIONS + 4 * i),
-                             "f"((float)(row % p.period))
-                             : "memory");
             }
         }
         ptx::mbar_arrive(s.rec_full + 8 * buffer);

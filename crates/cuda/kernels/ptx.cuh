@@ -115,6 +115,12 @@ PTX_FN void st_async(uint32_t addr, uint32_t bar, float a, float b, float c, flo
 
 // ---- shared memory ---------------------------------------------------------------------------
 
+PTX_FN void st_shared(uint32_t addr, float v) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(addr), "f"(v) : "memory");
+}
+PTX_FN void st_shared(uint32_t addr, float2 v) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(addr), "f"(v.x), "f"(v.y) : "memory");
+}
 PTX_FN float4 ld_shared_f4(uint32_t addr) {
     float4 v;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
