@@ -73,12 +73,13 @@
 // 128x152_t_x2 99 (146), 532 128x184_t_x2 108 (129), 712 128x184_t_w2 152 (165); prefill.down 276
 // 128x72_k2 49 (57), 456 128x120_k2 58 (76), 712 128x184_k2 71; vision.fc1 256 128x88 8.5 (12.2);
 // vision.fc2 256 128x48_k2 12.2 (15.2). Of 788 rows, same card: prefill.out 128x104 14.1.
-// The tables are of products whose every tile read its rows' statistics anew, one thread a row: 3.4
-// million requests to L2 in prefill.up of 788 rows, and tiles that waited for them. By eight lanes a
-// row, and kept from tile to tile, it takes 137 instead of 154 µs inside the whole replay; prefill of
-// B = 2 8.7 instead of 9.6 ms, of B = 64 295 instead of 333 (H100, 2026-11-26). The vision tower's
-// norms, by eight lanes, too, were slower (B = 64 80.3 ms instead of 77), and so were more token
-// tiles side by side that a cluster could keep for longer: `group` 6 300, 11 304, 22 327, 33 356 ms.
+// The tables are of products whose every tile read its rows' statistics anew, one thread a row:
+// 3.4 million requests to L2 in prefill.up of 788 rows, and tiles that waited for them. By eight
+// lanes a row, and kept from tile to tile, it takes 137 instead of 154 µs inside the whole
+// replay; prefill of B = 2 8.7 instead of 9.6 ms, of B = 64 295 instead of 333 (H100,
+// 2026-11-26). The vision tower's norms, by eight lanes, too, were slower (B = 64 80.3 ms instead
+// of 77), and so were more token tiles side by side that a cluster could keep for longer: `group`
+// 6 300, 11 304, 22 327, 33 356 ms.
 // B = 64: vision (49152 rows) qkv 128x192_t_w2 564, out 128x192_t_w2 212, fc1 128x192_t_x2 710,
 // fc2 128x192_t_x2 764, projector 128x192_t_w2 395; prefill (50432 rows) qkv 128x192_t_x2 712, out
 // 128x192_t_x2 574, up 128x200_t_w2 10324, down 128x192_t_x2 5068, kv 128x192_t_x2 160.
