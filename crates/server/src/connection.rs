@@ -19,6 +19,7 @@ use tokio::time::{Sleep, sleep_until, timeout, timeout_at};
 use tungstenite::protocol::frame::coding::Data;
 
 use self::exchange::{Exchange, Running};
+use crate::carry;
 use crate::dialect::openpi;
 use crate::dialect::{self, Dialect, Frame, vla_eval};
 use crate::msgpack;
@@ -153,8 +154,9 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
                 self.shared.finished(record, outcome, message, reply);
             }
             drop(running);
-            ended?;
             previous_ms = Some(ms(began));
+            carry::hand_back().await;
+            ended?;
         }
     }
 

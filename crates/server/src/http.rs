@@ -12,6 +12,7 @@ use hyper_util::rt::TokioIo;
 use tokio::sync::watch;
 use tungstenite::handshake::derive_accept_key;
 
+use crate::carry;
 use crate::connection;
 use crate::dashboard;
 use crate::dialect::Dialect;
@@ -128,14 +129,14 @@ async fn upgrade(
     };
     let limit = shared.options.max_frame_bytes;
     let dialect = Dialect::of_path(parts.uri.path()).unwrap_or(shared.options.dialect);
-    tokio::spawn(async move {
+    tokio::spawn(carry::carried(async move {
         // A client that left meanwhile has no upgrade.
         if let Ok(upgraded) = upgrade.await {
             let socket = Socket::new(TokioIo::new(upgraded), limit);
             connection::run(socket, shared, draining, dialect, pass).await;
         }
         drop((slot, life));
-    });
+    }));
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     let headers = response.headers_mut();
