@@ -53,6 +53,8 @@ pub(crate) struct Session {
     shared: Arc<Shared>,
     index: usize,
     generation: u64,
+    /// Until when it stays awake for another request.
+    awake: Option<Instant>,
 }
 
 impl Session {
@@ -79,6 +81,7 @@ impl Session {
             shared,
             index,
             generation,
+            awake: None,
         }
     }
 
@@ -151,7 +154,10 @@ impl Session {
                     }
                     result?;
                 }
-                Work::Run(taken) => self.run_batch(taken)?,
+                Work::Run(taken) => {
+                    self.run_batch(taken)?;
+                    self.awake = Instant::now().checked_add(self.shared.options.busy_poll);
+                }
             }
         }
     }
@@ -178,7 +184,7 @@ impl Session {
                     return Work::Stop;
                 }
                 let looked;
-                (state, looked) = shared.look_out(state);
+                (state, looked) = shared.look_out(state, self.awake);
                 if looked {
                     continue;
                 }
