@@ -1,8 +1,9 @@
 //! A request that is on its way → a device thread that is awake when it arrives.
 //!
 //! Waking a thread takes some tens of microseconds, about as long as preparing a small
-//! observation. Whoever begins to prepare one says so, and both happen at the same time. Where cores
-//! are to spare, it may stay awake after each request until the next ([`EngineOptions::busy_poll`]).
+//! observation. Whoever begins to prepare one says so, and both happen at the same time. Where
+//! cores are to spare, the thread may stay awake after each request until the next
+//! ([`EngineOptions::busy_poll`]).
 //!
 //! [`EngineOptions::busy_poll`]: crate::EngineOptions::busy_poll
 
