@@ -51,6 +51,8 @@ pub struct ModelPlan {
     pub rtc: bool,
     /// How long a free device waits for company.
     pub window: Duration,
+    /// How long device threads stay awake after each request.
+    pub busy_poll: Duration,
     /// Whether devices are processes.
     pub isolate: Isolate,
     /// How those log.
@@ -137,6 +139,7 @@ impl ModelPlan {
         let cameras = c.robot.cameras().min(3);
         let mut options = EngineOptions::new(vec![Arc::new(table)], c.horizon, c.max_token_len);
         options.window = self.window;
+        options.busy_poll = self.busy_poll;
         options.rule = match (self.deterministic, on_gpu) {
             (true, _) => BucketRule::deterministic(most, cameras, c.max_token_len),
             (false, true) => BucketRule::gpu(most),
@@ -367,6 +370,7 @@ mod tests {
             deterministic: false,
             rtc: false,
             window: Duration::ZERO,
+            busy_poll: Duration::ZERO,
             isolate: Isolate::Never,
             log: LogFormat::Text,
         }

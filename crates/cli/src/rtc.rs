@@ -95,6 +95,7 @@ mod tests {
                 deterministic: false,
                 rtc: false,
                 window: Duration::ZERO,
+                busy_poll: Duration::ZERO,
                 isolate: model::Isolate::Never,
                 log: crate::log::LogFormat::Text,
             };

@@ -115,6 +115,11 @@ pub struct ServeArgs {
     /// full.
     #[arg(long, default_value_t = 0.0, value_parser = window)]
     pub window_ms: f64,
+    /// For the shortest latency, where cores are to spare (at least two for each GPU and two more):
+    /// one thread for the first 16 connections without TLS, and one for each device, stay awake for
+    /// the next request for a second after each, instead of sleeping.
+    #[arg(long)]
+    pub busy_poll: bool,
     /// Form of the log on standard error; PIROUETTE_LOG chooses what is told (default `info`;
     /// `info,pirouette::request=debug` for every request).
     #[arg(long, value_enum, default_value = "text")]
@@ -177,9 +182,16 @@ pub fn load(args: &ServeArgs) -> Result<PolicyService> {
         deterministic: args.deterministic,
         rtc: args.rtc,
         window: Duration::from_secs_f64(args.window_ms / 1e3),
+        busy_poll: busy_poll(args),
         isolate: args.isolate,
         log: args.log_format,
     };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    if args.busy_poll
+        && let Some(warning) = few_cores(plan.devices.len(), cores)
+    {
+        tracing::warn!("{warning}");
+    }
     if plan.is_null()? {
         tracing::warn!(
             "NULL DEVICE: no model runs and the actions are MADE UP. Do not connect a robot."
@@ -197,6 +209,22 @@ pub fn load(args: &ServeArgs) -> Result<PolicyService> {
         tracing::info!("{line}");
     }
     PolicyService::new(Served::new(plan, checkpoint, parts.start()?))
+}
+
+/// How long threads stay awake after each request: a robot's next comes within a second.
+fn busy_poll(args: &ServeArgs) -> Duration {
+    if args.busy_poll { Duration::from_secs(1) } else { Duration::ZERO }
+}
+
+/// What to say where threads that stay awake leave fewer cores than they take.
+fn few_cores(devices: usize, cores: usize) -> Option<String> {
+    let (awake, wanted) = (devices + 1, 2 * (devices + 1));
+    (cores < wanted).then(|| {
+        format!(
+            "--busy-poll keeps {awake} threads awake and wants {wanted} cores, here are {cores}: \
+             answers will come later than without it"
+        )
+    })
 }
 
 /// The addresses to listen on.
@@ -228,6 +256,7 @@ fn serve_options(args: &ServeArgs, doors: &Doors<SocketAddr>) -> Result<ServeOpt
         api_keys,
         admin_keys,
         tls,
+        busy_poll: busy_poll(args),
         ..ServeOptions::default()
     })
 }
@@ -360,6 +389,16 @@ mod tests {
             Command::Serve(args) => args,
             _ => panic!("this is serve"),
         }
+    }
+
+    #[test]
+    fn threads_that_stay_awake_want_as_many_cores_again() {
+        assert_eq!([few_cores(1, 4), few_cores(8, 18)], [None, None]);
+        let warning = few_cores(1, 2).unwrap();
+        assert!(warning.contains("2 threads awake and wants 4 cores, here are 2"), "{warning}");
+        assert!(few_cores(8, 16).is_some());
+        assert_eq!(busy_poll(&serve("pi05_droid")), Duration::ZERO);
+        assert!(busy_poll(&serve("pi05_droid --busy-poll")) > Duration::ZERO);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use pirouette_model::Rtc;
@@ -23,7 +24,7 @@ use crate::worker;
 /// the batches they are running.
 pub struct Engine {
     pub(crate) shared: Arc<Shared>,
-    watchdog: Option<std::thread::JoinHandle<()>>,
+    watchdog: Option<JoinHandle<()>>,
     /// Noise of a seed nobody has asked for yet: drawn while a device is busy, it costs the next
     /// request nothing.
     spare: Mutex<Option<(u64, Vec<f32>)>>,
@@ -335,8 +336,12 @@ impl Drop for Engine {
             self.shared.stop(&mut state);
             let threads = std::mem::take(&mut state.threads);
             // A thread that was given up may never end; it is left behind.
-            let current =
-                |(i, generation, _): &(usize, u64, _)| state.devices[*i].generation == *generation;
+            // A device thread that carries an answer on may be the last to let go of the engine;
+            // it ends when it comes back.
+            let here = std::thread::current().id();
+            let current = |(i, generation, thread): &(usize, u64, JoinHandle<()>)| {
+                state.devices[*i].generation == *generation && thread.thread().id() != here
+            };
             threads.into_iter().filter(current).collect::<Vec<_>>()
         };
         for thread in threads.into_iter().map(|t| t.2).chain(self.watchdog.take()) {

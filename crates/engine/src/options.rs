@@ -34,6 +34,9 @@ pub struct EngineOptions {
     /// How long an idle device thread stays awake for a request that [`crate::Engine::expect`]
     /// announced (default 200 µs; zero, which is never, on fewer than four cores).
     pub lookout: Duration,
+    /// How long a device thread stays awake for the next request after each one, instead of
+    /// sleeping (default zero). Takes a core per device meanwhile.
+    pub busy_poll: Duration,
     /// Compiled programs kept per device; the least recently used goes first (default 32).
     pub executables: usize,
     /// Compiled and run once before the device counts as ready, in all batch sizes of the rule,
@@ -63,6 +66,7 @@ impl EngineOptions {
             queue_capacity: 256,
             window: Duration::ZERO,
             lookout: lookout::usual(),
+            busy_poll: Duration::ZERO,
             executables: 32,
             warm: Vec::new(),
             canary: CanaryOptions::default(),

@@ -10,6 +10,7 @@ use crate::batches::BatchRecord;
 use crate::bucket::Bucket;
 use crate::canary;
 use crate::finish::shortest;
+use crate::leisure::hand_out;
 use crate::queue::{Batch, JobInputs, Reply};
 use crate::request::{Answer, EngineError, Timing, ms};
 use crate::shared::{CanaryWaiter, Phase, Running, Shared, State};
@@ -52,6 +53,8 @@ pub(crate) struct Session {
     shared: Arc<Shared>,
     index: usize,
     generation: u64,
+    /// Until when it stays awake for another request.
+    awake: Option<Instant>,
 }
 
 impl Session {
@@ -78,6 +81,7 @@ impl Session {
             shared,
             index,
             generation,
+            awake: None,
         }
     }
 
@@ -150,7 +154,10 @@ impl Session {
                     }
                     result?;
                 }
-                Work::Run(taken) => self.run_batch(taken)?,
+                Work::Run(taken) => {
+                    self.run_batch(taken)?;
+                    self.awake = Instant::now().checked_add(self.shared.options.busy_poll);
+                }
             }
         }
     }
@@ -177,7 +184,7 @@ impl Session {
                     return Work::Stop;
                 }
                 let looked;
-                (state, looked) = shared.look_out(state);
+                (state, looked) = shared.look_out(state, self.awake);
                 if looked {
                     continue;
                 }
@@ -251,7 +258,10 @@ impl Session {
         let done = Instant::now();
         let Some(running) = self.end() else { return Ok(()) };
         let took = done - gathering;
-        self.shared.lock().devices[self.index].times.record(bucket, slots, took);
+        let mut state = self.shared.lock();
+        state.devices[self.index].times.record(bucket, slots, took);
+        let nothing_waits = state.queue.is_empty() && state.expected.is_none();
+        drop(state);
         self.shared.stats.batch(running.replies.len());
         let batch_id = self.shared.stats.recent.0.push(|id| BatchRecord {
             id,
@@ -273,11 +283,12 @@ impl Session {
             batch_id,
             ..Timing::default()
         };
-        self.answer(&taken, running.replies, timing);
+        let leisure = nothing_waits && timing.batch == 1;
+        self.answer(&taken, running.replies, timing, leisure);
         Ok(())
     }
 
-    fn answer(&self, taken: &Taken, replies: Vec<Reply>, timing: Timing) {
+    fn answer(&self, taken: &Taken, replies: Vec<Reply>, timing: Timing, leisure: bool) {
         let horizon = taken.bucket.horizon;
         let action_dim = self.shared.options.tables[0].config.action_dim;
         let row = horizon * action_dim;
@@ -303,7 +314,7 @@ impl Session {
             }
             self.shared.stats.answer(&timing);
             // A client that leaves at this very moment was answered all the same.
-            let _ = reply.sender.send(Ok(answer));
+            hand_out(leisure, || drop(reply.sender.send(Ok(answer))));
         }
     }
 

@@ -412,3 +412,23 @@ async fn batches_are_remembered_with_their_times() {
     assert!(batches.windows(2).all(|w| w[0].done <= w[1].taken), "one at a time");
     assert!(engine.stats().devices[0].fingerprint.is_some());
 }
+
+/// A busy device thread looks out for requests by itself; it must still hear of all the rest.
+#[tokio::test]
+async fn a_device_that_stays_awake_hears_of_everything() {
+    let mut options = rig::options(2);
+    options.busy_poll = Duration::from_secs(3600);
+    options.canary.max_age = Duration::ZERO;
+    let engine = rig::engine(&[(1, 1.0)], options);
+    engine.wait_ready().await.unwrap();
+    for i in 0..5 {
+        let answer = engine.submit(request(i)).unwrap().await.unwrap();
+        assert_eq!(answer.actions, expected(&request(i), i as u64));
+    }
+    let canaries = engine.stats().canaries;
+    engine.readiness().await.unwrap();
+    assert_eq!(engine.stats().canaries, canaries + 1);
+    assert!(engine.drain(Duration::from_secs(10)), "nothing is left");
+    assert!(matches!(engine.submit(request(0)), Err(EngineError::Draining)));
+    drop(engine);
+}

@@ -19,6 +19,8 @@ use tokio::time::{Sleep, sleep_until, timeout, timeout_at};
 use tungstenite::protocol::frame::coding::Data;
 
 use self::exchange::{Exchange, Running};
+use crate::busy::Place;
+use crate::carry;
 use crate::dialect::openpi;
 use crate::dialect::{self, Dialect, Frame, vla_eval};
 use crate::msgpack;
@@ -68,6 +70,16 @@ enum End {
     Close(u16, &'static str),
 }
 
+/// What a connection comes with.
+pub(crate) struct Terms {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) draining: watch::Receiver<bool>,
+    pub(crate) dialect: Dialect,
+    pub(crate) pass: Option<Pass>,
+    /// On the thread that stays awake.
+    pub(crate) place: Option<Place>,
+}
+
 struct Connection<S> {
     socket: Socket<S>,
     shared: Arc<Shared>,
@@ -88,18 +100,14 @@ struct Connection<S> {
     alarm: Pin<Box<Sleep>>,
     /// Of the key it came with.
     pass: Option<Pass>,
+    place: Option<Place>,
     /// Messages answered so far, this one included.
     messages: u64,
 }
 
 /// Runs a connection to its end.
-pub(crate) async fn run<S: AsyncRead + AsyncWrite>(
-    socket: Socket<S>,
-    shared: Arc<Shared>,
-    draining: watch::Receiver<bool>,
-    dialect: Dialect,
-    pass: Option<Pass>,
-) {
+pub(crate) async fn run<S: AsyncRead + AsyncWrite>(socket: Socket<S>, terms: Terms) {
+    let Terms { shared, draining, dialect, pass, place } = terms;
     let number = shared.metrics.opened.fetch_add(1, Relaxed) + 1;
     let now = Instant::now();
     let alarm = Box::pin(sleep_until((now + shared.options.keepalive_interval).into()));
@@ -116,6 +124,7 @@ pub(crate) async fn run<S: AsyncRead + AsyncWrite>(
         pinged: None,
         alarm,
         pass,
+        place,
         messages: 0,
     };
     if let Err(End::Close(code, reason)) = connection.converse().await {
@@ -153,8 +162,9 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
                 self.shared.finished(record, outcome, message, reply);
             }
             drop(running);
-            ended?;
             previous_ms = Some(ms(began));
+            carry::hand_back().await;
+            ended?;
         }
     }
 
@@ -277,6 +287,9 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
             Ok(Message::Close) => return Err(End::Close(0, "")),
             Err(fault) => return Err(self.broken(fault)),
         };
+        if let Some(place) = &self.place {
+            place.heard();
+        }
         let incoming = self.read(frame, now);
         self.inbox.push_back(incoming);
         Ok(())

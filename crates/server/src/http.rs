@@ -7,12 +7,15 @@ use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Uri, header, request};
 use axum::response::Response;
 use bytes::Bytes;
-use hyper::upgrade::OnUpgrade;
+use hyper::upgrade::{OnUpgrade, Parts, Upgraded};
 use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tungstenite::handshake::derive_accept_key;
 
-use crate::connection;
+use crate::busy::Places;
+use crate::carry;
+use crate::connection::{self, Terms};
 use crate::dashboard;
 use crate::dialect::Dialect;
 use crate::pages::{self, Method, Page, PageRequest};
@@ -126,15 +129,13 @@ async fn upgrade(
     let (Some(accept), Some(upgrade)) = (accept, parts.extensions.remove::<OnUpgrade>()) else {
         return refuse_handshake(StatusCode::BAD_REQUEST, "this request can't be upgraded");
     };
-    let limit = shared.options.max_frame_bytes;
     let dialect = Dialect::of_path(parts.uri.path()).unwrap_or(shared.options.dialect);
+    let terms = Terms { shared, draining, dialect, pass, place: None };
     tokio::spawn(async move {
         // A client that left meanwhile has no upgrade.
         if let Ok(upgraded) = upgrade.await {
-            let socket = Socket::new(TokioIo::new(upgraded), limit);
-            connection::run(socket, shared, draining, dialect, pass).await;
+            converse(upgraded, terms, (slot, life)).await;
         }
-        drop((slot, life));
     });
     let mut response = Response::new(Body::empty());
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
@@ -143,6 +144,35 @@ async fn upgrade(
     headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
     headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
     response
+}
+
+/// A websocket's connection: on the thread that stays awake, if there is one with a free place and
+/// the stream is TCP alone. `held` is let go when it is over.
+async fn converse(upgraded: Upgraded, mut terms: Terms, held: impl Send + 'static) {
+    let limit = terms.shared.options.max_frame_bytes;
+    let place = terms.shared.busy.as_ref().and_then(Places::take);
+    let upgraded = match (place, upgraded) {
+        (None, upgraded) => upgraded,
+        (Some(place), upgraded) => match upgraded.downcast::<TokioIo<TcpStream>>() {
+            Err(upgraded) => upgraded,
+            Ok(Parts { io, read_buf, .. }) => {
+                let Ok(stream) = io.into_inner().into_std() else { return };
+                let runtime = place.runtime.clone();
+                terms.place = Some(place);
+                runtime.spawn(async move {
+                    let Ok(stream) = TcpStream::from_std(stream) else { return };
+                    let socket = Socket::new(stream, limit, read_buf);
+                    // Awake as the device thread, and warmer: nobody need carry its answers.
+                    connection::run(socket, terms).await;
+                    drop(held);
+                });
+                return;
+            }
+        },
+    };
+    let socket = Socket::new(TokioIo::new(upgraded), limit, Bytes::new());
+    carry::carried(connection::run(socket, terms)).await;
+    drop(held);
 }
 
 /// What is wrong with a websocket handshake, if anything, checked in the order and told in the

@@ -10,6 +10,8 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod busy;
+mod carry;
 mod chrome_trace;
 mod connection;
 mod dashboard;

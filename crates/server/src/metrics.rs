@@ -17,6 +17,8 @@ pub(crate) struct Metrics {
     pub(crate) opened: AtomicU64,
     /// Requests that are being answered.
     pub(crate) running: AtomicU64,
+    /// Answers that the device's own thread made and sent.
+    pub(crate) carried: AtomicU64,
     outcomes: Mutex<BTreeMap<&'static str, u64>>,
     refused: Mutex<BTreeMap<&'static str, u64>>,
     reloads: Mutex<BTreeMap<(&'static str, &'static str), u64>>,
@@ -83,6 +85,9 @@ impl Metrics {
         let _ = writeln!(out, "pirouette_connections_total {}", self.opened.load(Relaxed));
         header(out, "pirouette_connections", "gauge", "Websockets open now.");
         let _ = writeln!(out, "pirouette_connections {open}");
+        let name = "pirouette_answers_carried_total";
+        header(out, name, "counter", "Answers made and sent by the device's own thread.");
+        let _ = writeln!(out, "{name} {}", self.carried.load(Relaxed));
         header(out, "pirouette_requests_running", "gauge", "Requests being answered now.");
         let _ = writeln!(out, "pirouette_requests_running {}", self.running.load(Relaxed));
         header(

@@ -78,6 +78,14 @@ pub(crate) async fn page(shared: &Shared, request: PageRequest) -> Option<Page> 
         (Method::Get, "/metrics") => {
             let mut text = String::with_capacity(16 << 10);
             shared.metrics.render(shared.open_websockets(), &mut text);
+            if let Some(places) = &shared.busy {
+                let name = "pirouette_busy_connections";
+                header(&mut text, name, "gauge", "Websockets of the thread that stays awake.");
+                sample(&mut text, name, &[], places.taken() as f64);
+                let name = "pirouette_busy_looks_total";
+                header(&mut text, name, "counter", "Looks of that thread instead of sleep.");
+                sample(&mut text, name, &[], places.looks() as f64);
+            }
             if let Some(keys) = &shared.options.api_keys {
                 quota::render(&keys.accounts(), &mut text);
             }

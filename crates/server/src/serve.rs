@@ -4,6 +4,7 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::Request;
 use axum::http::{HeaderValue, header};
@@ -18,6 +19,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::admin;
+use crate::busy;
 use crate::http;
 use crate::metrics::Metrics;
 use crate::newest::Sessions;
@@ -39,6 +41,8 @@ pub(crate) struct Shared {
     pub(crate) slots: Arc<Semaphore>,
     /// Whether the pages have a listener of their own.
     pub(crate) admin: bool,
+    /// On the thread that stays awake, where there is one.
+    pub(crate) busy: Option<busy::Places>,
     /// Requests of which only the newest counts.
     pub(crate) sessions: Sessions,
 }
@@ -152,6 +156,17 @@ pub async fn serve_doors<L: Listener>(
     let Doors { public: mut listener, admin } = doors;
     let slots = Arc::new(Semaphore::new(options.max_connections.min(Semaphore::MAX_PERMITS)));
     let handshakes = Arc::new(Semaphore::new(options.max_handshakes.min(Semaphore::MAX_PERMITS)));
+    // The thread ends with this function.
+    let (_thread, busy) = match options.busy_poll {
+        Duration::ZERO => (None, None),
+        patience => match busy::start(patience) {
+            Ok((thread, places)) => (Some(thread), Some(places)),
+            Err(error) => {
+                tracing::error!(%error, "no thread stays awake for connections");
+                (None, None)
+            }
+        },
+    };
     let shared = Arc::new(Shared {
         service,
         options,
@@ -160,6 +175,7 @@ pub async fn serve_doors<L: Listener>(
         tracing: Semaphore::new(1),
         slots,
         admin: admin.is_some(),
+        busy,
         sessions: Sessions::default(),
     });
     let (drain, draining) = watch::channel(false);

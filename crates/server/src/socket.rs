@@ -86,14 +86,14 @@ pub(crate) struct Socket<S> {
 }
 
 impl<S: AsyncRead + AsyncWrite> Socket<S> {
-    /// `limit`: the longest message that is accepted, in bytes.
-    pub(crate) fn new(stream: S, limit: usize) -> Self {
+    /// `limit`: the longest message that is accepted, in bytes. `head`: what was read already.
+    pub(crate) fn new(stream: S, limit: usize, head: Bytes) -> Self {
         let (reader, writer) = split(stream);
         Socket {
             reader,
             writer,
             limit,
-            head: BytesMut::new(),
+            head: head.into(),
             frame: None,
             payload: BytesMut::new(),
             message: None,

@@ -30,6 +30,9 @@ pub struct StressArgs {
     /// Only these rows.
     #[arg(long, value_delimiter = ',')]
     pub only: Vec<String>,
+    /// The server of `overhead` with `serve --busy-poll`.
+    #[arg(long)]
+    pub busy_poll: bool,
     /// Seconds of overload (default 600; 10 in the short form).
     #[arg(long)]
     pub overload_seconds: Option<u64>,
@@ -43,6 +46,8 @@ pub struct Scale {
     /// The short form.
     pub short: bool,
     overload_seconds: Option<u64>,
+    /// Whether the server of `overhead` stays awake.
+    pub busy_poll: bool,
     /// Milliseconds of a batch as measured on an H200.
     pub times: NullTimes,
 }
@@ -120,6 +125,7 @@ struct Report {
     provenance: Provenance,
     optimised: bool,
     short: bool,
+    busy_poll: bool,
     batch_ms: Vec<(usize, f64)>,
     rows: Vec<Row>,
 }
@@ -202,11 +208,13 @@ pub fn run(args: &StressArgs) -> Result<()> {
     // Engines are killed by panics here; their words would drown the table.
     std::panic::set_hook(Box::new(|_| {}));
     let times = measured_times()?;
-    let scale = Scale { short: args.short, overload_seconds: args.overload_seconds, times };
+    let StressArgs { short, overload_seconds, busy_poll, .. } = *args;
+    let scale = Scale { short, overload_seconds, busy_poll, times };
     let mut report = Report {
         provenance: Provenance::here(),
         optimised: !cfg!(debug_assertions),
-        short: args.short,
+        short,
+        busy_poll,
         batch_ms: scale.times.0.clone(),
         rows: vec![],
     };

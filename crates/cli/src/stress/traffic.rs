@@ -41,7 +41,8 @@ pub async fn throughput(scale: &Scale) -> Outcome {
 
 /// One client at the speed of the model.
 pub async fn overhead(scale: &Scale) -> Outcome {
-    let server = Server::start(&scale.times, 1, &[]).await?;
+    let flags: &[&str] = if scale.busy_poll { &["--busy-poll"] } else { &[] };
+    let server = Server::start(&scale.times, 1, flags).await?;
     let (address, observation) = (server.address()?, server.observation(224).await?);
     let lasts = Duration::from_secs(scale.of(20, 2));
     let plain = move || super::client::ask(&address, &observation, lasts);
@@ -53,7 +54,8 @@ pub async fn overhead(scale: &Scale) -> Outcome {
     // Three images and some more: what the same bytes take without any server in between.
     let (bytes, pause) = (3 * 224 * 224 * 3 + 500, scale.times.of(1));
     let count = scale.of(1000, 100);
-    let bare = move || super::bare::exchange(bytes, pause, count);
+    let awake = scale.busy_poll;
+    let bare = move || super::bare::exchange(bytes, pause, count, awake);
     let bare = tokio::task::spawn_blocking(bare).await??;
     let (over, socket) = (plain.over_model, plain.over_server);
     Ok(vec![

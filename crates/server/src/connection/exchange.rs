@@ -14,6 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tungstenite::protocol::frame::coding::Data;
 
 use super::{Connection, ERROR_REASON, End, INTERNAL_ERROR, ms};
+use crate::carry;
 use crate::dialect::openpi::{self, Asked};
 use crate::dialect::{Dialect, vla_eval};
 use crate::msgpack;
@@ -251,6 +252,7 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
 
     async fn reply(&mut self, bytes: Vec<u8>, exchange: &mut Exchange) -> Result<(), End> {
         exchange.record.encoded = Some(Instant::now());
+        self.shared.metrics.carried.fetch_add(carry::carrying().into(), Relaxed);
         exchange.reply = bytes.into();
         self.send(Data::Binary, &exchange.reply).await
     }

@@ -9,7 +9,7 @@ const MASK: [u8; 4] = [7, 99, 0, 254];
 
 fn pair(limit: usize) -> (DuplexStream, Socket<DuplexStream>) {
     let (client, server) = duplex(64 << 10);
-    (client, Socket::new(server, limit))
+    (client, Socket::new(server, limit, Bytes::new()))
 }
 
 /// The masked frame, not final if `more` follows.

@@ -1,0 +1,172 @@
+//! Websockets → a thread of their own that stays awake for their next frame.
+//!
+//! A core that slept takes 50 to 100 µs to wake. Where there are cores to spare, this thread asks
+//! the kernel again and again instead of sleeping, for [`ServeOptions::busy_poll`] after each
+//! request; with nobody asking it sleeps like any other. It costs one core whatever the number of
+//! its connections, which is bounded because they share it. Only plain TCP comes here.
+//!
+//! [`ServeOptions::busy_poll`]: crate::ServeOptions::busy_poll
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use tokio::runtime::{Builder, Handle};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+
+/// Connections of the thread; others are served as without it.
+pub(crate) const PLACES: usize = 16;
+
+/// What the thread and its connections share.
+#[derive(Debug)]
+struct Awake {
+    /// After each request.
+    patience: Duration,
+    began: Instant,
+    /// Until when it stays awake, in microseconds after `began`.
+    until_us: AtomicU64,
+    /// Looks at the sockets that nothing had asked for.
+    looks: AtomicU64,
+    heard: Notify,
+    over: AtomicBool,
+}
+
+impl Awake {
+    fn now_us(&self) -> u64 {
+        self.began.elapsed().as_micros() as u64
+    }
+
+    async fn watch(&self) {
+        while !self.over.load(Relaxed) {
+            if self.now_us() < self.until_us.load(Relaxed) {
+                self.looks.fetch_add(1, Relaxed);
+                // Whoever else wants the core goes first.
+                std::thread::yield_now();
+                // The runtime looks at its sockets, without waiting for any.
+                tokio::task::yield_now().await;
+            } else {
+                self.heard.notified().await;
+            }
+        }
+    }
+}
+
+/// The thread. Dropping it ends it, and with it the connections that are still there.
+#[derive(Debug)]
+pub(crate) struct BusyThread(Arc<Awake>);
+
+impl Drop for BusyThread {
+    fn drop(&mut self) {
+        self.0.over.store(true, Relaxed);
+        self.0.heard.notify_one();
+    }
+}
+
+/// The places on the thread.
+#[derive(Debug)]
+pub(crate) struct Places {
+    runtime: Handle,
+    free: Arc<Semaphore>,
+    awake: Arc<Awake>,
+}
+
+/// One connection's place.
+#[derive(Debug)]
+pub(crate) struct Place {
+    pub(crate) runtime: Handle,
+    awake: Arc<Awake>,
+    _taken: OwnedSemaphorePermit,
+}
+
+/// Starts the thread; it stays awake for `patience` after each request.
+pub(crate) fn start(patience: Duration) -> io::Result<(BusyThread, Places)> {
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let handle = runtime.handle().clone();
+    let awake = Arc::new(Awake {
+        patience,
+        began: Instant::now(),
+        until_us: AtomicU64::new(0),
+        looks: AtomicU64::new(0),
+        heard: Notify::new(),
+        over: AtomicBool::new(false),
+    });
+    let watched = awake.clone();
+    std::thread::Builder::new().name("busy-sockets".into()).spawn(move || {
+        runtime.block_on(watched.watch());
+        runtime.shutdown_background();
+    })?;
+    let free = Arc::new(Semaphore::new(PLACES));
+    Ok((BusyThread(awake.clone()), Places { runtime: handle, free, awake }))
+}
+
+impl Places {
+    /// A place, if one is free.
+    pub(crate) fn take(&self) -> Option<Place> {
+        let taken = self.free.clone().try_acquire_owned().ok()?;
+        Some(Place { runtime: self.runtime.clone(), awake: self.awake.clone(), _taken: taken })
+    }
+
+    /// Connections that have one.
+    pub(crate) fn taken(&self) -> usize {
+        PLACES.saturating_sub(self.free.available_permits())
+    }
+
+    /// Looks at the sockets so far that nothing had asked for.
+    pub(crate) fn looks(&self) -> u64 {
+        self.awake.looks.load(Relaxed)
+    }
+}
+
+impl Place {
+    /// A request came: the thread is to stay awake for the next.
+    pub(crate) fn heard(&self) {
+        let patience = self.awake.patience.as_micros() as u64;
+        self.awake.until_us.store(self.awake.now_us().saturating_add(patience), Relaxed);
+        self.awake.heard.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Looks that were made, once there were none for a while.
+    fn settled(places: &Places) -> u64 {
+        let mut before = places.looks();
+        for _ in 0..500 {
+            std::thread::sleep(Duration::from_millis(40));
+            if places.looks() == before {
+                return before;
+            }
+            before = places.looks();
+        }
+        panic!("it never slept: {before} looks");
+    }
+
+    #[test]
+    fn it_is_awake_after_a_request_and_sleeps_when_nobody_asks() {
+        let (thread, places) = start(Duration::from_millis(20)).unwrap();
+        assert_eq!(settled(&places), 0, "nobody has asked yet");
+        let place = places.take().unwrap();
+        let mut looks = 0;
+        for _ in 0..3 {
+            place.heard();
+            let after = settled(&places);
+            assert!(after > looks);
+            looks = after;
+        }
+        drop(thread);
+        assert_eq!(settled(&places), looks);
+    }
+
+    #[test]
+    fn places_are_bounded_and_come_back() {
+        let (_thread, places) = start(Duration::ZERO).unwrap();
+        let mut held: Vec<Place> = (0..PLACES).map(|_| places.take().unwrap()).collect();
+        assert!(places.take().is_none());
+        held.pop();
+        assert_eq!(places.taken(), PLACES - 1);
+        assert!(places.take().is_some());
+    }
+}
