@@ -151,10 +151,12 @@ mod tests {
         let place = places.take().unwrap();
         let mut looks = 0;
         for _ in 0..3 {
-            place.heard();
-            let after = settled(&places);
-            assert!(after > looks);
-            looks = after;
+            // On a machine that is busy the thread may not get a core while it is to be awake.
+            let after = (0..50).map(|_| {
+                place.heard();
+                settled(&places)
+            });
+            looks = after.into_iter().find(|after| *after > looks).expect("it never was awake");
         }
         drop(thread);
         assert_eq!(settled(&places), looks);
