@@ -26,6 +26,7 @@ pub mod msgpack;
 mod newest;
 mod options;
 mod pages;
+pub mod pickle;
 mod preparation;
 mod quota;
 mod recent;
