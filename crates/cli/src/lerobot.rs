@@ -21,6 +21,7 @@ pub fn policy_config(l: &LeRobot) -> Result<PolicyConfig> {
             key: renamed(l, &f.name),
             required: i == 0,
             layout: Layout::Auto,
+            size: size(f),
         })
         .collect();
     if cameras.len() > 3 {
@@ -64,6 +65,14 @@ pub fn policy_config(l: &LeRobot) -> Result<PolicyConfig> {
         metadata: vec![],
         processing: Processing::Lerobot,
     })
+}
+
+/// Height and width of a camera's images in training, if they are plausible.
+fn size(camera: &Feature) -> Option<(usize, usize)> {
+    match camera.shape[..] {
+        [3, height @ 1..=4096, width @ 1..=4096] => Some((height, width)),
+        _ => None,
+    }
 }
 
 /// The key a robot sends for a feature: the rename map read backwards.

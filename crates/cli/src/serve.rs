@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use pirouette_policy::config::{environment, names};
-use pirouette_policy::contract;
+use pirouette_policy::robots::Robot;
+use pirouette_policy::{PolicyConfig, contract};
 use pirouette_server::{
     ApiKeys, Dialect, Doors, RecordOptions, Recorder, ServeOptions, Service, Tls,
-    check_admin_exposure, check_exposure,
+    check_admin_exposure, check_exposure, check_lerobot_exposure,
 };
 
 use crate::args::DeviceArgs;
@@ -75,6 +76,16 @@ pub struct ServeArgs {
     /// File with the keys of the admin port, as --api-key-file.
     #[arg(long, requires = "admin_port")]
     pub admin_key_file: Option<PathBuf>,
+    /// Port for LeRobot's asynchronous robot client (gRPC), which has no keys and no TLS: neither
+    /// --api-key-file nor --tls-cert guards this port.
+    #[arg(long)]
+    pub lerobot_port: Option<u16>,
+    /// Address of LeRobot's port. Anything but loopback needs --insecure.
+    #[arg(long, default_value = "127.0.0.1", requires = "lerobot_port")]
+    pub lerobot_host: IpAddr,
+    /// Actions a second that a LeRobot client executes, by which the actions of a chunk are dated.
+    #[arg(long, default_value_t = 30.0, value_parser = rate, requires = "lerobot_port")]
+    pub lerobot_fps: f64,
     /// Whose protocol is spoken on paths that name none: openpi, roboarena, vllm-omni, vla-eval
     /// or auto (docs/protocol.md).
     #[arg(long, default_value_t = Dialect::Openpi)]
@@ -154,6 +165,12 @@ fn window(text: &str) -> Result<f64, String> {
     if (0.0..=1000.0).contains(&ms) { Ok(ms) } else { Err("it must be from 0 to 1000".into()) }
 }
 
+/// Reads `--lerobot-fps`.
+fn rate(text: &str) -> Result<f64, String> {
+    let fps = text.parse().map_err(|_| format!("`{text}` is no number of actions a second"))?;
+    if (0.1..=1000.0).contains(&fps) { Ok(fps) } else { Err("it must be from 0.1 to 1000".into()) }
+}
+
 /// Serves until SIGTERM or Ctrl-C.
 pub fn run(args: &ServeArgs) -> Result<()> {
     log::start(args.log_format);
@@ -205,6 +222,9 @@ pub fn load(args: &ServeArgs) -> Result<PolicyService> {
             parts.policy.config().robot.name()
         );
     }
+    if args.lerobot_port.is_some() {
+        check_lerobot(parts.policy.config())?;
+    }
     for line in contract(parts.policy.config()).lines() {
         tracing::info!("{line}");
     }
@@ -227,11 +247,26 @@ fn few_cores(devices: usize, cores: usize) -> Option<String> {
     })
 }
 
+/// Whether a LeRobot robot could fit the policy at all.
+fn check_lerobot(config: &PolicyConfig) -> Result<()> {
+    if !matches!(config.robot, Robot::Generic(_)) {
+        bail!(
+            "LeRobot's clients can't send the keys of {}'s robot, which {} takes: serve a LeRobot \
+             checkpoint, describe the robot by a TOML file with LeRobot's keys \
+             (docs/protocol.md), or leave --lerobot-port out",
+            config.robot.name(),
+            config.name
+        );
+    }
+    Ok(())
+}
+
 /// The addresses to listen on.
 fn doors(args: &ServeArgs) -> Doors<SocketAddr> {
     Doors {
         public: SocketAddr::new(args.host, args.port),
         admin: args.admin_port.map(|port| SocketAddr::new(args.admin_host, port)),
+        lerobot: args.lerobot_port.map(|port| SocketAddr::new(args.lerobot_host, port)),
     }
 }
 
@@ -247,10 +282,14 @@ fn serve_options(args: &ServeArgs, doors: &Doors<SocketAddr>) -> Result<ServeOpt
     if let Some(admin) = doors.admin {
         check_admin_exposure(admin, admin_keys.is_some(), args.insecure)?;
     }
+    if let Some(lerobot) = doors.lerobot {
+        check_lerobot_exposure(lerobot, args.insecure)?;
+    }
     let max_frame_bytes = args.max_frame_mib.clamp(1, 4096) << 20;
     Ok(ServeOptions {
         max_frame_bytes,
         dialect: args.dialect,
+        lerobot_fps: args.lerobot_fps,
         vla_eval_actions: args.vla_eval_actions.max(1),
         max_batch_observations: args.max_observations.max(1),
         api_keys,
@@ -319,12 +358,19 @@ async fn listen(
         Some(address) => Some(bind(address, "--admin-port").await?),
         None => None,
     };
+    let lerobot = match doors.lerobot {
+        Some(address) => Some(bind(address, "--lerobot-port").await?),
+        None => None,
+    };
     let s = if options.tls.is_some() { "s" } else { "" };
     tracing::info!("listening on ws{s}://{}; clients wait until the model is warm", doors.public);
     if let Some(address) = doors.admin {
         tracing::info!("admin pages on http{s}://{address}");
     }
-    let listeners = Doors { public, admin };
+    if let Some(address) = doors.lerobot {
+        tracing::info!("LeRobot's clients are served at {address}, without keys and without TLS");
+    }
+    let listeners = Doors { public, admin, lerobot };
     let service = Arc::new(service);
     options.recorder = recorder(record.as_ref(), &service)?;
     let recorder = options.recorder.clone();

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use pirouette_cuda::gauge::Gauge;
 use pirouette_engine::{BatchRecord, Noise, Request, StatsSnapshot};
-use pirouette_policy::{PolicyError, Value, contract};
+use pirouette_policy::{PolicyConfig, PolicyError, Value, contract};
 use pirouette_server::{
     GpuReading, Method, Page, PageRequest, Preparation, Reply, RequestContext, Service,
     ServiceError, ServiceFuture, Spans, render_engine, timing,
@@ -194,6 +194,10 @@ impl Service for PolicyService {
 
     fn roboarena(&self) -> Option<Value> {
         self.model().policy.roboarena()
+    }
+
+    fn policy_config(&self) -> Option<PolicyConfig> {
+        Some(self.model().policy.config().clone())
     }
 
     fn contract(&self) -> String {

@@ -5,7 +5,7 @@ mod bilinear;
 mod encoded;
 mod pillow;
 
-pub use bilinear::resize_with_pad as resize_with_pad_unfiltered;
+pub use bilinear::{resize_with_pad as resize_with_pad_unfiltered, stretch};
 pub use encoded::{Decoded, Encoding, MAX_PIXELS};
 pub use pillow::resize_with_pad;
 

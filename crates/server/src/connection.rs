@@ -18,7 +18,9 @@ use tokio::sync::watch;
 use tokio::time::{Sleep, sleep_until, timeout, timeout_at};
 use tungstenite::protocol::frame::coding::Data;
 
-use self::exchange::{Exchange, Running};
+pub(crate) use self::exchange::Running;
+
+use self::exchange::Exchange;
 use crate::busy::Place;
 use crate::carry;
 use crate::dialect::openpi;

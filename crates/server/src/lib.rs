@@ -20,6 +20,7 @@ mod explain;
 mod fields;
 mod http;
 mod keys;
+mod lerobot;
 pub mod load;
 mod metrics;
 pub mod msgpack;
@@ -47,7 +48,9 @@ pub use dialect::Dialect;
 pub use explain::{Spans, timing};
 pub use keys::{ApiKeys, KeyFileError};
 pub use newest::Ticket;
-pub use options::{ExposureError, ServeOptions, check_admin_exposure, check_exposure};
+pub use options::{
+    ExposureError, ServeOptions, check_admin_exposure, check_exposure, check_lerobot_exposure,
+};
 pub use pages::{Method, Page, PageRequest};
 pub use preparation::{Preparation, Prepared};
 pub use record::{RecordOptions, Recorded, Recorder, Recording, RecordingError};

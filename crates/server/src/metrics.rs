@@ -21,6 +21,8 @@ pub(crate) struct Metrics {
     pub(crate) carried: AtomicU64,
     outcomes: Mutex<BTreeMap<&'static str, u64>>,
     refused: Mutex<BTreeMap<&'static str, u64>>,
+    /// Of LeRobot's clients, by what became of them before they were asked for.
+    observations: Mutex<BTreeMap<&'static str, u64>>,
     reloads: Mutex<BTreeMap<(&'static str, &'static str), u64>>,
     stages: [Histogram; STAGES.len()],
 }
@@ -36,6 +38,12 @@ impl Metrics {
     pub(crate) fn refused(&self, reason: &'static str) {
         let mut counts = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
         *counts.entry(reason).or_default() += 1;
+    }
+
+    /// Counts an observation of a LeRobot client by what became of it on arrival.
+    pub(crate) fn observation(&self, outcome: &'static str) {
+        let mut counts = self.observations.lock().unwrap_or_else(PoisonError::into_inner);
+        *counts.entry(outcome).or_default() += 1;
     }
 
     /// Counts an attempt to read a file again.
@@ -74,6 +82,10 @@ impl Metrics {
             "Connections that got no websocket, by reason.",
         );
         labelled(out, "pirouette_connections_refused_total", "reason", &self.refused);
+        let name = "pirouette_lerobot_observations_total";
+        let help = "Observations of LeRobot clients, by what became of them on arrival.";
+        header(out, name, "counter", help);
+        labelled(out, name, "outcome", &self.observations);
         let name = "pirouette_reloads_total";
         header(out, name, "counter", "Times keys or certificate were read again.");
         let reloads = self.reloads.lock().unwrap_or_else(PoisonError::into_inner);
@@ -81,9 +93,14 @@ impl Metrics {
             sample(out, name, &[("file", file), ("outcome", outcome)], *n as f64);
         }
         drop(reloads);
-        header(out, "pirouette_connections_total", "counter", "Websockets opened so far.");
+        header(out, "pirouette_connections_total", "counter", "Connections opened so far.");
         let _ = writeln!(out, "pirouette_connections_total {}", self.opened.load(Relaxed));
-        header(out, "pirouette_connections", "gauge", "Websockets open now.");
+        header(
+            out,
+            "pirouette_connections",
+            "gauge",
+            "Websockets and LeRobot connections open now.",
+        );
         let _ = writeln!(out, "pirouette_connections {open}");
         let name = "pirouette_answers_carried_total";
         header(out, name, "counter", "Answers made and sent by the device's own thread.");

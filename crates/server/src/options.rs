@@ -47,6 +47,9 @@ pub struct ServeOptions {
     /// Actions of a chunk that vla-eval's clients execute before the next inference (default 10,
     /// as vla-eval's own π0 server).
     pub vla_eval_actions: usize,
+    /// Actions a second of LeRobot's clients, by which the actions of a chunk are dated (default
+    /// 30, as LeRobot's server).
+    pub lerobot_fps: f64,
     /// Observations of one `batch` request (default 128).
     pub max_batch_observations: usize,
     /// Keys; without them everybody who reaches the port is served.
@@ -83,6 +86,7 @@ impl Default for ServeOptions {
             dialect: Dialect::Openpi,
             hello_wait: Duration::from_millis(250),
             vla_eval_actions: 10,
+            lerobot_fps: 30.0,
             max_batch_observations: 128,
             api_keys: None,
             admin_keys: None,
@@ -110,6 +114,13 @@ pub enum ExposureError {
          file with --admin-key-file, or say --insecure if that is what you want"
     )]
     Admin(SocketAddr),
+    /// LeRobot's port.
+    #[error(
+        "LeRobot's port on {0} can be reached from other machines, and LeRobot's client has \
+         neither keys nor TLS: keep it on 127.0.0.1 and reach it through a tunnel (ssh -L), or say \
+         --insecure if that is what you want"
+    )]
+    Lerobot(SocketAddr),
 }
 
 /// Loopback is open; any other address needs a `guard` (keys, or TLS), or `insecure` said out
@@ -139,6 +150,15 @@ pub fn check_admin_exposure(
     if open { Ok(()) } else { Err(ExposureError::Admin(address)) }
 }
 
+/// The same of LeRobot's port, which nothing guards: its client has no keys and no TLS.
+///
+/// # Errors
+/// [`ExposureError::Lerobot`].
+pub fn check_lerobot_exposure(address: SocketAddr, insecure: bool) -> Result<(), ExposureError> {
+    let open = is_loopback(address) || insecure;
+    if open { Ok(()) } else { Err(ExposureError::Lerobot(address)) }
+}
+
 /// An IPv4-mapped loopback (`::ffff:127.0.0.1`) is one too.
 fn is_loopback(address: SocketAddr) -> bool {
     address.ip().to_canonical().is_loopback()
@@ -161,8 +181,12 @@ mod tests {
             assert!(check(address, false, true).is_ok());
             let admin = |keys| check_admin_exposure(address.parse().unwrap(), keys, false);
             assert!(admin(true).is_ok());
+            let lerobot = |insecure| check_lerobot_exposure(address.parse().unwrap(), insecure);
+            assert!(lerobot(true).is_ok());
+            assert!(lerobot(false).unwrap_err().to_string().contains("ssh -L"));
             assert!(admin(false).unwrap_err().to_string().contains("--admin-key-file"));
         }
         assert!(check_admin_exposure("127.0.0.1:1".parse().unwrap(), false, false).is_ok());
+        assert!(check_lerobot_exposure("127.0.0.1:1".parse().unwrap(), false).is_ok());
     }
 }

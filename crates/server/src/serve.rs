@@ -21,9 +21,11 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use crate::admin;
 use crate::busy;
 use crate::http;
+use crate::lerobot;
 use crate::metrics::Metrics;
 use crate::newest::Sessions;
 use crate::options::ServeOptions;
+use crate::preparation::Preparation;
 use crate::recent::{Recent, RequestRecord};
 use crate::record;
 use crate::reload;
@@ -37,7 +39,7 @@ pub(crate) struct Shared {
     pub(crate) recent: Recent,
     /// One trace at a time.
     pub(crate) tracing: Semaphore,
-    /// One permit per open websocket.
+    /// One permit per open websocket or LeRobot connection.
     pub(crate) slots: Arc<Semaphore>,
     /// Whether the pages have a listener of their own.
     pub(crate) admin: bool,
@@ -45,6 +47,8 @@ pub(crate) struct Shared {
     pub(crate) busy: Option<busy::Places>,
     /// Requests of which only the newest counts.
     pub(crate) sessions: Sessions,
+    /// Images of LeRobot clients that are stretched first.
+    pub(crate) stretching: Preparation,
 }
 
 impl Shared {
@@ -62,7 +66,7 @@ impl Shared {
         }
     }
 
-    /// Websockets open now.
+    /// Websockets and LeRobot connections open now.
     pub(crate) fn open_websockets(&self) -> usize {
         let limit = self.options.max_connections.min(Semaphore::MAX_PERMITS);
         limit.saturating_sub(self.slots.available_permits())
@@ -80,6 +84,8 @@ pub struct Doors<L> {
     pub public: L,
     /// The pages, and all that changes something.
     pub admin: Option<L>,
+    /// LeRobot's clients: gRPC, without keys and without TLS.
+    pub lerobot: Option<L>,
 }
 
 /// By which of them a connection came.
@@ -141,7 +147,8 @@ pub async fn serve<L: Listener>(
     options: ServeOptions,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Served {
-    serve_doors(Doors { public: listener, admin: None }, service, options, shutdown).await
+    serve_doors(Doors { public: listener, admin: None, lerobot: None }, service, options, shutdown)
+        .await
 }
 
 /// Serves until `shutdown` resolves, then drains: not ready, no new websockets, requests in
@@ -153,7 +160,7 @@ pub async fn serve_doors<L: Listener>(
     options: ServeOptions,
     shutdown: impl Future<Output = ()> + Send,
 ) -> Served {
-    let Doors { public: mut listener, admin } = doors;
+    let Doors { public: mut listener, admin, lerobot } = doors;
     let slots = Arc::new(Semaphore::new(options.max_connections.min(Semaphore::MAX_PERMITS)));
     let handshakes = Arc::new(Semaphore::new(options.max_handshakes.min(Semaphore::MAX_PERMITS)));
     // The thread ends with this function.
@@ -177,6 +184,7 @@ pub async fn serve_doors<L: Listener>(
         admin: admin.is_some(),
         busy,
         sessions: Sessions::default(),
+        stretching: Preparation::per_core(),
     });
     let (drain, draining) = watch::channel(false);
     let (life, mut lives) = mpsc::channel::<()>(1);
@@ -190,6 +198,9 @@ pub async fn serve_doors<L: Listener>(
     }
     tokio::pin!(shutdown);
     let weak = life.downgrade();
+    if let Some(listener) = lerobot {
+        tasks.spawn(lerobot::listen(listener, shared.clone(), draining.clone(), weak.clone()));
+    }
     let mut life = Some(life);
     let mut give_up = None;
     loop {

@@ -5,7 +5,7 @@ use std::pin::Pin;
 use std::time::Instant;
 
 use pirouette_engine::{Answer, BatchRecord, EngineError, Pending, StatsSnapshot, Timing};
-use pirouette_policy::{NdArray, Value};
+use pirouette_policy::{NdArray, PolicyConfig, Value};
 
 use crate::newest::Ticket;
 use crate::pages::{Page, PageRequest};
@@ -37,6 +37,11 @@ pub trait Service: Send + Sync + 'static {
 
     /// RoboArena's `PolicyServerConfig` as a map, if the policy's robot is DROID's.
     fn roboarena(&self) -> Option<Value> {
+        None
+    }
+
+    /// The policy's configuration, for clients whose own names are fitted to it.
+    fn policy_config(&self) -> Option<PolicyConfig> {
         None
     }
 

@@ -208,6 +208,7 @@ fn camera(index: usize, form: CameraForm) -> Camera {
             LayoutName::Hwc => Layout::Hwc,
             LayoutName::Chw => Layout::Chw,
         },
+        size: None,
     }
 }
 

@@ -35,6 +35,9 @@ pub struct Camera {
     pub required: bool,
     /// Where its channels are.
     pub layout: Layout,
+    /// Height and width in training, if known. Clients of LeRobot's own server have their images
+    /// stretched to it.
+    pub size: Option<(usize, usize)>,
 }
 
 /// One part of the state of a [`GenericRobot`].

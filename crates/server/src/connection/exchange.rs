@@ -42,10 +42,10 @@ impl Exchange {
 }
 
 /// Counts a request as being answered until it is dropped, however that ends.
-pub(super) struct Running(Arc<Shared>);
+pub(crate) struct Running(Arc<Shared>);
 
 impl Running {
-    pub(super) fn begin(shared: Arc<Shared>) -> Self {
+    pub(crate) fn begin(shared: Arc<Shared>) -> Self {
         shared.metrics.running.fetch_add(1, Relaxed);
         Running(shared)
     }

@@ -135,6 +135,7 @@ impl Service for Script {
 pub struct Server<S = Script> {
     pub address: SocketAddr,
     pub admin_address: SocketAddr,
+    pub lerobot_address: SocketAddr,
     pub script: Arc<S>,
     pub warm: watch::Sender<bool>,
     shutdown: Option<oneshot::Sender<()>>,
@@ -176,16 +177,27 @@ impl<S: Service> Server<S> {
     pub async fn with(script: Arc<S>, options: ServeOptions, admin: bool) -> Server<S> {
         let bind = || pirouette_server::bind("127.0.0.1:0".parse().unwrap());
         let (listener, admin_listener) = (bind().await.unwrap(), bind().await.unwrap());
+        let lerobot = bind().await.unwrap();
+        let lerobot_address = axum::serve::Listener::local_addr(&lerobot).unwrap();
         let address = axum::serve::Listener::local_addr(&listener).unwrap();
         let admin_address = axum::serve::Listener::local_addr(&admin_listener).unwrap();
-        let doors = Doors { public: listener, admin: admin.then_some(admin_listener) };
+        let admin = admin.then_some(admin_listener);
+        let doors = Doors { public: listener, admin, lerobot: Some(lerobot) };
         let (shutdown, stop) = oneshot::channel();
         let service: Arc<dyn Service> = script.clone();
         let task = tokio::spawn(serve_doors(doors, service, options, async move {
             let _ = stop.await;
         }));
         let warm = watch::channel(true).0;
-        Server { address, admin_address, script, warm, shutdown: Some(shutdown), task }
+        Server {
+            address,
+            admin_address,
+            lerobot_address,
+            script,
+            warm,
+            shutdown: Some(shutdown),
+            task,
+        }
     }
 
     pub fn shut_down(&mut self) {
