@@ -9,7 +9,7 @@ use pirouette_checkpoint::{orbax, safetensors};
 use pirouette_policy::config::{from_toml, named};
 use pirouette_policy::image::{Encoding, MAX_PIXELS};
 use pirouette_policy::{NormStats, Policy, Tokenizer, Value};
-use pirouette_server::{ServeOptions, dialect, msgpack};
+use pirouette_server::{ServeOptions, dialect, msgpack, pickle};
 use pirouette_testing::fixture::testdata;
 
 /// One parser.
@@ -31,6 +31,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "observation", seeds: &[("E_wire", ".msgpack")], run: observe },
     Target { name: "request", seeds: &[("I_requests", ".msgpack")], run: request },
     Target { name: "vla_eval", seeds: &[("H_vla_eval", ".msgpack")], run: vla_eval },
+    Target { name: "pickle", seeds: &[("lerobot_grpc", ".pickle")], run: unpickle },
     Target { name: "jpeg", seeds: &[("G_images", ".jpg")], run: image },
     Target { name: "png", seeds: &[("G_images", ".png")], run: image },
     Target { name: "safetensors", seeds: &[("", ".safetensors")], run: safetensors_header },
@@ -86,6 +87,21 @@ fn decode(input: &[u8]) {
         let again = msgpack::decode(&encoded.into());
         // NaN is not equal to itself; the text form is.
         assert_eq!(again.map(|v| format!("{v:?}")).ok(), Some(format!("{value:?}")));
+    }
+}
+
+/// What LeRobot's client sends; what is read is no larger than the limits say.
+fn unpickle(input: &[u8]) {
+    fn count(value: &Value) -> usize {
+        1 + match value {
+            Value::List(items) => items.iter().map(count).sum(),
+            Value::Map(map) => map.iter().map(|(_, value)| count(value)).sum(),
+            _ => 0,
+        }
+    }
+    let limits = pickle::Limits::default();
+    if let Ok(read) = pickle::read(&bytes::Bytes::copy_from_slice(input), &limits) {
+        assert!(read.fields.iter().map(|(_, value)| count(value)).sum::<usize>() < limits.values);
     }
 }
 

@@ -55,16 +55,16 @@ def observation(case: dict[str, np.ndarray], prompt: str) -> dict:
 class Served:
     """`pirouette serve` of one recorded checkpoint."""
 
-    def __init__(self, name: str, *flags: str):
+    def __init__(self, name: str | None, *flags: str):
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
         self.log = tempfile.TemporaryFile(mode="w+")
-        checkpoint = CASES / name / "checkpoint"
+        own = [] if name is None else ["--checkpoint", str(CASES / name / "checkpoint")]
         self.process = subprocess.Popen(
             [PIROUETTE, "serve", *flags, "--port", str(self.port), "--device", "cpu",
              "--tokenizer", str(TOKENIZER)]
-            + ([] if "--policy.dir" in " ".join(flags) else ["--checkpoint", str(checkpoint)]),
+            + ([] if "--policy.dir" in " ".join(flags) else own),
             stderr=self.log,
         )
         for _ in range(200):

@@ -58,7 +58,7 @@ pub struct ServeArgs {
     #[arg(long)]
     pub api_key_file: Option<PathBuf>,
     /// PEM file with the server's certificate and those that lead to its authority: all ports
-    /// speak TLS (wss://). Read again when it changes, and at SIGHUP.
+    /// but LeRobot's speak TLS (wss://). Read again when it changes, and at SIGHUP.
     #[arg(long, requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,
     /// PEM file with the certificate's key, unencrypted.

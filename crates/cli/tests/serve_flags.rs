@@ -21,14 +21,24 @@ fn what_would_be_open_to_all_is_refused_with_the_remedy() {
     let keys = folder.path().join("keys");
     std::fs::write(&keys, "arm secret-of-the-first-arm rate=fast\n").unwrap();
     let keys = keys.to_str().unwrap();
+    let good = folder.path().join("good");
+    std::fs::write(&good, "arm secret-of-the-first-arm\n").unwrap();
+    let good = good.to_str().unwrap();
     let (first, own, other) = (tls("first.pem"), tls("first.key"), tls("second.key"));
     let admin = ["--admin-port", "1", "--admin-host", "0.0.0.0"];
     let with_tls = [&admin[..], &["--tls-cert", &first, "--tls-key", &own]].concat();
-    let table: [(&[&str], &str); 8] = [
+    let lerobot = ["pi05_droid", "--device", "null", "--lerobot-port", "1"];
+    // Keys and TLS guard the other ports; LeRobot's client knows neither.
+    let open = ["--lerobot-host", "0.0.0.0", "--api-key-file", good, "--tls-cert", &first];
+    let open = [&lerobot[..], &open, &["--tls-key", &own]].concat();
+    let table: [(&[&str], &str); 11] = [
         (&["--host", "0.0.0.0"], "--api-key-file, a certificate with --tls-cert and --tls-key"),
         (&admin, "the admin listener on 0.0.0.0:1 can be reached from other machines"),
         (&with_tls, "name a key file with --admin-key-file"),
         (&["--admin-key-file", keys], "--admin-port"),
+        (&["--lerobot-host", "0.0.0.0"], "--lerobot-port"),
+        (&open, "LeRobot's port on 0.0.0.0:1 can be reached from other machines"),
+        (&lerobot, "can't send the keys of droid's robot"),
         (&["--tls-cert", &first], "--tls-key"),
         (&["--tls-cert", &first, "--tls-key", &other], "is not that of the first certificate"),
         (&["--tls-cert", "missing.pem", "--tls-key", &other], "`missing.pem` can't be read"),

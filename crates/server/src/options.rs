@@ -56,7 +56,7 @@ pub struct ServeOptions {
     pub api_keys: Option<ApiKeys>,
     /// Keys of the admin listener; without them everybody who reaches it may use it.
     pub admin_keys: Option<ApiKeys>,
-    /// TLS on all listeners; without it they speak plainly.
+    /// TLS on all listeners but LeRobot's; without it they speak plainly.
     pub tls: Option<Tls>,
     /// How often key files and certificates are looked at (default 3 s). A change is acted upon
     /// at the second look, or at SIGHUP.

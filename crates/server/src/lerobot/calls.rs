@@ -187,8 +187,14 @@ impl Robot {
         let (number, received) = (self.number, observed.received);
         let mut record = RequestRecord::begin(number, observed.bytes, received, Instant::now());
         record.decoded = Some(record.began);
-        let request = self.recorded(|| Some(observed.observation.clone()));
-        let answer = self.infer(&observed).await;
+        let mut context = RequestContext::new(received);
+        context.decode_ms = observed.decode_ms;
+        let observation = self.stretched(&observed, &context).await;
+        let request = self.recorded(|| observation.clone().ok());
+        let answer = match observation {
+            Ok(observation) => self.infer(observation, context).await,
+            Err(error) => Err(error),
+        };
         let metrics = &self.shared.metrics;
         let (outcome, reply) = match &answer {
             Ok(reply) => {
@@ -228,18 +234,28 @@ impl Robot {
         frame.and_then(|frame| msgpack::encode(&frame).ok()).unwrap_or_default().into()
     }
 
-    async fn infer(&self, observed: &Observed) -> Result<Reply, ServiceError> {
-        let metrics = &self.shared.metrics;
-        metrics.stage("decode").record_ms(observed.decode_ms);
-        let asked = Instant::now();
-        let mut context = RequestContext::new(observed.received);
-        context.decode_ms = observed.decode_ms;
-        let mut observation = observed.observation.clone();
-        if observed.setup.fit.must_stretch(&observation) {
-            let setup = observed.setup.clone();
-            let stretching = move || setup.fit.stretch(observation);
-            observation = self.shared.stretching.run(&context, stretching).await?.value;
+    /// The observation with its images as large as in training.
+    async fn stretched(
+        &self,
+        observed: &Observed,
+        context: &RequestContext,
+    ) -> Result<Value, ServiceError> {
+        let (setup, observation) = (observed.setup.clone(), observed.observation.clone());
+        if !setup.fit.must_stretch(&observation) {
+            return Ok(observation);
         }
+        let stretching = move || setup.fit.stretch(observation);
+        Ok(self.shared.stretching.run(context, stretching).await?.value)
+    }
+
+    async fn infer(
+        &self,
+        observation: Value,
+        context: RequestContext,
+    ) -> Result<Reply, ServiceError> {
+        let metrics = &self.shared.metrics;
+        metrics.stage("decode").record_ms(context.decode_ms);
+        let asked = Instant::now();
         // A bug in a service must end like any exception, not with a vanished connection.
         let work = AssertUnwindSafe(self.shared.service.infer(observation, context));
         let reply = work.catch_unwind().await.unwrap_or_else(|_| {
