@@ -9,10 +9,11 @@ use pirouette_model::program::{
 };
 use pirouette_model::schedule::rope_angles;
 
-use crate::denoise::{BLOCK_ROWS, Rows};
+use crate::denoise::{BLOCK_ROWS, Denoise, Rows};
 use crate::driver::{Context, DeviceMemory, Pinned, Stream};
 use crate::layout::row_pitch;
 use crate::portable;
+use crate::tier_beside::Beside;
 
 /// Bytes of an element on the GPU.
 pub fn element_bytes(element: Element) -> usize {
@@ -54,6 +55,8 @@ pub struct Binding {
     normed: usize,
     product: usize,
     sums: usize,
+    beside_scratch: usize,
+    beside: Option<Beside>,
     /// Offset of each residual stream's row statistics.
     stats: Vec<Option<usize>>,
     /// Offset of each residual stream's copy that a norm's scale has multiplied.
@@ -67,11 +70,17 @@ impl Binding {
         stream: &Stream,
         program: Arc<Program>,
         in_blocks: InBlocks,
+        beside: Option<Beside>,
     ) -> Result<Self, BackendError> {
         let (io_offsets, io_bytes) = io_offsets(&program);
         let mut padded = padded_scratch(&program);
         for id in in_blocks.buffers.iter().chain(&in_blocks.scaled) {
             padded.buffers[id.0].rows = BLOCK_ROWS;
+        }
+        if let Some(beside) = &beside {
+            // They run anywhere from the start on: what they touch lives from there on.
+            let early = padded.steps[beside.steps.clone()].to_vec();
+            padded.steps.splice(0..0, early);
         }
         let pitches: Vec<usize> = padded.buffers.iter().map(|b| b.cols).collect();
         let plan = arena::plan(&padded, element_bytes, ALIGN);
@@ -82,7 +91,9 @@ impl Binding {
         let normed = (turns + turn_table.len() * 4).next_multiple_of(ALIGN);
         let product = (normed + normed_bytes(&program)).next_multiple_of(ALIGN);
         let sums = (product + product_bytes(&program)).next_multiple_of(ALIGN);
-        let (stats, end) = stats_offsets(&program, sums + sums_bytes(&program));
+        let beside_scratch = (sums + sums_bytes(&program)).next_multiple_of(ALIGN);
+        let beside_bytes = beside.as_ref().map_or(0, |_| Denoise::BESIDE_SCRATCH.iter().sum());
+        let (stats, end) = stats_offsets(&program, beside_scratch + beside_bytes);
         let (scaled, bytes) = scaled_offsets(&padded, end);
         let io = DeviceMemory::new(context, "inputs and actions", io_bytes)?;
         let scratch = DeviceMemory::new(context, "activations", bytes)?;
@@ -109,6 +120,8 @@ impl Binding {
             normed,
             product,
             sums,
+            beside_scratch,
+            beside,
             stats,
             scaled,
         })
@@ -203,6 +216,16 @@ impl Binding {
     /// Sums of squares beside the suffix stream, f32 [rows][64].
     pub fn sums(&self) -> u64 {
         self.scratch.address() + self.sums as u64
+    }
+
+    /// Scratch of the kernels beside the prefill, all 0 at first.
+    pub fn beside_scratch(&self) -> u64 {
+        self.scratch.address() + self.beside_scratch as u64
+    }
+
+    /// The steps that may run beside the prefill.
+    pub fn beside(&self) -> Option<&Beside> {
+        self.beside.as_ref()
     }
 
     /// Bytes of device memory.

@@ -35,6 +35,7 @@ static CUBINS: &[Cubin] = &[
     hopper!("attention_prefill_sm90"),
     hopper!("attention_suffix"),
     hopper!("attention_vision_sm90"),
+    hopper!("denoise_beside"),
     hopper!("denoise_edge"),
     hopper!("denoise_load"),
     hopper!("denoise_product"),

@@ -157,6 +157,41 @@ pub struct EdgeParams {
     pub scaled_step: u32,
 }
 
+/// `DenoiseBesideParams`
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct BesideParams {
+    /// Attention → stream.
+    pub out: ProductParams,
+    /// Norm → hidden units.
+    pub up: ProductParams,
+    /// Hidden units → stream.
+    pub down: ProductParams,
+    /// The next layer's norm → q, k, v.
+    pub qkv: ProductParams,
+    /// bf16 queries of this layer.
+    pub q: u64,
+    /// Its keys.
+    pub k: u64,
+    /// Its values.
+    pub v: u64,
+    /// f16 [4][16][2048] scratch.
+    pub parts: u64,
+    /// (max, sum) [4][16][8] scratch.
+    pub part_stats: u64,
+    /// A u32 that was 0 once.
+    pub arrivals: u64,
+    /// Rows of `q`.
+    pub q_rows: Rows,
+    /// Cache row of the first suffix key.
+    pub prefix_rows: u32,
+    /// Suffix keys.
+    pub suffix_keys: u32,
+    /// 1: row 0 sees no suffix key but the first.
+    pub state_row: u32,
+}
+
+const _: () = assert!(size_of::<BesideParams>() == 4 * 208 + 6 * 8 + 20 + 12);
 const _: () = assert!(size_of::<ProductParams>() == 14 * 8 + 80 + 16);
 const _: () = assert!(size_of::<EdgeParams>() == 16 * 8 + 60 + 20);
 
@@ -246,6 +281,8 @@ const INSTANCES: &[Instance] = &[
 const FEW_THREADS: u32 = 288;
 /// Threads of a wide product: four warps compute, one loads, three prepare the norm.
 const WIDE_THREADS: u32 = 256;
+/// Dynamic shared memory of a kernel beside the prefill: 416 keys and values.
+const BESIDE_ROOM: u32 = 416 * 528;
 /// Inputs of a stage of a wide product.
 const PART: u32 = 128;
 /// Copies of 8 KB of weights a block of a few-row product keeps under way: more crowd out the
@@ -282,6 +319,7 @@ pub struct Denoise {
     context: Arc<Context>,
     products: Vec<Function>,
     edge: Function,
+    beside: Function,
 }
 
 impl Denoise {
@@ -300,6 +338,8 @@ impl Denoise {
             context: context.clone(),
             products: INSTANCES.iter().map(function).collect::<Result<_, _>>()?,
             edge: cubins::load(context, "denoise_edge")?.function("denoise_edge", 0)?,
+            beside: cubins::load(context, "denoise_beside")?
+                .function("denoise_beside", BESIDE_ROOM as usize)?,
         })
     }
 
@@ -351,6 +391,24 @@ impl Denoise {
             swizzle: Swizzle::B128,
         };
         TensorMap::bf16(&self.context, &spec)
+    }
+
+    /// CTAs, each with a multiprocessor of its own, that take a layer beside the prefill.
+    pub const BESIDE_CTAS: u32 = 4;
+    /// Bytes of their scratch: where they meet (as many as lie in front of the rest), the parts of
+    /// the attention's statistics, and of its values.
+    pub const BESIDE_SCRATCH: [usize; 3] = [256, 4 * 16 * 8 * 8, 4 * 16 * 2048 * 2];
+
+    /// A layer of the first step beside the prefill; `None` for more rows or keys than it takes.
+    pub fn beside(&self, p: BesideParams) -> Option<Launch> {
+        const KEYS: u32 = 4 * 256;
+        if p.out.rows > BLOCK_ROWS as u32 || p.prefix_rows + p.suffix_keys > KEYS {
+            return None;
+        }
+        let grid = [Self::BESIDE_CTAS, 1, 1];
+        let launch = Launch::new(self.beside.clone(), grid, 256, vec![Arg::of(&p)]);
+        let (shared_bytes, cluster) = (BESIDE_ROOM, [2, 1, 1]);
+        Some(Launch { shared_bytes, cluster, dependent: true, ..launch })
     }
 
     /// The edge between two Euler steps.

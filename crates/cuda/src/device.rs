@@ -7,7 +7,7 @@ use pirouette_model::{
 };
 
 use crate::cubins;
-use crate::driver::{Context, Driver, Stream};
+use crate::driver::{Context, Driver, Event, Stream};
 use crate::executable::CudaExecutable;
 use crate::load::Weights;
 use crate::portable::Portable;
@@ -27,6 +27,8 @@ pub enum Tier {
 pub(crate) struct Shared {
     pub(crate) context: Arc<Context>,
     pub(crate) stream: Stream,
+    /// For what a graph does beside its chain, and the mark by which the two wait for each other.
+    pub(crate) side: (Stream, Event),
     pub(crate) weights: Weights,
     pub(crate) portable: Portable,
     pub(crate) hopper: Option<Hopper>,
@@ -36,6 +38,7 @@ pub(crate) struct Shared {
 pub struct CudaDevice {
     shared: Arc<Shared>,
     tier: Tier,
+    beside: bool,
 }
 
 impl CudaDevice {
@@ -67,12 +70,13 @@ impl CudaDevice {
     ) -> Result<Self, BackendError> {
         let context = Driver::open()?.context(ordinal)?;
         let stream = Stream::new(&context)?;
+        let side = (Stream::urgent(&context)?, Event::new(&context)?);
         let portable = Portable::load(&context)?;
         let fits = cubins::is_hopper(&context) && Hopper::takes(&program.config);
         let hopper = if fits { Some(Hopper::load(&context)?) } else { None };
         let weights = Weights::load(&context, &stream, program, source)?;
-        let shared = Arc::new(Shared { context, stream, weights, portable, hopper });
-        Ok(CudaDevice { shared, tier: Tier::Auto })
+        let shared = Arc::new(Shared { context, stream, side, weights, portable, hopper });
+        Ok(CudaDevice { shared, tier: Tier::Auto, beside: true })
     }
 
     /// Chooses the kernels of programs compiled from now on.
@@ -80,9 +84,15 @@ impl CudaDevice {
         self.tier = tier;
     }
 
+    /// Whether programs compiled from now on may run a part of the first Euler step beside the
+    /// prefill; they may, unless told otherwise.
+    pub fn set_beside(&mut self, beside: bool) {
+        self.beside = beside;
+    }
+
     /// The same as [`Device::compile`], with the GPU's own methods on the result.
     pub fn compile_cuda(&mut self, program: Arc<Program>) -> Result<CudaExecutable, BackendError> {
-        CudaExecutable::compile(self.shared.clone(), program, self.tier)
+        CudaExecutable::compile(self.shared.clone(), program, self.tier, self.beside)
     }
 
     /// Bytes of device memory free and in total.

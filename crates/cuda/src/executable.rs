@@ -1,5 +1,6 @@
 //! A program compiled to one graph: inputs in page-locked memory → kernels → actions.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -7,22 +8,47 @@ use pirouette_model::program::{Program, Stage};
 use pirouette_model::{BackendError, Executable, Inputs, Rtc, StageTimes};
 
 use crate::bind::{Binding, InBlocks};
+use crate::denoise::Denoise;
 use crate::device::{Shared, Tier};
-use crate::driver::{Event, Graph, Launch, Pinned};
+use crate::driver::{Event, Graph, Launch, Pinned, Stream};
+use crate::tier_beside::Beside;
 use crate::{tier_loop, tier_portable};
 
 /// The norms of the loop's kernels take one modulation per step, not one per row.
 const NO_GIVEN_ACTIONS: &str = "real-time chunking with given actions (rtc_mode \"trained\") does \
     not run on a GPU: use the guided mode, or serve with --device cpu";
 
+/// What a program is compiled to.
+pub(crate) struct Plan {
+    /// The chain: every step, one after the other.
+    pub(crate) launches: Vec<Launch>,
+    /// Launches before each step, and their total.
+    pub(crate) first_launch: Vec<usize>,
+    /// What graphs do beside the chain instead of in it.
+    beside: Option<BesidePlan>,
+}
+
+/// Launches on a stream of their own instead of a stretch of the chain, which goes on after them.
+struct BesidePlan {
+    instead_of: Range<usize>,
+    launches: Vec<BesideLaunch>,
+}
+
+/// One of them.
+struct BesideLaunch {
+    launch: Launch,
+    /// The first of the chain's launches whose work it does.
+    at: usize,
+    /// The launch of the chain that must be done before it starts.
+    after: usize,
+}
+
 /// A compiled program. Fields drop in order: graphs before the memory they name.
 pub struct CudaExecutable {
     whole: Graph,
     replay: Option<Graph>,
     stages: Option<Vec<Graph>>,
-    pub(crate) launches: Vec<Launch>,
-    /// Launches before each step, and their total.
-    pub(crate) first_launch: Vec<usize>,
+    pub(crate) plan: Plan,
     pub(crate) host: Pinned,
     pub(crate) bound: Binding,
     pub(crate) shared: Arc<Shared>,
@@ -33,6 +59,7 @@ impl CudaExecutable {
         shared: Arc<Shared>,
         program: Arc<Program>,
         tier: Tier,
+        beside: bool,
     ) -> Result<Self, BackendError> {
         check_weights(&shared, &program)?;
         if program.shape.rtc == Rtc::Trained {
@@ -41,27 +68,37 @@ impl CudaExecutable {
         shared.context.make_current()?;
         let hopper = shared.hopper.as_ref().filter(|_| tier == Tier::Auto);
         let in_blocks = hopper.map_or_else(InBlocks::default, |_| tier_loop::in_blocks(&program));
-        let bound = Binding::new(&shared.context, &shared.stream, program.clone(), in_blocks)?;
+        let sms = shared.context.properties.sms;
+        let beside = hopper.filter(|_| beside).and_then(|_| Beside::of(&program, sms));
+        let (context, stream) = (&shared.context, &shared.stream);
+        let bound = Binding::new(context, stream, program.clone(), in_blocks, beside)?;
         let mut host = Pinned::new(&shared.context, bound.io_bytes)?;
         full_lengths(&bound, &mut host);
-        let (launches, first_launch) = plan(&shared, &bound, tier)?;
+        let plan = plan(&shared, &bound, tier)?;
         // Once outside a capture: whatever the driver sets up lazily happens here.
         bound.io.copy_in(&shared.stream, 0, &host, 0, bound.io_bytes)?;
-        issue(&shared, &launches)?;
+        plan.issue(&shared, plan.all(), |_, _, _| Ok(()))?;
         shared.stream.synchronize()?;
         let whole = Graph::capture(&shared.stream, || {
             bound.io.copy_in(&shared.stream, 0, &host, 0, bound.io_bytes)?;
-            issue(&shared, &launches)?;
+            plan.issue(&shared, plan.all(), |_, _, _| Ok(()))?;
             bound.io.copy_out(&shared.stream, 0, &host, 0, actions_bytes(&program))
         })?;
         shared.stream.synchronize()?;
         let (replay, stages) = (None, None);
-        Ok(CudaExecutable { whole, replay, stages, launches, first_launch, host, bound, shared })
+        Ok(CudaExecutable { whole, replay, stages, plan, host, bound, shared })
     }
 
     /// Kernels per run.
     pub fn kernel_count(&self) -> usize {
-        self.launches.len()
+        let beside = self.plan.beside.as_ref();
+        self.plan.launches.len() + beside.map_or(0, |b| b.launches.len())
+            - beside.map_or(0, |b| b.instead_of.len())
+    }
+
+    /// Those of them that run beside the prefill.
+    pub fn kernels_beside(&self) -> usize {
+        self.plan.beside.as_ref().map_or(0, |beside| beside.launches.len())
     }
 
     /// Bytes of device memory beside the weights.
@@ -75,8 +112,8 @@ impl CudaExecutable {
         let shared = self.shared.clone();
         shared.context.make_current()?;
         if self.replay.is_none() {
-            let launches = &self.launches;
-            self.replay = Some(Graph::capture(&shared.stream, || issue(&shared, launches))?);
+            let issue = || self.plan.issue(&shared, self.plan.all(), |_, _, _| Ok(()));
+            self.replay = Some(Graph::capture(&shared.stream, issue)?);
         }
         let Some(graph) = &self.replay else { return Ok(Vec::new()) };
         let (begin, end) = (Event::new(&shared.context)?, Event::new(&shared.context)?);
@@ -91,7 +128,8 @@ impl CudaExecutable {
         Ok(ms)
     }
 
-    /// Milliseconds of vision, prefill and denoise, each a graph of its own, for `n` runs.
+    /// Milliseconds of vision, prefill and denoise, each a graph of its own, for `n` runs. What
+    /// runs beside the prefill is in the prefill's, what is launched in front of it in vision's.
     pub fn stage_ms(&mut self, n: usize) -> Result<Vec<[f64; 3]>, BackendError> {
         let shared = self.shared.clone();
         shared.context.make_current()?;
@@ -99,7 +137,8 @@ impl CudaExecutable {
             let mut graphs = Vec::with_capacity(3);
             for stage in [Stage::Vision, Stage::Prefill, Stage::Denoise] {
                 let part = self.stage_launches(stage);
-                graphs.push(Graph::capture(&shared.stream, || issue(&shared, part))?);
+                let issue = || self.plan.issue(&shared, part, |_, _, _| Ok(()));
+                graphs.push(Graph::capture(&shared.stream, issue)?);
             }
             self.stages = Some(graphs);
         }
@@ -123,11 +162,11 @@ impl CudaExecutable {
     }
 
     /// Launches of one stage: stages are consecutive stretches of the program.
-    fn stage_launches(&self, stage: Stage) -> &[Launch] {
+    fn stage_launches(&self, stage: Stage) -> Range<usize> {
         let steps = &self.bound.program.steps;
         let first = steps.iter().position(|s| s.stage() == stage).unwrap_or(steps.len());
         let last = steps.iter().rposition(|s| s.stage() == stage).map_or(first, |at| at + 1);
-        &self.launches[self.first_launch[first]..self.first_launch[last]]
+        self.plan.first_launch[first]..self.plan.first_launch[last]
     }
 
     /// Milliseconds of every step, timed one by one outside the graph (launch overhead included,
@@ -142,8 +181,8 @@ impl CudaExecutable {
         for _ in 0..n {
             marks[0].record(&shared.stream)?;
             for step in 0..steps {
-                for at in self.first_launch[step]..self.first_launch[step + 1] {
-                    shared.stream.launch(&self.launches[at], false)?;
+                for launch in &self.plan.launches[self.plan.of_steps(step..step + 1)] {
+                    shared.stream.launch(launch, false)?;
                 }
                 marks[step + 1].record(&shared.stream)?;
             }
@@ -222,12 +261,57 @@ impl Executable for CudaExecutable {
     }
 }
 
-/// Launches of all steps, and how many come before each step.
-fn plan(
-    shared: &Shared,
-    bound: &Binding,
-    tier: Tier,
-) -> Result<(Vec<Launch>, Vec<usize>), BackendError> {
+impl Plan {
+    /// The chain's launches of some steps.
+    pub(crate) fn of_steps(&self, steps: Range<usize>) -> Range<usize> {
+        self.first_launch[steps.start]..self.first_launch[steps.end]
+    }
+
+    pub(crate) fn all(&self) -> Range<usize> {
+        0..self.launches.len()
+    }
+
+    /// Queues a stretch of the chain as graphs have it, each launch allowed to start before its
+    /// predecessor ends but the first, with what starts beside it. Tells of every launch right
+    /// after it is queued: the stream, which of the chain's it is or replaces the first of, and it.
+    pub(crate) fn issue(
+        &self,
+        shared: &Shared,
+        part: Range<usize>,
+        mut queued: impl FnMut(&Stream, usize, &Launch) -> Result<(), BackendError>,
+    ) -> Result<(), BackendError> {
+        let (stream, (side, mark)) = (&shared.stream, &shared.side);
+        let (instead_of, aside) = match &self.beside {
+            Some(beside) => (beside.instead_of.clone(), beside.launches.as_slice()),
+            None => (0..0, [].as_slice()),
+        };
+        let (mut fresh, mut side_fresh, mut forked) = (true, true, false);
+        for at in part.clone().filter(|at| !instead_of.contains(at)) {
+            if forked && at >= instead_of.end {
+                stream.wait_for(side, mark)?;
+                (fresh, forked) = (true, false);
+            }
+            stream.launch(&self.launches[at], !fresh)?;
+            queued(stream, at, &self.launches[at])?;
+            fresh = false;
+            for (i, beside) in aside.iter().filter(|b| b.after == at).enumerate() {
+                if i == 0 {
+                    side.wait_for(stream, mark)?;
+                }
+                side.launch(&beside.launch, !side_fresh)?;
+                queued(side, beside.at, &beside.launch)?;
+                (side_fresh, forked) = (false, true);
+            }
+        }
+        if forked {
+            stream.wait_for(side, mark)?;
+        }
+        Ok(())
+    }
+}
+
+/// Launches of all steps, and what runs beside them.
+fn plan(shared: &Shared, bound: &Binding, tier: Tier) -> Result<Plan, BackendError> {
     let program = &bound.program;
     let hopper = shared.hopper.as_ref().filter(|_| tier == Tier::Auto);
     if let Some(hopper) = hopper {
@@ -248,7 +332,44 @@ fn plan(
         }
     }
     first_launch.push(launches.len());
-    Ok((launches, first_launch))
+    let mut plan = Plan { launches, first_launch, beside: None };
+    if let (Some(hopper), Some(beside)) = (hopper, bound.beside())
+        && let Some(layers) =
+            hopper.plan_beside(&shared.portable, &shared.weights, bound, beside)?
+    {
+        plan.beside = plan_beside(&plan, beside, layers, shared.context.properties.sms);
+    }
+    Ok(plan)
+}
+
+/// Shared memory beyond which only one block fits a multiprocessor.
+const ALONE: u32 = 113 << 10;
+
+/// The launches of layers beside the prefill, and before them those in front of the first layer;
+/// `None` if a launch of the prefill needs the multiprocessors they would take.
+fn plan_beside(plan: &Plan, beside: &Beside, layers: Vec<Launch>, sms: u32) -> Option<BesidePlan> {
+    // The last launch of a step of the prefill.
+    let done = |step: usize| plan.first_launch[step + 1].checked_sub(1);
+    let prefill = plan.first_launch[beside.prefill];
+    let instead_of = plan.of_steps(beside.steps.clone());
+    // Those whose blocks need a multiprocessor alone.
+    let blocks = |launch: &Launch| match launch.shared_bytes {
+        0..=ALONE => 0,
+        _ => launch.grid.iter().product::<u32>(),
+    };
+    let room = sms - Denoise::BESIDE_CTAS;
+    if plan.launches[prefill..instead_of.start].iter().any(|launch| blocks(launch) > room) {
+        return None;
+    }
+    let first_layer = plan.first_launch[beside.layers.first()?.0];
+    let mut launches: Vec<BesideLaunch> = (instead_of.start..first_layer)
+        .map(|at| BesideLaunch { launch: plan.launches[at].clone(), at, after: 0 })
+        .collect();
+    for (launch, &(attention, writer)) in layers.into_iter().zip(&beside.layers) {
+        let at = plan.first_launch[attention];
+        launches.push(BesideLaunch { launch, at, after: done(writer)? });
+    }
+    Some(BesidePlan { instead_of, launches })
 }
 
 /// Lengths of a request that fills every slot, so that runs before the first request are sound.
@@ -264,14 +385,6 @@ fn full_lengths(bound: &Binding, host: &mut Pinned) {
 /// Bytes of the actions, which lie at the head of the input and output block.
 pub(crate) fn actions_bytes(program: &Program) -> usize {
     program.shape.batch * program.shape.horizon * program.config.action_dim * 4
-}
-
-/// Queues all launches, each allowed to start before its predecessor ends but the first.
-fn issue(shared: &Shared, launches: &[Launch]) -> Result<(), BackendError> {
-    for (i, launch) in launches.iter().enumerate() {
-        shared.stream.launch(launch, i > 0)?;
-    }
-    Ok(())
 }
 
 /// A program names weights by index: it must come from the table that was loaded.

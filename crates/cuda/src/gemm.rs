@@ -264,15 +264,16 @@ impl Gemm {
         Ok(Gemm { context: context.clone(), functions })
     }
 
-    /// One product y = norm(x) · Wᵀ; `p.out` and friends are set by the caller.
+    /// One product y = norm(x) · Wᵀ; `p.out` and friends are set by the caller. It leaves `spare`
+    /// multiprocessors alone.
     pub fn product(
         &self,
         epilogue: GemmEpilogue,
-        w: Operand,
-        x: Operand,
+        [w, x]: [Operand; 2],
         mut p: GemmParams,
+        spare: u32,
     ) -> Result<Launch, BackendError> {
-        let sms = self.context.properties.sms;
+        let sms = self.context.properties.sms - spare;
         (p.rows, p.n, p.k) = (x.rows, w.rows, x.cols);
         let chosen = choose(epilogue, [p.rows, p.n, p.k], sms);
         let Some((at, tile)) = chosen else {

@@ -76,8 +76,7 @@ impl CudaExecutable {
     /// Runs some steps on what the buffers hold.
     pub fn run_steps(&mut self, steps: Range<usize>) -> Result<(), BackendError> {
         self.shared.context.make_current()?;
-        let launches = self.first_launch[steps.start]..self.first_launch[steps.end];
-        for (i, launch) in self.launches[launches].iter().enumerate() {
+        for (i, launch) in self.plan.launches[self.plan.of_steps(steps)].iter().enumerate() {
             self.shared.stream.launch(launch, i > 0)?;
         }
         self.shared.stream.synchronize()

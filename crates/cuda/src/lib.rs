@@ -17,6 +17,7 @@ mod inspect;
 pub mod layout;
 pub mod load;
 pub mod portable;
+mod tier_beside;
 mod tier_hopper;
 mod tier_loop;
 mod tier_portable;

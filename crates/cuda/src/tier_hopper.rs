@@ -20,6 +20,7 @@ use crate::driver::{Launch, Stream};
 use crate::gemm::{Gemm, GemmEpilogue, GemmParams, Operand};
 use crate::load::Weights;
 use crate::portable::Portable;
+use crate::tier_beside::Beside;
 use crate::tier_loop::{self, LoopPlan};
 use crate::tier_portable::table_row;
 
@@ -96,6 +97,21 @@ impl Hopper {
             };
         }
         Ok(self.plan_one(weights, bound, at)?.map(|launch| vec![launch]))
+    }
+
+    /// The launches of a program's steps beside its prefill, one for each layer; `None` where a
+    /// layer has no kernel.
+    pub fn plan_beside(
+        &self,
+        portable: &Portable,
+        weights: &Weights,
+        bound: &Binding,
+        beside: &Beside,
+    ) -> Result<Option<Vec<Launch>>, BackendError> {
+        let Some(packed) = self.packed.get() else { return Ok(None) };
+        let context = LoopPlan { gemm: &self.gemm, portable, weights, bound };
+        let layers = beside.layers.iter();
+        layers.map(|&(at, _)| context.beside(&self.denoise, packed, at)).collect()
     }
 
     fn plan_one(
@@ -231,7 +247,9 @@ impl Hopper {
                 return Err(BackendError::Unavailable(why));
             }
         };
-        self.gemm.product(epilogue, w, x, p)
+        let beside = bound.program.steps[at].stage() == Stage::Prefill && bound.beside().is_some();
+        let spare = if beside { Denoise::BESIDE_CTAS } else { 0 };
+        self.gemm.product(epilogue, [w, x], p, spare)
     }
 
     fn attention(

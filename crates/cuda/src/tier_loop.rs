@@ -193,9 +193,19 @@ impl LoopPlan<'_> {
         at: usize,
         linear: &Linear,
     ) -> Result<Option<Launch>, BackendError> {
+        let Some((role, params)) = self.params(packed, at, linear) else { return Ok(None) };
+        denoise.product(role, self.weights.place(linear.weight).rows as u32, params)
+    }
+
+    /// What a product's kernel is told; `None` where none takes it.
+    pub fn params(
+        &self,
+        packed: &Packed,
+        at: usize,
+        linear: &Linear,
+    ) -> Option<(Role, ProductParams)> {
         let (bound, weights) = (self.bound, self.weights);
-        let Some(weight) = packed.matrix(linear.weight) else { return Ok(None) };
-        let place = weights.place(linear.weight);
+        let weight = packed.matrix(linear.weight)?;
         let mut p = ProductParams {
             weight,
             input: bound.view(&linear.input).base,
@@ -218,11 +228,8 @@ impl LoopPlan<'_> {
         }
         match linear.norm {
             Norm::None | Norm::Rms { scale: Some(_) } => {}
-            Norm::Adaptive { table, row, .. } => match packed.bias(linear.weight, table, row) {
-                Some(bias) => p.bias = bias,
-                None => return Ok(None),
-            },
-            Norm::Rms { scale: None } | Norm::Layer { .. } => return Ok(None),
+            Norm::Adaptive { table, row, .. } => p.bias = packed.bias(linear.weight, table, row)?,
+            Norm::Rms { scale: None } | Norm::Layer { .. } => return None,
         }
         let role = match &linear.epilogue {
             Epilogue::Rope { q: Some(q), k, v, positions: Positions::Suffix { first }, .. } => {
@@ -252,9 +259,9 @@ impl LoopPlan<'_> {
                 let from_heads = linear.input.cols == bound.program.config.q_dim();
                 if from_heads { Role::Out } else { Role::Down }
             }
-            _ => return Ok(None),
+            _ => return None,
         };
-        denoise.product(role, place.rows as u32, p)
+        Some((role, p))
     }
 
     /// A product of the loop over many rows: norm, tower product, and an epilogue of its own where
@@ -288,11 +295,11 @@ impl LoopPlan<'_> {
         };
         if let Some((epilogue, out)) = direct {
             let out = bound.view(out);
-            launches.push(self.gemm.product(epilogue, w, x, to(out.base, out.ld))?);
+            launches.push(self.gemm.product(epilogue, [w, x], to(out.base, out.ld), 0)?);
             return Ok(launches);
         }
         let (y, ld) = (bound.product(), place.rows as u32);
-        launches.push(self.gemm.product(GemmEpilogue::Store, w, x, to(y, ld))?);
+        launches.push(self.gemm.product(GemmEpilogue::Store, [w, x], to(y, ld), 0)?);
         let output = output(weights, bound, linear);
         launches.push(portable.finish(FinishParams { y, rows, packed_n: ld, ld, pad: 0, output }));
         Ok(launches)

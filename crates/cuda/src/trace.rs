@@ -6,7 +6,7 @@ use std::path::Path;
 use pirouette_model::BackendError;
 
 use crate::driver::cupti::{Cupti, Tracing};
-use crate::driver::{Activity, ActivityKind, Graph};
+use crate::driver::{Activity, ActivityKind, Graph, Stream};
 use crate::executable::{CudaExecutable, actions_bytes};
 use crate::trace_order::{Expected, Order, shares};
 
@@ -121,29 +121,38 @@ impl CudaExecutable {
     /// The graph that serves requests, captured once more, with CUPTI's numbers of its nodes.
     fn capture_for(&self, tracing: &Tracing) -> Result<(Graph, Vec<Expected>), BackendError> {
         let (stream, bound, host) = (&self.shared.stream, &self.bound, &self.host);
-        let mut expected = Vec::with_capacity(self.launches.len() + 2);
-        let mut push = |kind, name: &str, launch| -> Result<(), BackendError> {
-            let id = tracing.node_id(stream.captured_node()?).ok();
-            expected.push(Expected { kind, name: name.into(), launch, id });
-            Ok(())
+        let mut kernels = Vec::with_capacity(self.kernel_count());
+        let mut copies = Vec::with_capacity(2);
+        let id = |stream: &Stream| -> Result<Option<u64>, BackendError> {
+            Ok(tracing.node_id(stream.captured_node()?).ok())
+        };
+        let copy = |name: &str| -> Result<Expected, BackendError> {
+            let (kind, name) = (ActivityKind::Copy, name.into());
+            Ok(Expected { kind, name, launch: None, id: id(stream)? })
         };
         let graph = Graph::capture(stream, || {
             bound.io.copy_in(stream, 0, host, 0, bound.io_bytes)?;
-            push(ActivityKind::Copy, "copy in", None)?;
-            for (i, launch) in self.launches.iter().enumerate() {
-                stream.launch(launch, i > 0)?;
-                push(ActivityKind::Kernel, launch.function.entry(), Some(i))?;
-            }
+            copies.push(copy("copy in")?);
+            self.plan.issue(&self.shared, self.plan.all(), |stream, at, launch| {
+                let (kind, name) = (ActivityKind::Kernel, launch.function.entry().into());
+                kernels.push(Expected { kind, name, launch: Some(at), id: id(stream)? });
+                Ok(())
+            })?;
             bound.io.copy_out(stream, 0, host, 0, actions_bytes(&bound.program))?;
-            push(ActivityKind::Copy, "copy out", None)
+            copies.push(copy("copy out")?);
+            Ok(())
         })?;
         stream.synchronize()?;
-        Ok((graph, expected))
+        // In the order of the program: what ran beside the chain takes a share of the time only
+        // if the chain had to wait for it.
+        kernels.sort_by_key(|kernel| kernel.launch);
+        let last = copies.split_off(1);
+        Ok((graph, copies.into_iter().chain(kernels).chain(last).collect()))
     }
 
     /// The step a launch belongs to. Steps without launches have the same first one as the next.
     fn step_of(&self, launch: usize) -> usize {
-        self.first_launch.partition_point(|&first| first <= launch).saturating_sub(1)
+        self.plan.first_launch.partition_point(|&first| first <= launch).saturating_sub(1)
     }
 }
 

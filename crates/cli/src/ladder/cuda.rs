@@ -23,7 +23,11 @@ pub fn choices(
     device.set_tier(Tier::Portable);
     let portable = device.compile_cuda(program.clone());
     device.set_tier(Tier::Auto);
-    let (mut portable, mut auto) = (portable?, device.compile_cuda(program)?);
+    let mut whole = device.compile_cuda(program.clone())?;
+    device.set_beside(false);
+    let chain = device.compile_cuda(program);
+    device.set_beside(true);
+    let (mut portable, mut auto) = (portable?, chain?);
     let kernels = |e: &CudaExecutable| format!("{} kernels", e.kernel_count());
     let mut rungs = vec![Rung {
         name: "portable, launched one by one".into(),
@@ -45,6 +49,15 @@ pub fn choices(
         change: "the same kernels captured once and launched as one graph".into(),
         timing: graph(&mut auto, config, repeats)?,
     });
+    drop(auto);
+    let beside = whole.kernels_beside();
+    if beside > 0 {
+        rungs.push(Rung {
+            name: "first step beside the prefill".into(),
+            change: format!("{beside} of {} on a branch of the graph", kernels(&whole)),
+            timing: graph(&mut whole, config, repeats)?,
+        });
+    }
     let title = "Kernels and the graph, the same program".into();
     let clock = "kernels only: inputs and actions stay on the device".into();
     Ok(Ladder { title, clock, rungs })

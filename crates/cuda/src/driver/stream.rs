@@ -21,12 +21,22 @@ unsafe impl Sync for Stream {}
 impl Stream {
     /// A stream that does not wait for the legacy default stream.
     pub fn new(context: &Arc<Context>) -> Result<Self, BackendError> {
+        Self::with_priority(context, 0)
+    }
+
+    /// The same, whose blocks are placed before those of other streams.
+    pub fn urgent(context: &Arc<Context>) -> Result<Self, BackendError> {
+        // The most urgent there is: the driver clamps.
+        Self::with_priority(context, i32::MIN)
+    }
+
+    fn with_priority(context: &Arc<Context>, priority: i32) -> Result<Self, BackendError> {
         context.make_current()?;
         let mut handle = std::ptr::null_mut();
         const NON_BLOCKING: u32 = 1;
         // SAFETY: out-pointer to a live pointer.
-        let code = unsafe { (context.cuda().stream_create)(&mut handle, NON_BLOCKING) };
-        context.check("cuStreamCreate", code)?;
+        let code = unsafe { (context.cuda().stream_create)(&mut handle, NON_BLOCKING, priority) };
+        context.check("cuStreamCreateWithPriority", code)?;
         Ok(Stream { context: context.clone(), handle })
     }
 
@@ -37,6 +47,15 @@ impl Stream {
     /// The context it belongs to.
     pub fn context(&self) -> &Arc<Context> {
         &self.context
+    }
+
+    /// What is queued from now on waits for all that `earlier` has queued until now; `mark` is any
+    /// event. Within a capture of either this is an edge, and draws the other into the capture.
+    pub fn wait_for(&self, earlier: &Stream, mark: &Event) -> Result<(), BackendError> {
+        mark.record(earlier)?;
+        // SAFETY: live handles; no flags.
+        let code = unsafe { (self.context.cuda().stream_wait)(self.handle, mark.handle, 0) };
+        self.context.check("cuStreamWaitEvent", code)
     }
 
     /// Waits until everything queued is done; surfaces failures of kernels.
@@ -65,6 +84,8 @@ pub struct Event {
 
 // SAFETY: driver handles may be used from any thread, one at a time.
 unsafe impl Send for Event {}
+// SAFETY: the driver's event calls are thread-safe; records from two threads would only interleave.
+unsafe impl Sync for Event {}
 
 impl Event {
     /// An event with timing.

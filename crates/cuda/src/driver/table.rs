@@ -95,9 +95,10 @@ table!(Cuda {
     launch = "cuLaunchKernelEx"(
         *const LaunchConfig, Handle, *const *mut c_void, *const *mut c_void,
     );
-    stream_create = "cuStreamCreate"(*mut Handle, c_uint);
+    stream_create = "cuStreamCreateWithPriority"(*mut Handle, c_uint, c_int);
     stream_destroy = "cuStreamDestroy_v2"(Handle);
     stream_synchronize = "cuStreamSynchronize"(Handle);
+    stream_wait = "cuStreamWaitEvent"(Handle, Handle, c_uint);
     capture_begin = "cuStreamBeginCapture_v2"(Handle, c_int);
     capture_end = "cuStreamEndCapture"(Handle, *mut Handle);
     capture_info = "cuStreamGetCaptureInfo_v3"(

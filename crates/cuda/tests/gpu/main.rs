@@ -6,6 +6,7 @@ mod fixture;
 #[path = "../../../cpu/tests/reference/mod.rs"]
 mod reference;
 
+mod beside;
 mod company;
 mod conformance;
 #[cfg(feature = "fault-injection")]

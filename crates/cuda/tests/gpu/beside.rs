@@ -1,0 +1,100 @@
+//! The first Euler step beside the prefill against the same steps one after the other.
+
+use std::sync::Arc;
+
+use pirouette_checkpoint::Synthetic;
+use pirouette_cuda::{CudaDevice, CudaExecutable};
+use pirouette_model::config::Vision;
+use pirouette_model::{Config, Executable, Rtc, Shape, WeightTable, record_with};
+
+use crate::fixture::OwnedInputs;
+use crate::{Random, has_gpu, quick, relative_error};
+
+/// Relative: both round to bf16 in the same places, but add in another order.
+const TOLERANCE: f64 = 2e-2;
+
+#[test]
+fn the_first_step_beside_the_prefill_is_the_first_step() {
+    if !has_gpu() {
+        return;
+    }
+    // (cameras, real ones, prompt slots, real tokens, horizon)
+    let shapes: &[[usize; 5]] = &[
+        [3, 3, 20, 20, 10],
+        [3, 2, 48, 5, 15],
+        [2, 2, 20, 1, 1],
+        [1, 1, 16, 13, 8],
+        [3, 3, 200, 187, 14],
+    ];
+    let (depth, replays) = if quick() { (2, 2) } else { (5, 200) };
+    for full in [Config::pi0(), Config::pi05()] {
+        let vision = Vision { depth: 1, ..full.vision };
+        let config = Config { vision, depth, vocab: 1000, ..full };
+        // One step, so that nothing comes after what is compared; and the loop as it is.
+        for steps in [1, 2] {
+            let table = Arc::new(WeightTable::new(config, steps));
+            let source = Synthetic::new(&config, 11);
+            let mut device = CudaDevice::open(0, table.clone(), &source).unwrap();
+            for &[cameras, real, prompt_tokens, prompt_len, horizon] in shapes {
+                let rtc = Rtc::Off;
+                let shape = Shape { batch: 1, cameras, prompt_tokens, horizon, steps, rtc };
+                let program = Arc::new(record_with(table.clone(), shape).unwrap());
+                let mut executable = device.compile_cuda(program).unwrap();
+                assert!(executable.kernels_beside() > 0, "{shape:?}");
+                let mut random = Random(horizon as u64 * 7 + steps as u64);
+                let inputs = OwnedInputs {
+                    images: (0..cameras * 224 * 224 * 3).map(|_| random.below(256) as u8).collect(),
+                    cameras: vec![real as u32],
+                    tokens: (0..prompt_tokens).map(|_| random.below(1000) as u32).collect(),
+                    prompt_len: vec![prompt_len as u32],
+                    state: (0..config.action_dim).map(|_| random.value()).collect(),
+                    noise: (0..horizon * config.action_dim).map(|_| random.value()).collect(),
+                };
+                compare(&mut executable, &inputs, replays);
+            }
+        }
+    }
+}
+
+fn compare(executable: &mut CudaExecutable, inputs: &OwnedInputs, replays: usize) {
+    let program = executable.program().clone();
+    let run = |executable: &mut CudaExecutable| {
+        let mut actions = vec![f32::NAN; inputs.noise.len()];
+        executable.run(&inputs.borrow(), &mut actions).unwrap();
+        actions
+    };
+    let beside = run(executable);
+    let mut caches = Vec::new();
+    for name in suffix_caches(executable) {
+        caches.push((executable.read_buffer(&name).unwrap().unwrap(), name));
+    }
+    for replay in 0..replays {
+        let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+        assert!(bits(&run(executable)) == bits(&beside), "replay {replay} has other bits");
+    }
+    // The chain, on the same inputs.
+    executable.write_buffer("actions", &inputs.noise).unwrap();
+    executable.run_steps(0..program.steps.len()).unwrap();
+    let chain = executable.read_buffer("actions").unwrap().unwrap();
+    let moved = relative_error(&chain, &inputs.noise);
+    let error = relative_error(&beside, &chain);
+    let what = format!("{} {:?}", program.config.family.name(), program.shape);
+    println!("{what}: {error:.2e}, the step itself {moved:.2e}");
+    assert!(error < TOLERANCE * moved.min(1.0), "{what}: actions off by {error:.2e}");
+    let prefix = program.shape.prefix_rows(&program.config);
+    for (got, name) in caches {
+        let want = executable.read_buffer(&name).unwrap().unwrap();
+        let from = prefix * program.config.head_dim;
+        let error = relative_error(&got[from..], &want[from..]);
+        assert!(error < TOLERANCE, "{what}: {name} off by {error:.2e}");
+    }
+}
+
+/// Keys and values of all layers.
+fn suffix_caches(executable: &CudaExecutable) -> Vec<String> {
+    let program = executable.program();
+    let names = program.buffers.iter().map(|buffer| buffer.name.clone());
+    let caches: Vec<String> = names.filter(|name| name.starts_with("cache.")).collect();
+    assert_eq!(caches.len(), 2 * program.config.depth, "{caches:?}");
+    caches
+}
