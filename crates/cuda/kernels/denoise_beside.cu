@@ -11,8 +11,8 @@
 // | gate‖up   | 512                 | 1024 | 16       | 16.8 MB |
 // | down      | 64                  | 4096 | 2        | 8.4 MB  |
 // | next qkv  | 160                 | 1024 | 5        | 5.2 MB  |
-// Grid 4, cluster 2, 256 threads, dynamic shared memory 416 · 528 bytes: nothing of the prefill fits
-// beside that. Programmatic dependent launch.
+// Grid 4, cluster 2, 256 threads, dynamic shared memory 416 · 528 bytes, beside which nothing of
+// the prefill fits. Programmatic dependent launch.
 //
 // How: a warp owns whole tiles, two at a time, and its own ring of weights (bulk copies, four
 // stages of 64 inputs, filled in the order of use across tiles and products). The rows of a product
@@ -52,7 +52,7 @@ struct DenoiseBesideParams {
   const denoise::u16* k;      // bf16 [cache rows][256] of this layer, prefix and suffix
   const denoise::u16* v;      // the same
   denoise::u16* parts;        // f16 [4][16][2048] scratch: the CTAs' parts of the attention
-  float2* part_stats;         // [4][16][8] scratch: their maxima and sums, a token and head each
+  float* part_stats;          // f32 [4][16][8][2] scratch: their maxima and sums, by token and head
   denoise::u32* arrivals;     // where the CTAs meet; a multiple of 16 between launches
   DenoiseRows q_rows;         // where the rows of `q` lie
   denoise::u32 prefix_rows;   // cache row of the first suffix key
@@ -77,78 +77,13 @@ constexpr u32 kShare = 256;       // keys of a CTA, at most
 constexpr u32 kKeyPitch = 528;    // bytes of a key or value, free of bank conflicts
 constexpr u32 kKeySlots = 416;    // keys and values there is room for
 static_assert(kRows + 2048 / 32 * kBlockBytes <= kKeySlots * kKeyPitch, "what the host asks for");
-static_assert(kShare <= kKeySlots && 2 * kShare - kKeySlots <= kShare, "values behind where keys were");
+static_assert(kShare <= kKeySlots && 2 * kShare - kKeySlots <= kShare, "values in place of keys");
 
 struct Fixed {
   u64 full[kWarps][kStages];
   float inverse_rms[kTokens];
   float scale[kTokens * kWarps][kCtas];  // of the CTAs' parts, for a token and head
 };
-
-// 16 bytes through L2 alone, or zeros.
-__device__ __forceinline__ void copy_async(u32 to, const void* from, bool real) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(real ? 16 : 0)
-               : "memory");
-}
-
-__device__ __forceinline__ void copies_done() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
-  __syncthreads();
-}
-
-__device__ __forceinline__ float2 load_sums(const float* p) {
-  float2 v;
-  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
-  return v;
-}
-
-__device__ __forceinline__ uint4 load_cached(const u16* p) {
-  uint4 v;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p)
-               : "memory");
-  return v;
-}
-
-__device__ __forceinline__ float2 load_pair(const float2* p) {
-  return load_sums(reinterpret_cast<const float*>(p));
-}
-
-// Four 8 x 8 matrices, a lane's address is a row of matrix lane / 8; as they lie, and transposed.
-__device__ __forceinline__ void load_matrices(u32 (&d)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-               : "r"(address)
-               : "memory");
-}
-__device__ __forceinline__ void load_transposed(u32 (&d)[4], u32 address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-               : "r"(address)
-               : "memory");
-}
-
-__device__ __forceinline__ void store_half(u16* to, float low, float high) {
-  u32 pair;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  *reinterpret_cast<u32*>(to) = pair;
-}
-
-// sum += scale * a pair of halves.
-__device__ __forceinline__ void add_scaled(float2& sum, u32 pair, float scale) {
-  float low, high;
-  asm("{\n"
-      ".reg .b16 l, h;\n"
-      "mov.b32 {l, h}, %2;\n"
-      "cvt.f32.f16 %0, l;\n"
-      "cvt.f32.f16 %1, h;\n"
-      "}\n"
-      : "=f"(low), "=f"(high)
-      : "r"(pair));
-  sum.x = fmaf(low, scale, sum.x), sum.y = fmaf(high, scale, sum.y);
-}
 
 // Whatever any of the CTAs has written before is visible to all of them after.
 __device__ __forceinline__ void meet(u32* arrivals) {
@@ -267,7 +202,7 @@ struct Beside {
 #pragma unroll
       for (u32 token = warp; token < kTokens; token += kWarps) {
         const u32 row = row_index(product.input_rows, min(token, product.rows - 1));
-        const float2 s = load_sums(product.input_sums + row * kSums + lane * 2);
+        const float2 s = load_cached_pair(product.input_sums + row * kSums + lane * 2);
         float sum = s.x + s.y;
 #pragma unroll
         for (u32 d = 16; d > 0; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
@@ -472,8 +407,8 @@ struct Beside {
       inverse[half] = sum[half] > 0.0f ? 1.0f / sum[half] : 0.0f;
       const u32 token = half * 8 + lane / 4;
       if (lane % 4 == 0) {
-        p.part_stats[(blockIdx.x * kTokens + token) * kWarps + warp] =
-            make_float2(top[half], sum[half]);
+        const u32 at = (blockIdx.x * kTokens + token) * kWarps + warp;
+        *reinterpret_cast<float2*>(p.part_stats + at * 2) = make_float2(top[half], sum[half]);
       }
     }
     copies_done();
@@ -514,7 +449,7 @@ struct Beside {
       float top = __uint_as_float(0xff800000u), sum = 0.0f;
 #pragma unroll
       for (u32 c = 0; c < kCtas; ++c) {
-        part[c] = load_pair(p.part_stats + c * kTokens * kWarps + threadIdx.x);
+        part[c] = load_cached_pair(p.part_stats + (c * kTokens * kWarps + threadIdx.x) * 2);
         top = fmaxf(top, part[c].x);
       }
       float scale[kCtas];

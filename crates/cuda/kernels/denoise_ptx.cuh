@@ -1,5 +1,5 @@
-// The handful of PTX instructions the denoise kernels are made of: bulk copies with mbarriers,
-// dependent launch, clusters, mma.sync, and bf16 <-> f32.
+// The handful of PTX instructions the denoise kernels are made of: copies with and without
+// mbarriers, dependent launch, clusters, mma.sync, ldmatrix, and bf16 <-> f32.
 #pragma once
 
 namespace denoise {
@@ -174,6 +174,70 @@ __device__ __forceinline__ u16 load_l2_half(const void* p) {
   u16 v;
   asm volatile("ld.relaxed.gpu.global.u16 %0, [%1];" : "=h"(v) : "l"(p) : "memory");
   return v;
+}
+
+// 16 bytes through L2 alone, or zeros.
+__device__ __forceinline__ void copy_async(u32 to, const void* from, bool real) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(real ? 16 : 0)
+               : "memory");
+}
+
+// All of this block's are there.
+__device__ __forceinline__ void copies_done() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncthreads();
+}
+
+// Through L2 alone: what other blocks of this kernel have written is seen.
+__device__ __forceinline__ float2 load_cached_pair(const float* p) {
+  float2 v;
+  asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(p) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ uint4 load_cached(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+
+// Four 8 x 8 matrices, a lane's address is a row of matrix lane / 8; as they lie, and transposed.
+__device__ __forceinline__ void load_matrices(u32 (&d)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void load_transposed(u32 (&d)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(address)
+               : "memory");
+}
+
+// Two floats as a pair of halves.
+__device__ __forceinline__ void store_half(u16* to, float low, float high) {
+  u32 pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  *reinterpret_cast<u32*>(to) = pair;
+}
+
+// sum += scale * a pair of halves.
+__device__ __forceinline__ void add_scaled(float2& sum, u32 pair, float scale) {
+  float low, high;
+  asm("{\n"
+      ".reg .b16 l, h;\n"
+      "mov.b32 {l, h}, %2;\n"
+      "cvt.f32.f16 %0, l;\n"
+      "cvt.f32.f16 %1, h;\n"
+      "}\n"
+      : "=f"(low), "=f"(high)
+      : "r"(pair));
+  sum.x = fmaf(low, scale, sum.x), sum.y = fmaf(high, scale, sum.y);
 }
 
 __device__ __forceinline__ float bf16_low(u32 pair) { return __uint_as_float(pair << 16); }
