@@ -40,7 +40,8 @@ fn the_first_step_beside_the_prefill_is_the_first_step() {
                 let shape = Shape { batch: 1, cameras, prompt_tokens, horizon, steps, rtc };
                 let program = Arc::new(record_with(table.clone(), shape).unwrap());
                 let mut executable = device.compile_cuda(program).unwrap();
-                assert!(executable.kernels_beside() > 0, "{shape:?}");
+                // A short prefill has time for a part of the layers only, of two for none.
+                assert!(executable.kernels_beside() > 0 || cameras < 3, "{shape:?}");
                 let mut random = Random(horizon as u64 * 7 + steps as u64);
                 let inputs = OwnedInputs {
                     images: (0..cameras * 224 * 224 * 3).map(|_| random.below(256) as u8).collect(),
