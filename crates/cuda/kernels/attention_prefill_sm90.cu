@@ -1,4 +1,5 @@
-// Prefix attention of Gemma-2B: out = softmax(q·kᵀ)·v, 8 query heads of 256 over one K/V head.
+// Prefix attention of Gemma-2B: out = softmax(q·kᵀ)·v, 8 query heads of 256 over one K/V head. The
+// same for the expert's rows of many samples (`batch`), which see a suffix of keys as well.
 //
 // The 8 heads of a row are packed onto the M side (row r of a sample is M rows 8r … 8r+7, which is
 // how q lies in memory anyway), so a sample is one [8·P, 256] × [len, 256]ᵀ problem.
@@ -6,7 +7,8 @@
 // | what | value |
 // |---|---|
 // | q, out | bf16 [batch · rows, 2048] = [batch · rows · 8, 256]; the softmax scale is in q |
-// | K, V | bf16 [batch · cache_rows, 256]; key s counts iff s < cameras · image_tokens + prompt |
+// | K, V | bf16 [batch · cache_rows, 256]; key s counts iff s < cameras · image_tokens + prompt, |
+// |      | and in `batch` if it is in [prefix_rows, prefix_rows + suffix_keys) |
 // | tile | 128 M rows × 80 keys, two consumer warpgroups of 64 rows, one producer |
 // | arithmetic | wgmma m64n80k16 (S, Q from smem), m64n256k16 (O, P from registers), FP32 |
 // | stages | 2 K + 2 V tiles of 40 KB beside Q's 64 KB |
@@ -16,8 +18,8 @@
 // | dynamic smem | 230,400 bytes |
 // | grid | (tiles · SPLIT, batch), tiles = ceil(8 · rows / 128) |
 // | cluster | (SPLIT, 1, 1), launch attribute |
-// | maps | q [batch·rows·8, 256] box [128 rows, 64]; k, v [batch·cache_rows, 256] box [80, 64]; |
-// |      | bf16, 128-byte swizzle, no interleave, out of bounds reads as zero |
+// | maps | q [batch·q_stride·8, 256] box [128 rows, 64]; k, v [batch·cache_rows, 256] box |
+// |      | [80, 64]; bf16, 128-byte swizzle, no interleave, out of bounds reads as zero |
 //
 // Query rows at or past the prefix length get zeros. K/V rows past it may hold anything, NaN too.
 // Bit-stable: no atomics, partial sums are combined in the order of their rank.
@@ -25,20 +27,28 @@
 // Limit at P = 788: 5.1 GFLOP, 6.4 µs at 800 TFLOP/s. Measured 2026-11-22, H200, nvcc 13.0, in a
 // graph of dependent launches: split2 14.1-14.4 µs (45 % of the limit), 968 18.9, 524 12.8;
 // B = 2 split1 24.9, B = 8 97-98 either way, B = 32 split1 333. Use split2 at B = 1, else split1.
+// `batch` (H200, 2026-11-26): 64 samples of 80 rows and 799 keys are 128 CTAs, each with the work of
+// one of the prefill's: the loop's attention of B = 64 took 76 µs by attention_suffix.cu, whose 80
+// rows share every key they read among 8 CTAs; the whole loop 30.9 -> 21.0 ms (predicted 20), B = 32
+// 20.5 -> 16.2, B = 8 and 16 at h = 50 21.2 -> 17.5 and 34.9 -> 24. From 24 row tiles on.
 // Tried and dropped: K/V multicast over two row tiles (slower), split 4 (two waves), a maximum that
 // lags by up to 2^8 (0.3 µs faster, a quarter more error).
 #include "attention_ptx.cuh"
 
 /// Parameters of every attention_prefill_sm90_* kernel.
 struct AttentionPrefillParams {
-    u16* out;            ///< bf16 [batch · rows, 2048]
+    u16* out;            ///< bf16 [batch · out_stride, 2048]
     const u32* lengths;  ///< [batch, 2]: cameras, prompt length
-    u32 rows;            ///< prefix rows of a sample in q and out (P)
+    u32 rows;            ///< query rows of a sample (prefill: its prefix slots)
+    u32 q_stride;        ///< rows from one sample's queries to the next's
+    u32 out_stride;      ///< rows from one sample's outputs to the next's
     u32 cache_rows;      ///< rows of a sample in K and V
     u32 image_tokens;    ///< rows of one camera
-    u32 reserved;        ///< 0
+    u32 prefix_rows;     ///< prefix slots: cache row of the first suffix key
+    u32 suffix_keys;     ///< suffix: keys behind the prefix slots
+    u32 state_row;       ///< suffix: 1: query row 0 sees no suffix key but the first
 };
-static_assert(sizeof(AttentionPrefillParams) == 32, "shared with the host");
+static_assert(sizeof(AttentionPrefillParams) == 48, "shared with the host");
 
 namespace prefill {
 
@@ -62,6 +72,26 @@ struct Barriers {
     __device__ u32 v_empty(u32 s) const { return base + 80 + 8 * s; }
 };
 
+/// Key tiles of a sample: those of the prefix, then those of the suffix, which follow the prefix
+/// slots; as one range where the prompt leaves no slot empty.
+struct KeyTiles {
+    u32 first, second, second_row;  // keys of both ranges, cache row of the second
+    __device__ KeyTiles(u32 prefix, u32 suffix, u32 prefix_rows)
+        : first(prefix == prefix_rows ? prefix + suffix : prefix),
+          second(prefix == prefix_rows ? 0 : suffix), second_row(prefix_rows) {}
+    __device__ u32 of_first() const { return (first + kKeys - 1) / kKeys; }
+    __device__ u32 count() const { return of_first() + (second + kKeys - 1) / kKeys; }
+    __device__ u32 row(u32 tile) const {
+        const u32 n = of_first();
+        return tile < n ? tile * kKeys : second_row + (tile - n) * kKeys;
+    }
+    /// Keys of a tile that count: the others weigh nothing, and hold anything.
+    __device__ u32 valid(u32 tile) const {
+        const u32 n = of_first();
+        return min(kKeys, tile < n ? first - tile * kKeys : second - (tile - n) * kKeys);
+    }
+};
+
 /// One K or V tile: four boxes of 64 columns.
 __device__ __forceinline__ void load_tile(u32 to, const AttentionTensorMap* map, u32 bar,
                                           int row) {
@@ -74,22 +104,24 @@ __device__ __forceinline__ void load_tile(u32 to, const AttentionTensorMap* map,
 /// start after a quarter of it, then V and K tiles in the order the consumers need them.
 __device__ void produce(u32 smem, Barriers bars, const AttentionTensorMap* q_map,
                         const AttentionTensorMap* k_map, const AttentionTensorMap* v_map,
-                        int q_row, int key_row, u32 blocks) {
+                        int q_row, int key_row, KeyTiles keys, u32 begin, u32 blocks) {
     for (u32 c = 0; c < 4 && blocks > 0; ++c) {
         ptx::barrier_expect(bars.start(c), kQBlock + kTileBlock);
         ptx::tma_load(smem + c * kQBlock, q_map, bars.start(c), c * 64, q_row);
-        ptx::tma_load(smem + kK + c * kTileBlock, k_map, bars.start(c), c * 64, key_row);
+        ptx::tma_load(smem + kK + c * kTileBlock, k_map, bars.start(c), c * 64,
+                      key_row + keys.row(begin));
     }
     for (u32 i = 0; i < blocks; ++i) {
         if (i + 1 < blocks) {
             const u32 s = (i + 1) & 1;
             ptx::barrier_wait(bars.k_empty(s), (((i + 1) >> 1) & 1) ^ 1);
             load_tile(smem + kK + s * kTileBytes, k_map, bars.k_full(s),
-                      key_row + (i + 1) * kKeys);
+                      key_row + keys.row(begin + i + 1));
         }
         const u32 s = i & 1;
         ptx::barrier_wait(bars.v_empty(s), ((i >> 1) & 1) ^ 1);
-        load_tile(smem + kV + s * kTileBytes, v_map, bars.v_full(s), key_row + i * kKeys);
+        load_tile(smem + kV + s * kTileBytes, v_map, bars.v_full(s),
+                  key_row + keys.row(begin + i));
     }
 }
 
@@ -173,7 +205,17 @@ __device__ __forceinline__ void pack(u32 (&p)[20], const float (&s)[40]) {
     for (u32 j = 0; j < 20; ++j) p[j] = ptx::pack_bf16(s[2 * j], s[2 * j + 1]);
 }
 
-/// Zeroes V rows past the prefix in the last tile: 0 · NaN is NaN.
+/// Hides suffix keys but the first from this thread's row lane / 4: that of a state token. The
+/// tile's first key is cache row `row`.
+__device__ __forceinline__ void hide_suffix(float (&s)[40], u32 row, u32 prefix_rows) {
+    const u32 first = row + (threadIdx.x & 3) * 2;
+#pragma unroll
+    for (u32 i = 0; i < 40; ++i)
+        if ((i >> 1 & 1) == 0 && first + i / 4 * 8 + (i & 1) > prefix_rows)
+            s[i] = -ptx::infinity();
+}
+
+/// Zeroes V rows past the keys of a tile: 0 · NaN is NaN.
 __device__ __forceinline__ void zero_rows(u32 v, u32 valid, u32 group) {
     const u32 chunks = (kKeys - valid) * 8;  // of 16 bytes, in each block of 64 columns
     for (u32 i = threadIdx.x & 127; i < 4 * chunks; i += 128) {
@@ -184,10 +226,16 @@ __device__ __forceinline__ void zero_rows(u32 v, u32 valid, u32 group) {
     ptx::named_barrier(1 + group, 128);
 }
 
-/// All keys of this CTA for 64 rows: o and rows hold the partial result.
-template <int SPLIT>
+/// All keys of this CTA for 64 rows: o and rows hold the partial result. SUFFIX: tiles in the
+/// middle may be short, and the first 8 rows a state token's (`state`: this warp has them).
+template <int SPLIT, bool SUFFIX>
 __device__ __forceinline__ void consume(float (&o)[128], Rows& rows, u32 smem, Barriers bars,
-                                        u32 group, u32 blocks, u32 last_valid) {
+                                        u32 group, u32 begin, u32 blocks, KeyTiles keys,
+                                        bool state) {
+    const u32 last_valid = blocks > 0 ? keys.valid(begin + blocks - 1) : kKeys;
+    const auto valid = [&](u32 i) {
+        return SUFFIX ? keys.valid(begin + i) : i + 1 == blocks ? last_valid : kKeys;
+    };
     const u32 q = smem + group * 64 * 128;
     float s[40], scale[2];
     u32 p[20];
@@ -202,7 +250,8 @@ __device__ __forceinline__ void consume(float (&o)[128], Rows& rows, u32 smem, B
     ptx::wgmma_wait<0>();
     ptx::wgmma_touch(s);
     release(bars.k_empty(0));
-    soften(s, rows, scale, blocks == 1 ? last_valid : kKeys);
+    if (SUFFIX && state) hide_suffix(s, keys.row(begin), keys.second_row);
+    soften(s, rows, scale, valid(0));
     pack(p, s);
     for (u32 i = 1; i < blocks; ++i) {
         const u32 slot = i & 1, before = slot ^ 1;
@@ -211,12 +260,15 @@ __device__ __forceinline__ void consume(float (&o)[128], Rows& rows, u32 smem, B
         ptx::barrier_wait(bars.k_full(slot), (i >> 1 & 1) ^ before);
         scores<false>(s, q, smem + kK + slot * kTileBytes, bars);
         ptx::barrier_wait(bars.v_full(before), (i - 1) >> 1 & 1);
+        if (SUFFIX && valid(i - 1) < kKeys)
+            zero_rows(smem + kV + before * kTileBytes, valid(i - 1), group);
         values(o, p, smem + kV + before * kTileBytes);
         turn_end(group);
         ptx::wgmma_wait<1>();
         ptx::wgmma_touch(s);
         release(bars.k_empty(slot));
-        soften(s, rows, scale, i + 1 == blocks ? last_valid : kKeys);
+        if (SUFFIX && state) hide_suffix(s, keys.row(begin + i), keys.second_row);
+        soften(s, rows, scale, valid(i));
         ptx::wgmma_wait<0>();
         ptx::wgmma_touch(o);
         release(bars.v_empty(before));
@@ -333,12 +385,13 @@ struct Share {
     u16* out;                 // the sample's first row
     u32 rows, real;           // M rows of a sample, those before the prefix length
     u32 tile, begin, blocks;  // row tile, first key tile, key tiles
-    u32 last_valid;           // keys of the last key tile
-    bool idle;                // nothing but zeros to write
+    KeyTiles keys;
+    bool state;  // the first 8 rows are a state token's
+    bool idle;   // nothing but zeros to write
 };
 
 /// A consumer warpgroup from the barriers to the stores.
-template <int SPLIT>
+template <int SPLIT, bool SUFFIX>
 __device__ __forceinline__ void work(const u8* smem, Barriers bars, const Share& share, u32 part) {
     float mine[128 / SPLIT];
     if (share.idle) {
@@ -349,8 +402,9 @@ __device__ __forceinline__ void work(const u8* smem, Barriers bars, const Share&
 #pragma unroll
         for (u32 j = 0; j < 128; ++j) o[j] = 0.f;
         Rows rows = {{-ptx::infinity(), -ptx::infinity()}, {0.f, 0.f}};
-        consume<SPLIT>(o, rows, ptx::smem_address(smem), bars, threadIdx.x / 128, share.blocks,
-                       share.last_valid);
+        const bool state = SUFFIX && share.state && share.tile == 0 && threadIdx.x < 32;
+        consume<SPLIT, SUFFIX>(o, rows, ptx::smem_address(smem), bars, threadIdx.x / 128,
+                               share.begin, share.blocks, share.keys, state);
         if constexpr (SPLIT > 1) {
             combine<SPLIT>(mine, o, rows, smem, part);
         } else {
@@ -362,7 +416,7 @@ __device__ __forceinline__ void work(const u8* smem, Barriers bars, const Share&
     store(mine, share.out, row, share.rows, share.real, part * (kDim / SPLIT));
 }
 
-template <int SPLIT>
+template <int SPLIT, bool SUFFIX>
 __device__ __forceinline__ void run(const AttentionPrefillParams& params,
                                     const AttentionTensorMap* q_map,
                                     const AttentionTensorMap* k_map,
@@ -391,11 +445,12 @@ __device__ __forceinline__ void run(const AttentionPrefillParams& params,
     }
     const u32 want = params.lengths[2 * sample] * params.image_tokens +
                      params.lengths[2 * sample + 1];
-    const u32 len = min(want, min(params.rows, params.cache_rows));
-    const u32 rows = params.rows * kHeads, real = len * kHeads;
-    u16* out = params.out + static_cast<u64>(sample) * rows * kDim;
+    const u32 len = min(want, min(params.prefix_rows, params.cache_rows));
+    const u32 rows = params.rows * kHeads, real = SUFFIX ? rows : len * kHeads;
+    u16* out = params.out + static_cast<u64>(sample) * params.out_stride * kHeads * kDim;
     const bool idle = tile * kRows >= real;  // nothing but rows past the prefix
-    const u32 all = (len + kKeys - 1) / kKeys;
+    const KeyTiles keys(len, SUFFIX ? params.suffix_keys : 0, params.prefix_rows);
+    const u32 all = keys.count();
     const u32 begin = all * part / SPLIT, end = all * (part + 1) / SPLIT;
     const u32 blocks = idle ? 0 : end - begin;
     __syncthreads();
@@ -403,8 +458,9 @@ __device__ __forceinline__ void run(const AttentionPrefillParams& params,
     if (threadIdx.x >= kConsumers) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x == kConsumers)
-            produce(base, bars, q_map, k_map, v_map, sample * rows + tile * kRows,
-                    sample * params.cache_rows + begin * kKeys, blocks);
+            produce(base, bars, q_map, k_map, v_map,
+                    sample * params.q_stride * kHeads + tile * kRows,
+                    sample * params.cache_rows, keys, begin, blocks);
         __syncwarp();
         if (SPLIT > 1 && !idle) {
             ptx::cluster_arrive();
@@ -412,21 +468,23 @@ __device__ __forceinline__ void run(const AttentionPrefillParams& params,
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-        work<SPLIT>(smem, bars, {out, rows, real, tile, begin, blocks,
-                                 end == all ? len - (all - 1) * kKeys : kKeys, idle}, part);
+        work<SPLIT, SUFFIX>(smem, bars, {out, rows, real, tile, begin, blocks, keys,
+                                         SUFFIX && params.state_row != 0, idle}, part);
     }
 }
 
 }  // namespace prefill
 
-#define PIR_PREFILL(name, split)                                                               \
+#define PIR_PREFILL(name, split, suffix)                                                       \
     extern "C" __global__ void __launch_bounds__(prefill::kThreads, 1)                         \
         name(const __grid_constant__ AttentionPrefillParams params,                            \
              const __grid_constant__ AttentionTensorMap q,                                     \
              const __grid_constant__ AttentionTensorMap k,                                     \
              const __grid_constant__ AttentionTensorMap v) {                                   \
-        prefill::run<split>(params, &q, &k, &v);                                               \
+        prefill::run<split, suffix>(params, &q, &k, &v);                                       \
     }
 
-PIR_PREFILL(attention_prefill_sm90_split1, 1)
-PIR_PREFILL(attention_prefill_sm90_split2, 2)
+PIR_PREFILL(attention_prefill_sm90_split1, 1, false)
+PIR_PREFILL(attention_prefill_sm90_split2, 2, false)
+PIR_PREFILL(attention_batch_sm90_split1, 1, true)
+PIR_PREFILL(attention_batch_sm90_split2, 2, true)

@@ -50,7 +50,8 @@ struct Prefill {
         const u32 tiles = (rows * 8 + 127) / 128;
         Launch l{x.name, x.kernel, dim3(tiles * x.split, batch), prefill::kThreads, prefill::kSmem,
                  x.split, {}};
-        l.add(AttentionPrefillParams{out.at, lengths.at, rows, cache_rows, 256, 0});
+        l.add(AttentionPrefillParams{out.at, lengths.at, rows, rows, rows, cache_rows, 256,
+                                     rows, 0, 0});
         l.add(map_rows(q.at, u64(batch) * rows * 8, prefill::kRows));
         l.add(map_rows(k.at, u64(batch) * cache_rows, prefill::kKeys));
         l.add(map_rows(v.at, u64(batch) * cache_rows, prefill::kKeys));

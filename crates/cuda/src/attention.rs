@@ -24,18 +24,26 @@ pub struct VisionParams {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 pub struct PrefillParams {
-    /// bf16 [batch · rows, 2048].
+    /// bf16 [batch · out_stride, 2048].
     pub out: u64,
     /// u32 [batch][2].
     pub lengths: u64,
-    /// Prefix rows of a sample.
+    /// Query rows of a sample.
     pub rows: u32,
+    /// Rows from one sample's queries to the next's.
+    pub q_stride: u32,
+    /// Rows from one sample's outputs to the next's.
+    pub out_stride: u32,
     /// Cache rows of a sample.
     pub cache_rows: u32,
     /// Rows of a camera.
     pub image_tokens: u32,
-    /// 0
-    pub reserved: u32,
+    /// Prefix slots.
+    pub prefix_rows: u32,
+    /// Keys of a sample behind them.
+    pub suffix_keys: u32,
+    /// 1: query row 0 is the state token.
+    pub state_row: u32,
 }
 
 /// `AttentionSuffixParams`
@@ -133,7 +141,7 @@ pub struct PatchifyParams {
 }
 
 const _: () = assert!(size_of::<VisionParams>() == 16);
-const _: () = assert!(size_of::<PrefillParams>() == 32);
+const _: () = assert!(size_of::<PrefillParams>() == 48);
 const _: () = assert!(size_of::<SuffixParams>() == 88);
 const _: () = assert!(size_of::<EmbedParams>() == 88);
 const _: () = assert!(size_of::<PatchifyParams>() == 32);
@@ -165,8 +173,10 @@ struct Suffix {
 pub struct Attention {
     context: Arc<Context>,
     vision: Function,
-    prefill_split1: Function,
-    prefill_split2: Function,
+    /// Prefix attention with the keys in one part and in two.
+    prefill: [Function; 2],
+    /// The same for the loop.
+    batch: [Function; 2],
     suffix: Vec<Suffix>,
     embed: Function,
     patchify: Function,
@@ -178,7 +188,13 @@ impl Attention {
         let vision = cubins::load(context, "attention_vision_sm90")?;
         let prefill = cubins::load(context, "attention_prefill_sm90")?;
         let suffix = cubins::load(context, "attention_suffix")?;
-        let prefill = |name: &str| prefill.function(name, PREFILL_SHARED as usize);
+        let prefill = |name: &str| -> Result<[Function; 2], BackendError> {
+            let split = |split: u32| {
+                let name = format!("attention_{name}_sm90_split{split}");
+                prefill.function(&name, PREFILL_SHARED as usize)
+            };
+            Ok([split(1)?, split(2)?])
+        };
         let suffix = [1, 2, 5]
             .into_iter()
             .map(|tiles| {
@@ -190,8 +206,8 @@ impl Attention {
         Ok(Attention {
             context: context.clone(),
             vision: vision.function("attention_vision_sm90", VISION_SHARED as usize)?,
-            prefill_split1: prefill("attention_prefill_sm90_split1")?,
-            prefill_split2: prefill("attention_prefill_sm90_split2")?,
+            prefill: prefill("prefill")?,
+            batch: prefill("batch")?,
             suffix,
             embed: cubins::load(context, "embed")?.function("embed", 0)?,
             patchify: cubins::load(context, "patchify")?.function("patchify", 0)?,
@@ -222,6 +238,16 @@ impl Attention {
     pub fn prefill(
         &self,
         p: PrefillParams,
+        operands: [u64; 3],
+        samples: u32,
+    ) -> Result<Launch, BackendError> {
+        self.wide(&self.prefill, p, operands, samples)
+    }
+
+    fn wide(
+        &self,
+        functions: &[Function; 2],
+        p: PrefillParams,
         [q, k, v]: [u64; 3],
         samples: u32,
     ) -> Result<Launch, BackendError> {
@@ -238,23 +264,44 @@ impl Attention {
         let cache = samples * p.cache_rows;
         let args = vec![
             Arg::of(&p),
-            Arg::of(&map(q, samples * p.rows * 8, PREFILL_ROWS)?),
+            Arg::of(&map(q, samples * p.q_stride * 8, PREFILL_ROWS)?),
             Arg::of(&map(k, cache, PREFILL_KEYS)?),
             Arg::of(&map(v, cache, PREFILL_KEYS)?),
         ];
         let tiles = (8 * p.rows).div_ceil(PREFILL_ROWS);
         // Splitting the keys fills the machine when one sample's rows do not.
         let split = if tiles * samples <= self.context.properties.sms / 2 { 2 } else { 1 };
-        let function = if split == 2 { &self.prefill_split2 } else { &self.prefill_split1 };
-        let launch = Launch::new(function.clone(), [tiles * split, samples, 1], 384, args);
+        let function = functions[split as usize - 1].clone();
+        let launch = Launch::new(function, [tiles * split, samples, 1], 384, args);
         let cluster = [split, 1, 1];
         Ok(Launch { shared_bytes: PREFILL_SHARED, cluster, dependent: true, ..launch })
     }
 
     /// Denoise attention; `p.key_slots` is set here. `None` when a sample has more keys than a
     /// cluster takes.
-    pub fn suffix(&self, mut p: SuffixParams, samples: u32) -> Option<Launch> {
+    pub fn suffix(&self, p: SuffixParams, samples: u32) -> Result<Option<Launch>, BackendError> {
         let rows = 8 * p.queries;
+        // Enough rows to fill the machine in tiles of 128: the prefill's way.
+        if rows.div_ceil(PREFILL_ROWS) * samples >= 24 && (p.out_width, p.out_step) == (2048, 32) {
+            let wide = PrefillParams {
+                out: p.out,
+                lengths: p.lengths,
+                rows: p.queries,
+                q_stride: p.q_stride,
+                out_stride: p.out_stride,
+                cache_rows: p.cache_rows,
+                image_tokens: p.image_tokens,
+                prefix_rows: p.prefix_rows,
+                suffix_keys: p.suffix_keys,
+                state_row: p.state_row,
+            };
+            return self.wide(&self.batch, wide, [p.q, p.k, p.v], samples).map(Some);
+        }
+        Ok(self.split(p, rows, samples))
+    }
+
+    /// The keys of 16 to 80 rows split over a cluster.
+    fn split(&self, mut p: SuffixParams, rows: u32, samples: u32) -> Option<Launch> {
         // Measured at P = 788: narrow tiles while all clusters fit the machine, wide ones once
         // the keys are fetched many times over.
         let wanted = match rows.div_ceil(16) * samples {

@@ -272,9 +272,13 @@ impl Hopper {
                     out: address(&op.out),
                     lengths: bound.lengths(),
                     rows: op.q.count as u32,
+                    q_stride: op.q.stride as u32,
+                    out_stride: op.out.stride as u32,
                     cache_rows: op.k.stride as u32,
                     image_tokens,
-                    reserved: 0,
+                    prefix_rows: op.q.count as u32,
+                    suffix_keys: 0,
+                    state_row: 0,
                 };
                 let operands = [address(&op.q), address(&op.k), address(&op.v)];
                 self.attention.prefill(params, operands, groups).map(Some)
@@ -300,7 +304,7 @@ impl Hopper {
                     state_row: state_row as u32,
                     prefix_ready: prefix_is_ready(&bound.program, step, at, op) as u32,
                 };
-                Ok(self.attention.suffix(params, groups))
+                self.attention.suffix(params, groups)
             }
         }
     }
