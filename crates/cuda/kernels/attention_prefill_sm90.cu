@@ -27,10 +27,10 @@
 // Limit at P = 788: 5.1 GFLOP, 6.4 µs at 800 TFLOP/s. Measured 2026-11-22, H200, nvcc 13.0, in a
 // graph of dependent launches: split2 14.1-14.4 µs (45 % of the limit), 968 18.9, 524 12.8;
 // B = 2 split1 24.9, B = 8 97-98 either way, B = 32 split1 333. Use split2 at B = 1, else split1.
-// `batch` (H200, 2026-11-26): 64 samples of 80 rows and 799 keys are 128 CTAs, each with the work of
-// one of the prefill's: the loop's attention of B = 64 took 76 µs by attention_suffix.cu, whose 80
-// rows share every key they read among 8 CTAs; the whole loop 30.9 -> 21.0 ms (predicted 20), B = 32
-// 20.5 -> 16.2, B = 8 and 16 at h = 50 21.2 -> 17.5 and 34.9 -> 24. From 24 row tiles on.
+// `batch` (H200, 2026-11-26): 64 samples of 80 rows and 799 keys are 128 CTAs with the work of one
+// of the prefill's each: the loop's attention of B = 64 took 76 µs by attention_suffix.cu, where 80
+// rows share every key they read. The whole loop 30.9 -> 21.0 ms (predicted 20), B = 32 20.5 ->
+// 16.2, B = 8 and 16 at h = 50 21.2 -> 17.5 and 34.9 -> 24. From 24 row tiles on.
 // Tried and dropped: K/V multicast over two row tiles (slower), split 4 (two waves), a maximum that
 // lags by up to 2^8 (0.3 µs faster, a quarter more error).
 #include "attention_ptx.cuh"
