@@ -35,6 +35,13 @@ impl Drop for Served {
     }
 }
 
+/// Whether somebody listens. A connection to a free port may come from that very port, and is then
+/// one to itself.
+fn listens(port: u16) -> bool {
+    let stream = std::net::TcpStream::connect(("127.0.0.1", port));
+    stream.is_ok_and(|s| s.local_addr().is_ok_and(|a| a.port() != port))
+}
+
 fn record(dir: &Path, requests: usize) {
     let port = {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -43,7 +50,7 @@ fn record(dir: &Path, requests: usize) {
     let flags = ["--record", dir.to_str().unwrap(), "--port", &port.to_string()];
     let mut served = Served(pirouette(&["serve"], &flags).spawn().unwrap());
     let started = Instant::now();
-    while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
+    while !listens(port) {
         assert!(served.0.try_wait().unwrap().is_none(), "the server ended");
         assert!(started.elapsed() < Duration::from_secs(60), "the server does not listen");
         std::thread::sleep(Duration::from_millis(20));
