@@ -25,7 +25,8 @@
 // lets its successor start at once, so the successor must wait (griddepcontrol.wait) before its
 // first read of, or write to, anything but weights.
 //   tiles = ⌈n / (BM·CM)⌉ · ⌈rows / (BN·CN)⌉ clusters
-//   grid  = cluster · (CK > 1 ? tiles : min(tiles, cuOccupancyMaxActiveClusters))
+//   grid  = cluster · (CK > 1 ? tiles : min(tiles, cuOccupancyMaxActiveClusters)); four
+//   multiprocessors fewer where the first Euler step runs beside (denoise_beside.cu)
 // Tensor maps: bf16, 2-D, inner box 64 columns, SWIZZLE_128B, L2_PROMOTION_256B, no interleave, OOB
 // zeros, element strides 1: w [n, k] box BM rows; x [rows, k] box BN rows; old, for ADD alone (else
 // any valid map): out [rows, n] box ⌈BN / 8 / CK⌉ · 8 rows. K needs row strides of 16 bytes (patch:
