@@ -286,7 +286,7 @@ impl Plan {
             None => (0..0, [].as_slice()),
         };
         let (mut fresh, mut side_fresh, mut forked) = (true, true, false);
-        for at in part.clone().filter(|at| !instead_of.contains(at)) {
+        for at in part.filter(|at| !instead_of.contains(at)) {
             if forked && at >= instead_of.end {
                 stream.wait_for(side, mark)?;
                 (fresh, forked) = (true, false);
