@@ -281,8 +281,12 @@ const INSTANCES: &[Instance] = &[
 const FEW_THREADS: u32 = 288;
 /// Threads of a wide product: four warps compute, one loads, three prepare the norm.
 const WIDE_THREADS: u32 = 256;
-/// Dynamic shared memory of a kernel beside the prefill: 416 keys and values.
-const BESIDE_ROOM: u32 = 416 * 528;
+/// Dynamic shared memory of a kernel beside the prefill: so many keys and values at their pitch.
+const BESIDE_ROOM: u32 = BESIDE_SLOTS * BESIDE_PITCH;
+const BESIDE_SLOTS: u32 = 416;
+const BESIDE_PITCH: u32 = 528;
+/// Keys that one of its CTAs takes at most.
+const BESIDE_SHARE: u32 = 256;
 /// Inputs of a stage of a wide product.
 const PART: u32 = 128;
 /// Copies of 8 KB of weights a block of a few-row product keeps under way: more crowd out the
@@ -401,8 +405,8 @@ impl Denoise {
 
     /// A layer of the first step beside the prefill; `None` for more rows or keys than it takes.
     pub fn beside(&self, p: BesideParams) -> Option<Launch> {
-        const KEYS: u32 = 4 * 256;
-        if p.out.rows > BLOCK_ROWS as u32 || p.prefix_rows + p.suffix_keys > KEYS {
+        let keys = Self::BESIDE_CTAS * BESIDE_SHARE;
+        if p.out.rows > BLOCK_ROWS as u32 || p.prefix_rows + p.suffix_keys > keys {
             return None;
         }
         let grid = [Self::BESIDE_CTAS, 1, 1];
@@ -452,6 +456,20 @@ mod tests {
         assert_eq!(block_element(0, 64), 2 * step);
         let largest = INSTANCES.iter().filter(|i| matches!(i.shape, Shape::Few(_)));
         assert!(largest.map(|i| i.groups as usize * 8).all(|rows| rows <= BLOCK_ROWS));
+    }
+
+    /// What the host gives the kernel beside the prefill is what it was compiled for.
+    #[test]
+    fn the_kernel_beside_has_the_room_it_needs() {
+        let source = include_str!("../kernels/denoise_beside.cu");
+        for (name, value) in [
+            ("kCtas", Denoise::BESIDE_CTAS),
+            ("kShare", BESIDE_SHARE),
+            ("kKeySlots", BESIDE_SLOTS),
+            ("kKeyPitch", BESIDE_PITCH),
+        ] {
+            assert!(source.contains(&format!("{name} = {value}")), "{name} is not {value}");
+        }
     }
 
     /// The shapes here are those the wide kernels are compiled for.
