@@ -75,10 +75,44 @@ static __device__ __forceinline__ void finish(float (&v)[4], const Rows& r, floa
     }
 }
 
-// Writes up to 64 of one consumer's staged [tokens][64 features] to memory, 16 bytes a thread,
+// Where row `at` of the product goes in a buffer with `stride` rows a sample.
+static __device__ __forceinline__ uint32_t row_in(const GemmParams& p, uint32_t at,
+                                                  uint32_t stride) {
+    if (stride == p.period) return at;
+    const uint32_t sample = at / p.period;
+    return sample * stride + (at - sample * p.period);
+}
+
+// Adds {Σx, Σx²} of N tokens' chunks up over the eight lanes that hold a token. Every step hands
+// half of the values over and keeps half, since shuffles go the way of shared memory, which the
+// products keep busy: lane l ends with Σx (even l) or Σx² (odd l) of token token_of(l).
+template <int N> struct RowSums {
+    static_assert(N == 2 || N == 4, "one value a lane is left");
+    static __device__ __forceinline__ int token_of(int lane) {
+        return N == 2 ? lane >> 1 & 1 : (lane & 2) | (lane >> 2 & 1);
+    }
+    // N = 2: lanes l and l + 4 end with the same.
+    static __device__ __forceinline__ bool stores(int lane) { return N == 4 || !(lane & 4); }
+    static __device__ __forceinline__ float hand_over(float low, float high, int lane, int bit) {
+        const float kept = lane & bit ? high : low, given = lane & bit ? low : high;
+        return kept + __shfl_xor_sync(~0u, given, bit);
+    }
+    static __device__ __forceinline__ float reduce(const float2 (&sums)[N], int lane) {
+        float one[N], two[N / 2];
+#pragma unroll
+        for (int u = 0; u < N; u++) one[u] = hand_over(sums[u].x, sums[u].y, lane, 1);
+#pragma unroll
+        for (int u = 0; u < N / 2; u++) two[u] = hand_over(one[u], one[u + N / 2], lane, 2);
+        return N == 4 ? hand_over(two[0], two[N / 2 - 1], lane, 4)
+                      : two[0] + __shfl_xor_sync(~0u, two[0], 4);
+    }
+};
+
+// Writes `tokens` of one consumer's staged [tokens][64 features] to memory, 16 bytes a thread,
 // adding the position table, reducing the rows' statistics and leaving a copy that the next norm's
-// scale has multiplied on the way.
-template <class T>
+// scale has multiplied on the way. N chunks a thread side by side: beside the products, a round
+// trip to shared memory takes hundreds of clocks.
+template <class T, int N>
 static __device__ __forceinline__ void copy_out(const GemmParams& p, uint32_t staging, int tid,
                                                 int first_row, int tokens, int slab) {
     const int chunk = tid & 7;
@@ -92,8 +126,6 @@ static __device__ __forceinline__ void copy_out(const GemmParams& p, uint32_t st
         ld = p.kv_ld, stride = p.kv_stride;
     }
     out += chunk * 8;
-    // Loads, sums and stores of several tokens side by side, to hide each one's latency.
-    constexpr int BATCH = T::MI == 2 && T::EPI != GEGLU ? 2 : 4;
     constexpr bool STATS = T::EPI == ADD || T::EPI == STORE_POSITION || T::EPI == STORE;
     const bool scaling = STATS && p.scaled != nullptr && in_width;
     float next_scale[8] = {};
@@ -103,23 +135,16 @@ static __device__ __forceinline__ void copy_out(const GemmParams& p, uint32_t st
         next_scale[0] = a.x, next_scale[1] = a.y, next_scale[2] = a.z, next_scale[3] = a.w;
         next_scale[4] = b.x, next_scale[5] = b.y, next_scale[6] = b.z, next_scale[7] = b.w;
     }
-    for (int t = tid >> 3; t < tokens; t += 16 * BATCH) {
-        uint4 v[BATCH];
-        uint32_t to[BATCH];
+    for (int t = tid >> 3; t < tokens; t += 16 * N) {
+        uint4 v[N];
 #pragma unroll
-        for (int u = 0; u < BATCH; u++) {
+        for (int u = 0; u < N; u++) {
             const int token = t + 16 * u;
             v[u] = make_uint4(0, 0, 0, 0);
             if (token < tokens)
                 v[u] = ptx::ld_shared_u4(staging + token * 128 + ((chunk ^ (token & 7)) << 4));
-            uint32_t at = first_row + token;
-            to[u] = at;
-            if (T::EPI == STORE_POSITION || stride != p.period) {
-                const uint32_t sample = at / p.period;
-                at -= sample * p.period;
-                to[u] = sample * stride + at;
-            }
             if (T::EPI == STORE_POSITION && in_width && token < tokens) {
+                const uint32_t at = (first_row + token) % p.period;
                 const float* table = static_cast<const float*>(p.aux) + (size_t)at * p.n + slab +
                                      chunk * 8;
                 uint32_t* word = &v[u].x;
@@ -128,10 +153,10 @@ static __device__ __forceinline__ void copy_out(const GemmParams& p, uint32_t st
                                              ptx::bf16_hi(word[i]) + table[2 * i + 1]);
             }
         }
-        float2 sums[BATCH];
         if (STATS && p.stats_out != nullptr) {
+            float2 sums[N];
 #pragma unroll
-            for (int u = 0; u < BATCH; u++) {
+            for (int u = 0; u < N; u++) {
                 const uint32_t* word = &v[u].x;
                 sums[u] = make_float2(0.f, 0.f);
                 for (int i = 0; i < 4; i++) {
@@ -140,27 +165,25 @@ static __device__ __forceinline__ void copy_out(const GemmParams& p, uint32_t st
                     sums[u].y = fmaf(lo, lo, fmaf(hi, hi, sums[u].y));
                 }
             }
-            for (int d = 1; d < 8; d *= 2) {
-#pragma unroll
-                for (int u = 0; u < BATCH; u++) {
-                    sums[u].x += __shfl_xor_sync(~0u, sums[u].x, d);
-                    sums[u].y += __shfl_xor_sync(~0u, sums[u].y, d);
-                }
-            }
+            const float sum = RowSums<N>::reduce(sums, chunk);
+            const int token = t + 16 * RowSums<N>::token_of(chunk);
+            float* stats = reinterpret_cast<float*>(p.stats_out) + 2 * (slab / 64) + (chunk & 1);
+            if (RowSums<N>::stores(chunk) && token < tokens && first_row + token < (int)p.rows &&
+                slab < width)
+                stats[(size_t)row_in(p, first_row + token, stride) * (p.n / 64) * 2] = sum;
         }
 #pragma unroll
-        for (int u = 0; u < BATCH; u++) {
+        for (int u = 0; u < N; u++) {
             const int token = t + 16 * u;
             if (token >= tokens || first_row + token >= (int)p.rows || !in_width) continue;
-            *reinterpret_cast<uint4*>(out + (size_t)to[u] * ld) = v[u];
-            if (STATS && p.stats_out != nullptr && chunk == 0)
-                p.stats_out[(size_t)to[u] * (p.n / 64) + slab / 64] = sums[u];
+            const size_t to = (size_t)row_in(p, first_row + token, stride) * ld;
+            *reinterpret_cast<uint4*>(out + to) = v[u];
             if (scaling) {
                 uint32_t* word = &v[u].x;
                 for (int i = 0; i < 4; i++)
                     word[i] = ptx::pack_bf16(ptx::bf16_lo(word[i]) * next_scale[2 * i],
                                              ptx::bf16_hi(word[i]) * next_scale[2 * i + 1]);
-                *reinterpret_cast<uint4*>(p.scaled + (size_t)to[u] * ld + slab + chunk * 8) = v[u];
+                *reinterpret_cast<uint4*>(p.scaled + to + slab + chunk * 8) = v[u];
             }
         }
     }
@@ -194,25 +217,94 @@ static __device__ __forceinline__ void fetch_old(const Smem<T>& s, const TensorM
     }
 }
 
+// One consumer's staging [tokens][64 features] and what a thread does with it.
+struct Staged {
+    uint32_t at, to;             // its begin; this lane's place in matrix stores
+    uint32_t records, positions; // of the tile's tokens
+};
+
+// Finishes groups j … j + BLOCK − 1 of one 64-row block (GeGLU: of both) and stages them, loads
+// first, so that their latencies overlap; ADD: adds the residual that lies there.
+template <class T, int BLOCK, int GROUPS>
+static __device__ __forceinline__ void stage(float (&acc)[T::MI][4 * GROUPS], int slab, int j,
+                                             const Rows& r, const Rows& r1, const Staged& s) {
+    const int pair = 2 * (threadIdx.x % 4);
+    float4 rec[BLOCK];
+    float2 pos[BLOCK];
+    uint32_t word[2 * BLOCK] = {}, was[2 * BLOCK] = {};
+#pragma unroll
+    for (int i = 0; i < BLOCK; i++) {
+        if (j + i >= GROUPS) break;
+        const int token = 8 * (j + i) + pair;
+        if (T::NORM) rec[i] = ptx::ld_shared_f4(s.records + 8 * token);
+        if (T::EPI == ROPE) pos[i] = ptx::ld_shared_f2(s.positions + 4 * token);
+        if (T::EPI == ADD && i % 2 == 0)
+            load_pair(was + 2 * i, s.to + (j + i) * 1024, j + i + 1 < GROUPS);
+    }
+#pragma unroll
+    for (int i = 0; i < BLOCK; i++) {
+        if (j + i >= GROUPS) break;
+        const float* a = &acc[slab][4 * (j + i)];
+        float v[4] = {a[0], a[1], a[2], a[3]};
+        finish<T>(v, r, rec[i], pos[i]);
+        if (T::EPI == ADD) {
+            v[0] += ptx::bf16_lo(was[2 * i]), v[1] += ptx::bf16_hi(was[2 * i]);
+            v[2] += ptx::bf16_lo(was[2 * i + 1]), v[3] += ptx::bf16_hi(was[2 * i + 1]);
+        }
+        word[2 * i] = ptx::pack_bf16(v[0], v[1]);
+        if (T::EPI == GEGLU) {
+            const float* b = &acc[T::MI - 1][4 * (j + i)];
+            float w[4] = {b[0], b[1], b[2], b[3]};
+            finish<T>(w, r1, rec[i], pos[i]);
+            word[2 * i + 1] = ptx::pack_bf16(w[0], w[1]);
+        } else {
+            word[2 * i + 1] = ptx::pack_bf16(v[2], v[3]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < BLOCK; i += 2) {
+        if (j + i < GROUPS) store_pair(word + 2 * i, s.to + (j + i) * 1024, j + i + 1 < GROUPS);
+    }
+}
+
+// What a 64-feature slab of a consumer that takes turns, staged whole, leaves by: the copy engine
+// where the destination is a matrix of the product's rows and nothing else is to be left.
+template <class T>
+static __device__ __forceinline__ void leave(const TensorMap* out, const GemmParams& p,
+                                             const Staged& s, int consumer, int tid, int2 o,
+                                             int slab) {
+    const bool whole = T::EPI == ROPE ? slab < (int)p.q_cols
+                                      : p.out_stride == p.period && p.stats_out == nullptr &&
+                                            p.scaled == nullptr;
+    if (T::BULK && whole) {
+        ptx::fence_async_proxy();
+        ptx::named_barrier(1 + consumer, 128);
+        if (tid == 0) ptx::tma_store(out, slab, o.y, s.at);
+    } else {
+        ptx::named_barrier(1 + consumer, 128);
+        copy_out<T, 2>(p, s.at, tid, o.y, T::BN, slab);
+    }
+}
+
 // Takes one consumer's accumulators of `groups` 8-token groups, from token `first` of the tile on,
 // through the epilogue: registers → staging (transposed to token-major) → memory.
 template <class T, int GROUPS>
 static __device__ __forceinline__ void epilogue(float (&acc)[T::MI][4 * GROUPS], const Smem<T>& s,
-                                                const TensorMap* old, const GemmParams& p,
+                                                const TensorMap* out, const GemmParams& p,
                                                 int consumer, int tid, int2 o, int first,
                                                 int groups, int buffer, const Rows& rows,
                                                 uint32_t& old_parity) {
     const int warp = tid / 32, lane = tid % 32;
     const int feature = o.x + (T::TURNS ? 0 : consumer * 64 * T::MI);
     const uint32_t staging = s.staging + consumer * T::STAGING;
-    const uint32_t records = s.records + buffer * T::RECORDS + 8 * first;
-    const uint32_t positions = s.positions + buffer * T::POSITIONS + 4 * first;
     // Matrix q = lane / 8 of a store: q & 1 picks the 8-feature chunk, q >> 1 the 8-token group.
-    const int q = lane / 8, in_group = lane % 8, pair = 2 * (lane % 4);
+    const int q = lane / 8, in_group = lane % 8;
     const int chunk = T::EPI == GEGLU ? (q & 1) * 4 + warp : warp * 2 + (q & 1);
-    const uint32_t to = staging + ((q >> 1) * 8 + in_group) * 128 + ((chunk ^ in_group) << 4);
+    const Staged staged = {
+        staging, staging + ((q >> 1) * 8 + in_group) * 128 + ((chunk ^ in_group) << 4),
+        s.records + buffer * T::RECORDS + 8 * first,
+        s.positions + buffer * T::POSITIONS + 4 * first};
     constexpr int SLABS = T::EPI == GEGLU ? 1 : T::MI;
-    constexpr int BLOCK = SLABS == 2 ? 2 : 4;  // registers are short while a slab waits
 #pragma unroll
     for (int slab = 0; slab < SLABS; slab++) {
         const Rows r = T::MI == 1 ? rows : rows_of<T>(p, feature + slab * 64, warp, lane);
@@ -222,59 +314,24 @@ static __device__ __forceinline__ void epilogue(float (&acc)[T::MI][4 * GROUPS],
             ptx::mbar_wait(s.old_full + 8 * consumer, old_parity);
             old_parity ^= 1;
         } else {
+            if (T::BULK && tid == 0) ptx::tma_stores_read();
             ptx::named_barrier(1 + consumer, 128);  // the staging's last readers are done
         }
-        // 64 tokens at a time, so that stores drain under the arithmetic of the next; within, a few
-        // groups at a time, loads first, so that their latencies overlap.
 #pragma unroll
-        for (int j = 0; j < GROUPS; j += BLOCK) {
-            float4 rec[BLOCK];
-            float2 pos[BLOCK];
-            uint32_t word[2 * BLOCK] = {}, was[2 * BLOCK] = {};
-#pragma unroll
-            for (int i = 0; i < BLOCK; i++) {
-                if (j + i >= GROUPS) break;
-                const int token = 8 * (j + i) + pair;
-                if (T::NORM) rec[i] = ptx::ld_shared_f4(records + 8 * token);
-                if (T::EPI == ROPE) pos[i] = ptx::ld_shared_f2(positions + 4 * token);
-                if (T::EPI == ADD && i % 2 == 0)
-                    load_pair(was + 2 * i, to + (j + i) * 1024, j + i + 1 < GROUPS);
-            }
-#pragma unroll
-            for (int i = 0; i < BLOCK; i++) {
-                if (j + i >= GROUPS) break;
-                const float* a = &acc[slab][4 * (j + i)];
-                float v[4] = {a[0], a[1], a[2], a[3]};
-                finish<T>(v, r, rec[i], pos[i]);
-                if (T::EPI == ADD) {
-                    v[0] += ptx::bf16_lo(was[2 * i]), v[1] += ptx::bf16_hi(was[2 * i]);
-                    v[2] += ptx::bf16_lo(was[2 * i + 1]), v[3] += ptx::bf16_hi(was[2 * i + 1]);
-                }
-                word[2 * i] = ptx::pack_bf16(v[0], v[1]);
-                if (T::EPI == GEGLU) {
-                    const float* b = &acc[T::MI - 1][4 * (j + i)];
-                    float w[4] = {b[0], b[1], b[2], b[3]};
-                    finish<T>(w, r1, rec[i], pos[i]);
-                    word[2 * i + 1] = ptx::pack_bf16(w[0], w[1]);
-                } else {
-                    word[2 * i + 1] = ptx::pack_bf16(v[2], v[3]);
-                }
-            }
-#pragma unroll
-            for (int i = 0; i < BLOCK; i += 2) {
-                if (j + i < GROUPS)
-                    store_pair(word + 2 * i, to + (j + i) * 1024, j + i + 1 < GROUPS);
-            }
-            if ((j + BLOCK) % 8 != 0 && j + BLOCK < GROUPS) continue;
+        for (int j = 0; j < GROUPS; j += 4) {
+            stage<T, 4, GROUPS>(acc, slab, j, r, r1, staged);
+            // 64 tokens at a time, so that stores drain under the arithmetic of the next.
+            if (T::WHOLE || ((j + 4) % 8 != 0 && j + 4 < GROUPS)) continue;
             const int begin = j / 8 * 8;
             ptx::named_barrier(1 + consumer, 128);
-            copy_out<T>(p, staging + begin * 1024, tid, o.y + first + 8 * begin,
-                        min(64, (groups - begin) * 8), out_slab);
+            copy_out<T, 4>(p, staging + begin * 1024, tid, o.y + first + 8 * begin,
+                           min(64, (groups - begin) * 8), out_slab);
         }
+        if constexpr (T::WHOLE) leave<T>(out, p, staged, consumer, tid, o, out_slab);
         GEMM_MARK(6);
         if (T::NORM && slab == SLABS - 1 && tid == 0) ptx::mbar_arrive(s.rec_empty + 8 * buffer);
         if (T::EPI == ADD && slab + 1 < SLABS)
-            fetch_old<T>(s, old, consumer, tid, feature + (slab + 1) * 64, o.y + first);
+            fetch_old<T>(s, out, consumer, tid, feature + (slab + 1) * 64, o.y + first);
     }
 }
 

@@ -28,9 +28,10 @@
 //   grid  = cluster · (CK > 1 ? tiles : min(tiles, cuOccupancyMaxActiveClusters)); four
 //   multiprocessors fewer where the first Euler step runs beside (denoise_beside.cu)
 // Tensor maps: bf16, 2-D, inner box 64 columns, SWIZZLE_128B, L2_PROMOTION_256B, no interleave, OOB
-// zeros, element strides 1: w [n, k] box BM rows; x [rows, k] box BN rows; old, for ADD alone (else
-// any valid map): out [rows, n] box ⌈BN / 8 / CK⌉ · 8 rows. K needs row strides of 16 bytes (patch:
-// 588 columns padded to 640 with zeros).
+// zeros, element strides 1: w [n, k] box BM rows; x [rows, k] box BN rows; out [rows, features that
+// go there] box ⌈BN / 8 / CK⌉ · 8 rows, any valid map if there are none. ADD reads the residual by
+// it, consumers that take turns write by it where rows follow each other. K needs row strides of 16
+// bytes (patch: 588 columns padded to 640 with zeros).
 //
 // Choice: among the instances of an epilogue, the host takes the least of
 //   3000 + waves · main + (turns ? 1 : waves) · 30 · BN · BM / 128 + (CK > 1 ? 1250 · CK : 0),
@@ -151,8 +152,8 @@
             gemm::Tile<C, MI, BN, STAGES, CM, CN, CK, TURNS, gemm::EPI>::THREADS, 1)               \
             NAME(const __grid_constant__ ptx::TensorMap w,                                         \
                  const __grid_constant__ ptx::TensorMap x,                                         \
-                 const __grid_constant__ ptx::TensorMap old,                                       \
+                 const __grid_constant__ ptx::TensorMap out,                                       \
                  const __grid_constant__ gemm::GemmParams p) {                                     \
-        gemm::run<gemm::Tile<C, MI, BN, STAGES, CM, CN, CK, TURNS, gemm::EPI>>(w, x, old, p);      \
+        gemm::run<gemm::Tile<C, MI, BN, STAGES, CM, CN, CK, TURNS, gemm::EPI>>(w, x, out, p);      \
     }
 GEMM_INSTANCES(GEMM_KERNEL)

@@ -190,7 +190,7 @@ static __device__ __forceinline__ void reduce(float (&acc)[T::MI][4 * T::GROUPS]
 // One consumer warpgroup: products of its 64·MI weight rows with the tile's tokens, then epilogue.
 template <class T>
 static __device__ __forceinline__ void consume(const Smem<T>& s, const Place& c,
-                                               const TensorMap* old, const GemmParams& p,
+                                               const TensorMap* out, const GemmParams& p,
                                                int consumer, int tid) {
     // Thread i < CM + CN - 1 tells CTA `target` that this warpgroup has left a stage.
     int target = 0;
@@ -224,7 +224,7 @@ static __device__ __forceinline__ void consume(const Smem<T>& s, const Place& c,
         const int2 o = origin<T>(c, t, p.group);
         const int first = c.ck * T::OWN;
         if (T::EPI == ADD)
-            fetch_old<T>(s, old, consumer, tid, o.x + part * 64 * T::MI, o.y + 8 * first);
+            fetch_old<T>(s, out, consumer, tid, o.x + part * 64 * T::MI, o.y + 8 * first);
         Rows rows = {};
         if (T::MI == 1) rows = rows_of<T>(p, o.x + part * 64, tid / 32, tid % 32);
         // A turn starts when the other consumer has seen its last stage arrive: only then do the
@@ -261,22 +261,23 @@ static __device__ __forceinline__ void consume(const Smem<T>& s, const Place& c,
         if constexpr (T::CK == 1) {
             if (T::NORM) ptx::mbar_wait(s.rec_full + 8 * buffer, (count / 2) & 1);
             GEMM_MARK(5);
-            epilogue<T, T::GROUPS>(acc, s, old, p, consumer, tid, o, 0, T::GROUPS, buffer,
+            epilogue<T, T::GROUPS>(acc, s, out, p, consumer, tid, o, 0, T::GROUPS, buffer,
                                    rows, old_parity);
         } else {
             float own[T::MI][4 * T::OWN];
             reduce<T>(acc, own, s, c, consumer, tid);
             if (T::NORM) ptx::mbar_wait(s.rec_full, 0);
             GEMM_MARK(5);
-            epilogue<T, T::OWN>(own, s, old, p, consumer, tid, o, 8 * first,
+            epilogue<T, T::OWN>(own, s, out, p, consumer, tid, o, 8 * first,
                                 min(T::OWN, T::GROUPS - first), 0, rows, old_parity);
         }
     }
+    if (T::BULK && tid == 0) ptx::tma_stores_read();  // the staging outlives its readers
 }
 
 template <class T>
 static __device__ __forceinline__ void run(const TensorMap& w, const TensorMap& x,
-                                           const TensorMap& old, const GemmParams& p) {
+                                           const TensorMap& out, const GemmParams& p) {
     extern __shared__ __align__(1024) uint8_t memory[];
     const Smem<T> s(ptx::smem_addr(memory));
     const Place c = place_of<T>(p);
@@ -287,7 +288,7 @@ static __device__ __forceinline__ void run(const TensorMap& w, const TensorMap& 
     if (threadIdx.x == 0) {
         ptx::prefetch_tensor_map(&w);
         ptx::prefetch_tensor_map(&x);
-        if (T::EPI == ADD) ptx::prefetch_tensor_map(&old);
+        if (T::EPI == ADD || T::BULK) ptx::prefetch_tensor_map(&out);
         for (int i = 0; i < T::STAGES; i++) {
             ptx::mbar_init(s.full + 8 * i, 1);
             ptx::mbar_init(s.empty + 8 * i, T::SHARERS * (T::CM + T::CN - 1));
@@ -320,7 +321,7 @@ static __device__ __forceinline__ void run(const TensorMap& w, const TensorMap& 
         if (SPLIT) ptx::cluster_wait();
     } else {
         ptx::registers_grow<T::MANY>();
-        consume<T>(s, c, &old, p, warpgroup - 1, tid);
+        consume<T>(s, c, &out, p, warpgroup - 1, tid);
         GEMM_MARK(7);
     }
     if (SHARING) {  // no CTA leaves while others may still write or signal here

@@ -65,6 +65,10 @@ struct Tile {
     static constexpr Epilogue EPI = EPI_;
     static constexpr bool RMS = EPI == GEGLU || EPI == ROPE;  // no bias, no mean
     static constexpr bool NORM = EPI == STORE || EPI == GELU || EPI == GEGLU || EPI == ROPE;
+    // Whether a consumer stages a 64-feature slab of its tile whole; whether the copy engine takes
+    // it from there.
+    static constexpr bool WHOLE = TURNS && EPI != GEGLU;
+    static constexpr bool BULK = WHOLE && EPI != ADD && EPI != STORE_POSITION;
     static constexpr int BM = 64 * MI * SHARERS;
     static constexpr int CLUSTER = CM * CN * CK;
     static constexpr int GROUPS = BN / 8;                    // 8-token groups of the tile

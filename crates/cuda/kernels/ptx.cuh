@@ -204,6 +204,16 @@ PTX_FN void tma_load_multicast(uint32_t dst, const TensorMap* map, int x, int y,
                  : "memory");
 }
 
+// The way back: a box of shared memory to column x, row y; what lies outside the matrix stays there.
+PTX_FN void tma_store(const TensorMap* map, int x, int y, uint32_t src) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
+                 "cp.async.bulk.commit_group;" ::"l"(map),
+                 "r"(x), "r"(y), "r"(src)
+                 : "memory");
+}
+// Returns when this thread's stores have read their shared memory.
+PTX_FN void tma_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+
 // ---- warpgroup products ----------------------------------------------------------------------
 
 // Descriptor of a K-major operand in shared memory with 128-byte rows in the 128-byte swizzle

@@ -9,7 +9,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <algorithm>
+#include <chrono>
 #include <string>
+#include <dlfcn.h>
 #include <unistd.h>
 #include <vector>
 #include <cuda_runtime.h>
@@ -51,11 +53,12 @@ struct Instance {
     const char* name;
     const void* kernel;
     int bm, bn, cluster, cn, ck, smem, shares, threads;
+    bool turns;
     gemm::Epilogue epilogue;
 };
 template <class T> static Instance instance(const char* name, const void* kernel) {
     return {name,    kernel,  T::BM, T::BN,      T::CLUSTER, T::CN,
-            T::CK,   T::SMEM, T::CM, T::THREADS, T::EPI};
+            T::CK,   T::SMEM, T::CM, T::THREADS, T::TURNS, T::EPI};
 }
 #define GEMM_ROW(NAME, C, MI, BN, STAGES, CM, CN, CK, TURNS, EPI)                         \
     instance<gemm::Tile<C, MI, BN, STAGES, CM, CN, CK, TURNS, gemm::EPI>>(#NAME, (const void*)NAME),
@@ -214,6 +217,18 @@ __global__ void reference_compare(const float* y, const bf16* before, GemmParams
     atomicAdd(&sums[0], err);
     atomicAdd(&sums[1], norm);
 }
+// How many elements of the written rows are not out · scale, rounded.
+__global__ void count_unscaled(GemmParams p, int* count) {
+    int c = 0;
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < (size_t)p.rows * p.n;
+         i += (size_t)gridDim.x * blockDim.x) {
+        const size_t row = i / p.n, f = i % p.n;
+        const size_t at = (row / p.period * p.out_stride + row % p.period) * p.out_ld + f;
+        const bf16 want = __float2bfloat16(__bfloat162float(p.out[at]) * p.next_scale[f]);
+        c += __bfloat16_as_ushort(p.scaled[at]) != __bfloat16_as_ushort(want);
+    }
+    if (c) atomicAdd(count, c);
+}
 __global__ void count_different(const uint32_t* a, const uint32_t* b, size_t words, int* count) {
     int c = 0;
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < words;
@@ -252,7 +267,7 @@ template <class T> static T* device(size_t n) {
 struct Arena {
     size_t pool = 320u << 20;  // bytes of weights
     size_t max_rows;
-    bf16 *w, *x, *out, *k, *v, *before;
+    bf16 *w, *x, *out, *scaled, *k, *v, *before;
     float *bias, *colsum, *table, *xn, *y;
     float2 *stats_in, *stats_out, *stats_ref, *turns;
     double* sums;
@@ -261,6 +276,7 @@ struct Arena {
         w = device<bf16>(pool / 2);
         x = device<bf16>(max_rows * 16384);
         out = device<bf16>(max_rows * 16384);
+        scaled = device<bf16>(max_rows * 2048);
         before = device<bf16>(checks ? max_rows * 16384 : 1);
         k = device<bf16>(max_rows * 256), v = device<bf16>(max_rows * 256);
         bias = device<float>(32768), colsum = device<float>(32768);
@@ -304,7 +320,7 @@ static int active_clusters(const Instance& in) {
 
 struct Launch {
     Instance in;
-    ptx::TensorMap w, x, old;
+    ptx::TensorMap w, x, out;
     GemmParams p;
     int tiles, grid;
 };
@@ -322,6 +338,7 @@ static Launch prepare(const Instance& in, const Case& c, Arena& a, int rows, int
     p.stats_out = c.stats ? a.stats_out : nullptr;
     p.aux = c.epilogue == gemm::ROPE ? (const void*)a.turns : a.table;
     p.out = a.out, p.out_k = a.k, p.out_v = a.v;
+    if (c.stats) p.scaled = a.scaled, p.next_scale = a.bias;  // as the writers of a stream leave it
     p.rows = rows, p.n = c.n, p.k = c.k;
     p.slots_in = c.k / 64, p.inv_width = 1.f / c.k;
     p.period = c.epilogue == gemm::STORE_POSITION ? 256 : per_sample;
@@ -329,15 +346,19 @@ static Launch prepare(const Instance& in, const Case& c, Arena& a, int rows, int
     p.out_ld = c.epilogue == gemm::ROPE ? c.q_cols : c.epilogue == gemm::GEGLU ? c.n / 2 : c.n;
     p.q_cols = c.q_cols;
     p.kv_stride = per_sample + 11, p.kv_ld = 256;
-    p.group = std::max(1, 8 / in.cn);
+    p.group = getenv("GROUP") ? atoi(getenv("GROUP")) : std::max(1, 8 / in.cn);
     const auto pitched = [](int cols) { return padded ? (cols + 63) / 64 * 64 : cols; };
     if (c.epilogue == gemm::GELU) p.out_ld = pitched(c.n);
     const int pitch = pitched(c.k);
     l.w = tensor_map(w, c.n, c.k, pitch, in.bm);
     l.x = tensor_map(a.x, rows, c.k, pitch, in.bn);
-    l.old = l.x;
-    if (c.epilogue == gemm::ADD)
-        l.old = tensor_map(a.out, rows, c.n, c.n, (in.bn / 8 + in.ck - 1) / in.ck * 8);
+    l.out = l.x;
+    const int width = c.epilogue == gemm::GEGLU  ? c.n / 2
+                      : c.epilogue == gemm::ROPE ? c.q_cols
+                                                 : c.n;
+    const int box = (in.bn / 8 + in.ck - 1) / in.ck * 8;
+    if (c.epilogue == gemm::ADD || (in.turns && width > 0))
+        l.out = tensor_map(a.out, rows, width, p.out_ld, box);
     const int m = in.bm * in.shares, n = in.bn * in.cn;
     l.tiles = ((c.n + m - 1) / m) * ((rows + n - 1) / n);
     l.grid = in.cluster * (in.ck > 1 ? l.tiles : std::min(l.tiles, active_clusters(in)));
@@ -352,7 +373,7 @@ static void launch(Launch& l, cudaStream_t stream) {
     config.gridDim = l.grid, config.blockDim = l.in.threads;
     config.dynamicSmemBytes = l.in.smem, config.stream = stream;
     config.attrs = attr, config.numAttrs = 1;
-    void* args[] = {&l.w, &l.x, &l.old, &l.p};
+    void* args[] = {&l.w, &l.x, &l.out, &l.p};
     CHECK(cudaLaunchKernelExC(&config, l.in.kernel, args));
 }
 
@@ -362,7 +383,7 @@ static bool check(const Instance& in, const Case& c, Arena& a, int rows, int per
     fill<<<512, 256>>>(a.w, (size_t)c.n * c.k, 1.f / sqrtf(c.k), 0.3f / c.k, rows);
     fill<<<512, 256>>>(a.x, (size_t)rows * c.k, 1.5f, 0.4f, rows + 1);
     sum_columns<<<c.n, 32>>>(a.w, a.colsum, c.k);
-    slab_stats<<<rows, 32>>>(a.x, a.stats_in, c.k, c.k);
+    if (c.norm != NONE) slab_stats<<<rows, 32>>>(a.x, a.stats_in, c.k, c.k);
     const size_t samples = rows / per_sample;
     const size_t buffer = samples * std::max(per_sample, c.out_stride) + rows + 64;
     const size_t out_used = std::min(out_bytes, buffer * l.p.out_ld * 2);
@@ -371,6 +392,7 @@ static bool check(const Instance& in, const Case& c, Arena& a, int rows, int per
         CHECK(cudaMemset(a.k, 0xFF, small));
         CHECK(cudaMemset(a.v, 0xFF, small));
         CHECK(cudaMemset(a.stats_out, 0xFF, a.max_rows * 32 * 8));
+        CHECK(cudaMemset(a.scaled, 0xFF, a.max_rows * 2048 * 2));
         if (c.epilogue == gemm::ADD) fill<<<512, 256>>>(a.out, (size_t)rows * c.n, 1.f, 0.f, 77);
     };
     poison();
@@ -413,6 +435,13 @@ static bool check(const Instance& in, const Case& c, Arena& a, int rows, int per
         }
         stat_error = sqrt(e / s);
     }
+    if (c.stats) {
+        int n;
+        CHECK(cudaMemset(a.count, 0, 4));
+        count_unscaled<<<512, 256>>>(l.p, a.count);
+        CHECK(cudaMemcpy(&n, a.count, 4, cudaMemcpyDeviceToHost));
+        if (n) stat_error = 1;
+    }
     // Repeats give the same bits.
     int moved = 0;
     CHECK(cudaMemcpy(a.xn, a.out, out_used, cudaMemcpyDeviceToDevice));
@@ -431,6 +460,39 @@ static bool check(const Instance& in, const Case& c, Arena& a, int rows, int per
         printf("%-18s %-34s rows %5d: error %.2e, strays %ld, moved %d, stats %.1e\n", c.name,
                in.name, rows, error, strays, moved, stat_error);
     return ok;
+}
+
+static double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+// The first GPU's counters; zeros without NVML.
+struct Nvml {
+    void* device = nullptr;
+    int (*total)(void*, unsigned long long*);
+    int (*clock_of)(void*, int, unsigned*);
+    Nvml() {
+        void* nvml = dlopen("libnvidia-ml.so.1", RTLD_NOW);
+        if (nvml == nullptr) return;
+        const auto init = (int (*)())dlsym(nvml, "nvmlInit_v2");
+        const auto handle = (int (*)(unsigned, void**))dlsym(nvml, "nvmlDeviceGetHandleByIndex_v2");
+        total = (decltype(total))dlsym(nvml, "nvmlDeviceGetTotalEnergyConsumption");
+        clock_of = (decltype(clock_of))dlsym(nvml, "nvmlDeviceGetClockInfo");
+        if (init() != 0 || handle(0, &device) != 0) device = nullptr;
+    }
+    double joules() {
+        unsigned long long millijoules = 0;
+        return device && total(device, &millijoules) == 0 ? millijoules * 1e-3 : 0;
+    }
+    unsigned clock() {  // of the multiprocessors, MHz
+        unsigned mhz = 0;
+        return device && clock_of(device, 1, &mhz) == 0 ? mhz : 0;
+    }
+};
+static Nvml& nvml() {
+    static Nvml it;
+    return it;
 }
 
 static double time_us(const Instance& in, const Case& c, Arena& a, int rows, int per_sample) {
@@ -463,6 +525,26 @@ static double time_us(const Instance& in, const Case& c, Arena& a, int rows, int
         float t;
         CHECK(cudaEventElapsedTime(&t, t0, t1));
         if (i >= 2) ms.push_back(t);
+    }
+    // SUSTAIN=seconds: the graph again and again, as long as it takes the card to its power limit;
+    // the mean of the second half, and its energy.
+    if (const char* seconds = getenv("SUSTAIN")) {
+        const double until = atof(seconds), begin = now();
+        double half = 0, joules = 0;
+        unsigned clock_mhz = 0;
+        long replays = 0;
+        for (double t = 0; t < until; t = now() - begin) {
+            if (half == 0 && t > until / 2) half = now(), joules = nvml().joules(), replays = 0;
+            for (int i = 0; i < 8; i++) CHECK(cudaGraphLaunch(e, s));
+            if (half != 0) clock_mhz = nvml().clock();
+            CHECK(cudaStreamSynchronize(s));
+            replays += 8;
+        }
+        const double took = now() - half;
+        joules = nvml().joules() - joules;
+        printf("   %.0f W, %u MHz, %.3f J a launch\n", joules / took, clock_mhz,
+               joules / replays / launches);
+        ms.assign(1, took * 1e3 / replays);
     }
     std::sort(ms.begin(), ms.end());
 #ifdef GEMM_TRACE

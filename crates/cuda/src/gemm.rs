@@ -284,15 +284,20 @@ impl Gemm {
         p.group = (8 / tile.cluster[1]).max(1);
         let w_map = self.map(w, tile.bm())?;
         let x_map = self.map(x, tile.bn)?;
-        let old = Operand { address: p.out, rows: x.rows, cols: w.rows, ld: p.out_ld };
-        let old_map = match epilogue {
-            GemmEpilogue::Add => self.map(old, tile.own() * 8)?,
-            _ => x_map,
+        let cols = match epilogue {
+            GemmEpilogue::GeGlu => w.rows / 2,
+            GemmEpilogue::Rope => p.q_cols,
+            _ => w.rows,
+        };
+        let out = Operand { address: p.out, rows: x.rows, cols, ld: p.out_ld };
+        let out_map = match cols {
+            0 => x_map, // keys and values alone
+            _ => self.map(out, tile.own() * 8)?,
         };
         let size = tile.cluster_size();
         let tiles = tile.tiles(p.rows, p.n);
         let clusters = if tile.cluster[2] > 1 { tiles } else { tiles.min(tile.at_once(sms)) };
-        let args = vec![Arg::of(&w_map), Arg::of(&x_map), Arg::of(&old_map), Arg::of(&p)];
+        let args = vec![Arg::of(&w_map), Arg::of(&x_map), Arg::of(&out_map), Arg::of(&p)];
         let function = self.functions[at].clone();
         let launch =
             Launch::new(function, [clusters * size, 1, 1], 128 * (1 + tile.consumers), args);
