@@ -267,7 +267,7 @@ static __device__ __forceinline__ void stage(float (&acc)[T::MI][4 * GROUPS], in
     }
 }
 
-// What a 64-feature slab of a consumer that takes turns, staged whole, leaves by: the copy engine
+// What a 64-feature slab, staged whole, leaves by: the copy engine
 // where the destination is a matrix of the product's rows and nothing else is to be left.
 template <class T>
 static __device__ __forceinline__ void leave(const TensorMap* out, const GemmParams& p,

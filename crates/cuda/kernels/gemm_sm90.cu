@@ -36,7 +36,8 @@
 // Choice: among the instances of an epilogue, the host takes the least of
 //   3000 + waves · main + (turns ? 1 : waves) · 30 · BN · BM / 128 + (CK > 1 ? 1250 · CK : 0),
 //   in clocks: main = ⌈K / 64⌉ / CK · max(BM · BN / 32, 2.4 · (BM + BN)): the tensor cores' time
-//   or that of 53 bytes a clock into an SM,
+//   or that of 53 bytes a clock into an SM; for products of a millisecond, which meet the power
+//   limit, (BM + BN) · 17 / 32 more a stage for what moving the operands takes of it,
 //   waves = ⌈CTAs with a tile / 132 (120 for clusters of 4)⌉,
 // but for the few shapes at which it errs and that are known beforehand (`MEASURED` in gemm.rs).
 // Rows of x and W begin at cache lines (`row_pitch` in layout.rs): with 4304 columns side by side
@@ -82,9 +83,22 @@
 // 2026-11-26). The vision tower's norms, by eight lanes, too, were slower (B = 64 80.3 ms instead
 // of 77), and so were more token tiles side by side that a cluster could keep for longer: `group`
 // 6 300, 11 304, 22 327, 33 356 ms.
-// B = 64: vision (49152 rows) qkv 128x192_t_w2 564, out 128x192_t_w2 212, fc1 128x192_t_x2 710,
-// fc2 128x192_t_x2 764, projector 128x192_t_w2 395; prefill (50432 rows) qkv 128x192_t_x2 712, out
-// 128x192_t_x2 574, up 128x200_t_w2 10324, down 128x192_t_x2 5068, kv 128x192_t_x2 160.
+// B = 64, 2026-11-26, at the power limit (SUSTAIN=1, H200, nvcc 13.0, one call each; before → now,
+// in brackets torch's cuBLAS on another card): vision (49152 rows) qkv 706 → 640 (618), out 294 →
+// 269 (218), fc1 854 → 812 (803), fc2 836 → 817 (777); prefill (50432 rows) qkv 860 → 836, out 741
+// → 712 (641), up 10.6 ms (10.3), down 5470 → 5137 (4941). What did it:
+// - Beside products that keep shared memory busy, a warp's access to it (LDS, SHFL, and STG's way
+//   out) takes hundreds of clocks: copying a 192 × 128 tile out took 9.5 thousand clocks, with the
+//   residual's statistics and scaled copy 18 to 23 thousand, where products of K = 1152 take 14.
+//   By the copy engine 1.6 thousand; sums that hand half of their values over 13.
+// - The warpgroup's number by a shuffle, so that the compiler knows that it is uniform: operand
+//   descriptors in uniform registers. The main loop had four moves and five integer operations per
+//   wgmma (prefill.up executed 1.85 G instructions, cuBLAS 0.95 G).
+// - 256 × 192 tiles for prefill.down: a third fewer bytes through L2 (3.59 instead of 3.70 J).
+// No gain: the copy engine for GEGLU (up 1.7 % slower: stores queue with the ring's loads) and for
+// ADD (out 298: the scaled copy waits for the engine to have read the staging); row sums as the
+// diagonal of x·xᵀ by mma.sync (out 295); clusters of four; other L2 promotions; 256 × 192 for up
+// (0.8 %), for vision's qkv and fc1 and for K of 2048 and less before ADD (epilogues in the open).
 #include "gemm_sm90.cuh"
 
 // X(name, consumers, MI, BN, stages, CM, CN, CK, turns, epilogue)
@@ -121,8 +135,10 @@
     X(gemm_add_128x224_k2, 2, 1, 224, 4, 1, 1, 2, 0, ADD)                             \
     X(gemm_add_128x248_k2, 2, 1, 248, 4, 1, 1, 2, 0, ADD)                             \
     X(gemm_add_128x200_w2, 2, 1, 200, 4, 1, 2, 1, 0, ADD)                             \
-    X(gemm_add_128x192_t_w2, 2, 2, 192, 4, 1, 2, 1, 1, ADD)                           \
     X(gemm_add_128x192_t_x2, 2, 2, 192, 4, 2, 1, 1, 1, ADD)                           \
+    X(gemm_add_128x192_t_w2, 2, 2, 192, 4, 1, 2, 1, 1, ADD)                           \
+    X(gemm_add_256x192_w2, 2, 2, 192, 3, 1, 2, 1, 0, ADD)                             \
+    X(gemm_add_256x200_w2, 2, 2, 200, 3, 1, 2, 1, 0, ADD)                             \
     X(gemm_rope_128x32, 2, 1, 32, 8, 1, 1, 1, 0, ROPE)                                \
     X(gemm_rope_128x48, 2, 1, 48, 8, 1, 1, 1, 0, ROPE)                                \
     X(gemm_rope_128x64, 2, 1, 64, 8, 1, 1, 1, 0, ROPE)                                \

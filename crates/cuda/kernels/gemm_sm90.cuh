@@ -281,7 +281,7 @@ static __device__ __forceinline__ void run(const TensorMap& w, const TensorMap& 
     extern __shared__ __align__(1024) uint8_t memory[];
     const Smem<T> s(ptx::smem_addr(memory));
     const Place c = place_of<T>(p);
-    const int warpgroup = threadIdx.x / 128, tid = threadIdx.x % 128;
+    const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), tid = threadIdx.x % 128;
     GEMM_MARK(0);
     // Multicasts need the peers' mbarriers at once, K-parts only when they are exchanged.
     constexpr bool SHARING = T::CM * T::CN > 1, SPLIT = T::CK > 1;

@@ -67,7 +67,7 @@ struct Tile {
     static constexpr bool NORM = EPI == STORE || EPI == GELU || EPI == GEGLU || EPI == ROPE;
     // Whether a consumer stages a 64-feature slab of its tile whole; whether the copy engine takes
     // it from there.
-    static constexpr bool WHOLE = TURNS && EPI != GEGLU;
+    static constexpr bool WHOLE = MI == 2 && EPI != GEGLU;
     static constexpr bool BULK = WHOLE && EPI != ADD && EPI != STORE_POSITION;
     static constexpr int BM = 64 * MI * SHARERS;
     static constexpr int CLUSTER = CM * CN * CK;

@@ -204,7 +204,7 @@ PTX_FN void tma_load_multicast(uint32_t dst, const TensorMap* map, int x, int y,
                  : "memory");
 }
 
-// The way back: a box of shared memory to column x, row y; what lies outside the matrix stays there.
+// The way back: a box of shared memory to column x, row y, as far as the matrix goes.
 PTX_FN void tma_store(const TensorMap* map, int x, int y, uint32_t src) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
                  "cp.async.bulk.commit_group;" ::"l"(map),

@@ -3,15 +3,14 @@
 // ./gemm table | check [1 part-of-case-or-instance] | time [batch] [case] [prefix] [instance]: the
 // instances; relative L2 against a plain f32 product, poisoned outputs,
 // odd row counts, bit-equal repeats; microseconds per launch inside a graph with dependent launch
-// and weights that are cold in L2.
+// and weights that are cold in L2. IDLE=microseconds of pause between replays keeps the card's
+// power limit out of it, SUSTAIN=seconds of replays without one lets it settle.
 #include <cudaTypedefs.h>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <algorithm>
-#include <chrono>
 #include <string>
-#include <dlfcn.h>
 #include <unistd.h>
 #include <vector>
 #include <cuda_runtime.h>
@@ -36,6 +35,7 @@ static __device__ __forceinline__ void mark(int i) {
 #define GEMM_MARK(i) mark(i)
 #endif
 #include "../kernels/gemm_sm90.cu"
+#include "power.cuh"
 
 using bf16 = __nv_bfloat16;
 using gemm::GemmParams;
@@ -53,12 +53,11 @@ struct Instance {
     const char* name;
     const void* kernel;
     int bm, bn, cluster, cn, ck, smem, shares, threads;
-    bool turns;
     gemm::Epilogue epilogue;
 };
 template <class T> static Instance instance(const char* name, const void* kernel) {
     return {name,    kernel,  T::BM, T::BN,      T::CLUSTER, T::CN,
-            T::CK,   T::SMEM, T::CM, T::THREADS, T::TURNS, T::EPI};
+            T::CK,   T::SMEM, T::CM, T::THREADS, T::EPI};
 }
 #define GEMM_ROW(NAME, C, MI, BN, STAGES, CM, CN, CK, TURNS, EPI)                         \
     instance<gemm::Tile<C, MI, BN, STAGES, CM, CN, CK, TURNS, gemm::EPI>>(#NAME, (const void*)NAME),
@@ -346,7 +345,7 @@ static Launch prepare(const Instance& in, const Case& c, Arena& a, int rows, int
     p.out_ld = c.epilogue == gemm::ROPE ? c.q_cols : c.epilogue == gemm::GEGLU ? c.n / 2 : c.n;
     p.q_cols = c.q_cols;
     p.kv_stride = per_sample + 11, p.kv_ld = 256;
-    p.group = getenv("GROUP") ? atoi(getenv("GROUP")) : std::max(1, 8 / in.cn);
+    p.group = std::max(1, 8 / in.cn);
     const auto pitched = [](int cols) { return padded ? (cols + 63) / 64 * 64 : cols; };
     if (c.epilogue == gemm::GELU) p.out_ld = pitched(c.n);
     const int pitch = pitched(c.k);
@@ -357,8 +356,7 @@ static Launch prepare(const Instance& in, const Case& c, Arena& a, int rows, int
                       : c.epilogue == gemm::ROPE ? c.q_cols
                                                  : c.n;
     const int box = (in.bn / 8 + in.ck - 1) / in.ck * 8;
-    if (c.epilogue == gemm::ADD || (in.turns && width > 0))
-        l.out = tensor_map(a.out, rows, width, p.out_ld, box);
+    if (width > 0) l.out = tensor_map(a.out, rows, width, p.out_ld, box);
     const int m = in.bm * in.shares, n = in.bn * in.cn;
     l.tiles = ((c.n + m - 1) / m) * ((rows + n - 1) / n);
     l.grid = in.cluster * (in.ck > 1 ? l.tiles : std::min(l.tiles, active_clusters(in)));
@@ -462,39 +460,6 @@ static bool check(const Instance& in, const Case& c, Arena& a, int rows, int per
     return ok;
 }
 
-static double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
-
-// The first GPU's counters; zeros without NVML.
-struct Nvml {
-    void* device = nullptr;
-    int (*total)(void*, unsigned long long*);
-    int (*clock_of)(void*, int, unsigned*);
-    Nvml() {
-        void* nvml = dlopen("libnvidia-ml.so.1", RTLD_NOW);
-        if (nvml == nullptr) return;
-        const auto init = (int (*)())dlsym(nvml, "nvmlInit_v2");
-        const auto handle = (int (*)(unsigned, void**))dlsym(nvml, "nvmlDeviceGetHandleByIndex_v2");
-        total = (decltype(total))dlsym(nvml, "nvmlDeviceGetTotalEnergyConsumption");
-        clock_of = (decltype(clock_of))dlsym(nvml, "nvmlDeviceGetClockInfo");
-        if (init() != 0 || handle(0, &device) != 0) device = nullptr;
-    }
-    double joules() {
-        unsigned long long millijoules = 0;
-        return device && total(device, &millijoules) == 0 ? millijoules * 1e-3 : 0;
-    }
-    unsigned clock() {  // of the multiprocessors, MHz
-        unsigned mhz = 0;
-        return device && clock_of(device, 1, &mhz) == 0 ? mhz : 0;
-    }
-};
-static Nvml& nvml() {
-    static Nvml it;
-    return it;
-}
-
 static double time_us(const Instance& in, const Case& c, Arena& a, int rows, int per_sample) {
     const size_t w_bytes = (size_t)c.n * ((c.k + 63) / 64 * 64) * 2;
     const int copies = (int)std::clamp<size_t>(a.pool / w_bytes, 2, 24);
@@ -526,19 +491,20 @@ static double time_us(const Instance& in, const Case& c, Arena& a, int rows, int
         CHECK(cudaEventElapsedTime(&t, t0, t1));
         if (i >= 2) ms.push_back(t);
     }
-    // SUSTAIN=seconds: the graph again and again, as long as it takes the card to its power limit;
-    // the mean of the second half, and its energy.
+    // SUSTAIN=seconds: the graph again and again, as long as it takes the card to its power limit
+    // and the limit to settle; the mean of the second half, and its energy.
     if (const char* seconds = getenv("SUSTAIN")) {
         const double until = atof(seconds), begin = now();
+        const int at_once = std::max(2, (int)(20 / ms.back()));
         double half = 0, joules = 0;
         unsigned clock_mhz = 0;
         long replays = 0;
         for (double t = 0; t < until; t = now() - begin) {
             if (half == 0 && t > until / 2) half = now(), joules = nvml().joules(), replays = 0;
-            for (int i = 0; i < 8; i++) CHECK(cudaGraphLaunch(e, s));
+            for (int i = 0; i < at_once; i++) CHECK(cudaGraphLaunch(e, s));
             if (half != 0) clock_mhz = nvml().clock();
             CHECK(cudaStreamSynchronize(s));
-            replays += 8;
+            replays += at_once;
         }
         const double took = now() - half;
         joules = nvml().joules() - joules;
