@@ -269,12 +269,19 @@ __device__ __forceinline__ void consume(float (&o)[128], Rows& rows, u32 smem, B
         release(bars.k_empty(slot));
         if (SUFFIX && state) hide_suffix(s, keys.row(begin + i), keys.second_row);
         soften(s, rows, scale, valid(i));
-        ptx::wgmma_wait<0>();
-        ptx::wgmma_touch(o);
-        release(bars.v_empty(before));
+        ptx::wgmma_touch(s);
+        // A wait in each branch: the assembler moves one wait up to the start of its basic block,
+        // before the softmax that is to run under the products.
         if (__any_sync(~0u, scale[0] != 1.f || scale[1] != 1.f)) {
+            asm volatile("wgmma.wait_group.sync.aligned 0;  // to scale" ::: "memory");
+            ptx::wgmma_touch(o);
+            release(bars.v_empty(before));
 #pragma unroll
             for (u32 j = 0; j < 128; ++j) o[j] *= scale[(j >> 1) & 1];
+        } else {
+            asm volatile("wgmma.wait_group.sync.aligned 0;  // to keep" ::: "memory");
+            ptx::wgmma_touch(o);
+            release(bars.v_empty(before));
         }
         pack(p, s);
     }
@@ -408,8 +415,9 @@ __device__ __forceinline__ void work(const u8* smem, Barriers bars, const Share&
         if constexpr (SPLIT > 1) {
             combine<SPLIT>(mine, o, rows, smem, part);
         } else {
+            const float inverse[2] = {1.f / rows.sum[0], 1.f / rows.sum[1]};
 #pragma unroll
-            for (u32 j = 0; j < 128; ++j) mine[j] = o[j] / rows.sum[(j >> 1) & 1];
+            for (u32 j = 0; j < 128; ++j) mine[j] = o[j] * inverse[(j >> 1) & 1];
         }
     }
     const u32 row = share.tile * kRows + threadIdx.x / 32 * 16 + (threadIdx.x & 31) / 4;

@@ -1,13 +1,17 @@
 // What the attention lab stands on: device buffers, random numbers, the FP32 reference,
 // launches with clusters and dependence, graph timing, repeat and late-predecessor checks.
+// SUSTAIN=seconds in the environment: times are taken at the power limit, after half of them.
 #pragma once
 
 #include <cuda.h>
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <string>
@@ -152,6 +156,54 @@ void report(const std::string& name, double error, bool ok = true) {
 
 // ---- launches ----------------------------------------------------------------------------------
 
+double now() {  // seconds
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+/// The first GPU's energy and clock; zeros without NVML.
+struct Nvml {
+    void* device = nullptr;
+    int (*total)(void*, unsigned long long*);
+    int (*clock_of)(void*, int, unsigned*);
+    Nvml() {
+        void* nvml = dlopen("libnvidia-ml.so.1", RTLD_NOW);
+        if (nvml == nullptr) return;
+        const auto init = (int (*)())dlsym(nvml, "nvmlInit_v2");
+        const auto handle = (int (*)(unsigned, void**))dlsym(nvml, "nvmlDeviceGetHandleByIndex_v2");
+        total = (decltype(total))dlsym(nvml, "nvmlDeviceGetTotalEnergyConsumption");
+        clock_of = (decltype(clock_of))dlsym(nvml, "nvmlDeviceGetClockInfo");
+        if (init() != 0 || handle(0, &device) != 0) device = nullptr;
+    }
+    double joules() {
+        unsigned long long millijoules = 0;
+        return device && total(device, &millijoules) == 0 ? millijoules * 1e-3 : 0;
+    }
+    unsigned clock_mhz() {  // of the multiprocessors
+        unsigned mhz = 0;
+        return device && clock_of(device, 1, &mhz) == 0 ? mhz : 0;
+    }
+};
+
+/// Milliseconds of a graph replayed for `seconds` without a pause, the mean of the second half.
+double sustained(cudaGraphExec_t graph, double seconds) {
+    static Nvml nvml;
+    const double begin = now();
+    double half = 0, joules = 0;
+    unsigned mhz = 0;
+    long replays = 0;
+    for (double t = 0; t < seconds; t = now() - begin) {
+        if (half == 0 && t > seconds / 2) half = now(), joules = nvml.joules(), replays = 0;
+        for (int i = 0; i < 4; ++i) CHECK(cudaGraphLaunch(graph, stream));
+        if (half != 0) mhz = nvml.clock_mhz();
+        CHECK(cudaStreamSynchronize(stream));
+        replays += 4;
+    }
+    const double took = now() - half;
+    printf(" [%.0f W, %u MHz]", (nvml.joules() - joules) / took, mhz);
+    return took * 1e3 / replays;
+}
+
 struct Launch {
     std::string name;
     const void* kernel;
@@ -218,6 +270,8 @@ struct Launch {
             CHECK(cudaEventElapsedTime(&ms, begin, end));
             if (i >= 5) times.push_back(ms);
         }
+        if (const char* seconds = getenv("SUSTAIN"))
+            times.assign(1, sustained(exec, atof(seconds)));
         std::sort(times.begin(), times.end());
         CHECK(cudaGraphExecDestroy(exec));
         CHECK(cudaGraphDestroy(graph));
