@@ -2,7 +2,7 @@
 // references, poisoned outputs, NaN in every hidden row, 20 repeats bit for bit, times in a graph.
 //
 // nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o attention attention.cu
-// ./attention [check] [time] [prefill]    `prefill`: times of that alone; BATCH=64: that batch alone
+// ./attention [check] [time] [prefill]; `prefill` times that alone, BATCH=64 of it that batch alone
 #include "attention_bench.cuh"
 
 #include "../kernels/attention_prefill_sm90.cu"
@@ -19,11 +19,23 @@ struct PrefillVariant {
     const char* name;
     const void* kernel;
     u32 split;
+    bool walks;  // a CTA goes from row tile to row tile
 };
 const PrefillVariant kPrefill[] = {
-    {"split1", (const void*)attention_prefill_sm90_split1, 1},
-    {"split2", (const void*)attention_prefill_sm90_split2, 2},
+    {"split1", (const void*)attention_prefill_sm90_split1, 1, true},
+    {"split2", (const void*)attention_prefill_sm90_split2, 2, false},
 };
+
+Launch wide_launch(const PrefillVariant& x, u32 rows, u32 batch) {
+    static const u32 sms = [] {
+        cudaDeviceProp of;
+        CHECK(cudaGetDeviceProperties(&of, 0));
+        return u32(of.multiProcessorCount);
+    }();
+    const u32 tiles = (rows * 8 + prefill::kRows - 1) / prefill::kRows;
+    const dim3 grid = x.walks ? dim3(std::min(tiles * batch, sms)) : dim3(tiles * x.split, batch);
+    return {x.name, x.kernel, grid, prefill::kThreads, prefill::kSmem, x.split, {}};
+}
 
 struct Prefill {
     u32 batch, rows, cache_rows;
@@ -47,11 +59,9 @@ struct Prefill {
                 2048, rows, cache_rows, cache_rows, rows, 1, rows, 0, 256};
     }
     Launch launch(const PrefillVariant& x) {
-        const u32 tiles = (rows * 8 + 127) / 128;
-        Launch l{x.name, x.kernel, dim3(tiles * x.split, batch), prefill::kThreads, prefill::kSmem,
-                 x.split, {}};
+        Launch l = wide_launch(x, rows, batch);
         l.add(AttentionPrefillParams{out.at, lengths.at, rows, rows, rows, cache_rows, 256,
-                                     rows, 0, 0});
+                                     rows, 0, 0, batch, 0});
         l.add(map_rows(q.at, u64(batch) * rows * 8, prefill::kRows));
         l.add(map_rows(k.at, u64(batch) * cache_rows, prefill::kKeys));
         l.add(map_rows(v.at, u64(batch) * cache_rows, prefill::kKeys));
@@ -92,10 +102,10 @@ struct SuffixVariant {
     const void* kernel;
     u32 tiles, cluster;  // 16-row tiles of a CTA, CTAs that share the keys
 };
-// The prefill's kernel, its split.
+// The prefill's kernel.
 const PrefillVariant kWide[] = {
-    {"wide1", (const void*)attention_batch_sm90_split1, 1},
-    {"wide2", (const void*)attention_batch_sm90_split2, 2},
+    {"wide1", (const void*)attention_batch_sm90_split1, 1, false},
+    {"wide2", (const void*)attention_batch_sm90_split2, 2, false},
 };
 const SuffixVariant kSuffix[] = {
     {"r16_c8", (const void*)attention_suffix_r16_c8, 1, 8},
@@ -140,11 +150,9 @@ struct Suffix {
         return l;
     }
     Launch launch(const PrefillVariant& x) {
-        const u32 tiles = (h * 8 + 127) / 128;
-        Launch l{x.name, x.kernel, dim3(tiles * x.split, batch), prefill::kThreads, prefill::kSmem,
-                 x.split, {}};
+        Launch l = wide_launch(x, h, batch);
         l.add(AttentionPrefillParams{out.at, lengths.at, h, h, h, cache_rows, 256, rows, h + extra,
-                                     state});
+                                     state, batch, 0});
         l.add(map_rows(q.at, u64(batch) * h * 8, prefill::kRows));
         l.add(map_rows(k.at, u64(batch) * cache_rows, prefill::kKeys));
         l.add(map_rows(v.at, u64(batch) * cache_rows, prefill::kKeys));

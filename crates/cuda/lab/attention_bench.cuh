@@ -161,46 +161,52 @@ double now() {  // seconds
         .count();
 }
 
-/// The first GPU's energy and clock; zeros without NVML.
+/// The first GPU's energy; zero without NVML.
 struct Nvml {
     void* device = nullptr;
     int (*total)(void*, unsigned long long*);
-    int (*clock_of)(void*, int, unsigned*);
     Nvml() {
         void* nvml = dlopen("libnvidia-ml.so.1", RTLD_NOW);
         if (nvml == nullptr) return;
         const auto init = (int (*)())dlsym(nvml, "nvmlInit_v2");
         const auto handle = (int (*)(unsigned, void**))dlsym(nvml, "nvmlDeviceGetHandleByIndex_v2");
         total = (decltype(total))dlsym(nvml, "nvmlDeviceGetTotalEnergyConsumption");
-        clock_of = (decltype(clock_of))dlsym(nvml, "nvmlDeviceGetClockInfo");
         if (init() != 0 || handle(0, &device) != 0) device = nullptr;
     }
     double joules() {
         unsigned long long millijoules = 0;
         return device && total(device, &millijoules) == 0 ? millijoules * 1e-3 : 0;
     }
-    unsigned clock_mhz() {  // of the multiprocessors
-        unsigned mhz = 0;
-        return device && clock_of(device, 1, &mhz) == 0 ? mhz : 0;
-    }
 };
+
+/// The clock of multiprocessor 0.
+__global__ void read_clock(long long* at) {
+    u32 sm;
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
+    if (sm == 0) *at = clock64();
+}
 
 /// Milliseconds of a graph replayed for `seconds` without a pause, the mean of the second half.
 double sustained(cudaGraphExec_t graph, double seconds) {
     static Nvml nvml;
+    Buffer<long long> clocks(2);
     const double begin = now();
     double half = 0, joules = 0;
-    unsigned mhz = 0;
     long replays = 0;
     for (double t = 0; t < seconds; t = now() - begin) {
-        if (half == 0 && t > seconds / 2) half = now(), joules = nvml.joules(), replays = 0;
+        if (half == 0 && t > seconds / 2) {
+            half = now(), joules = nvml.joules(), replays = 0;
+            read_clock<<<1024, 32, 0, stream>>>(clocks.at);
+        }
         for (int i = 0; i < 4; ++i) CHECK(cudaGraphLaunch(graph, stream));
-        if (half != 0) mhz = nvml.clock_mhz();
         CHECK(cudaStreamSynchronize(stream));
         replays += 4;
     }
     const double took = now() - half;
-    printf(" [%.0f W, %u MHz]", (nvml.joules() - joules) / took, mhz);
+    read_clock<<<1024, 32, 0, stream>>>(clocks.at + 1);
+    CHECK(cudaStreamSynchronize(stream));
+    const auto at = clocks.host();
+    printf(" [%.0f W, %.0f MHz]", (nvml.joules() - joules) / took, (at[1] - at[0]) / took * 1e-6);
     return took * 1e3 / replays;
 }
 
