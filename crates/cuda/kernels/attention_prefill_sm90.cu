@@ -16,7 +16,8 @@
 // |       | output columns and gathers the others' partial sums through distributed smem |
 // | threads | 384 (setmaxnreg: consumers 240 registers, producer 24) |
 // | dynamic smem | 230,400 bytes |
-// | grid | (tiles · SPLIT, batch), tiles = ceil(8 · rows / 128) |
+// | grid | (tiles · SPLIT, batch), tiles = ceil(8 · rows / 128); `prefill_split1`: any number of |
+// |      | CTAs, CTA c takes row tiles c, c + grid, … of tiles · batch, sample after sample |
 // | cluster | (SPLIT, 1, 1), launch attribute |
 // | maps | q [batch·q_stride·8, 256] box [128 rows, 64]; k, v [batch·cache_rows, 256] box |
 // |      | [80, 64]; bf16, 128-byte swizzle, no interleave, out of bounds reads as zero |
@@ -24,15 +25,28 @@
 // Query rows at or past the prefix length get zeros. K/V rows past it may hold anything, NaN too.
 // Bit-stable: no atomics, partial sums are combined in the order of their rank.
 // `lengths` is read before the dependency wait: it must be written before the graph starts.
-// Limit at P = 788: 5.1 GFLOP, 6.4 µs at 800 TFLOP/s. Measured 2026-11-22, H200, nvcc 13.0, in a
-// graph of dependent launches: split2 14.1-14.4 µs (45 % of the limit), 968 18.9, 524 12.8;
-// B = 2 split1 24.9, B = 8 97-98 either way, B = 32 split1 333. Use split2 at B = 1, else split1.
+// Limit at P = 788: 5.1 GFLOP a sample, 6.4 µs at 800 TFLOP/s, 412 for 64. Measured 2026-11-26,
+// H200, nvcc 13.0, in a graph of dependent launches, µs, before -> now: B = 1 split2 14.1 -> 13.8,
+// 968 19.1 -> 17.5, 524 12.8 -> 12.3; split1 B = 2 25.0 -> 20.7, B = 8 98.8 -> 78.9, B = 32 340 ->
+// 290, B = 64 665 -> 557 (584 TFLOP/s), and replayed for a second, at the power limit, 700 at 1.51
+// GHz -> 592 at 1.33: a quarter fewer clocks, 15 % less time. Use split2 at B = 1, else split1.
+// Where B = 64 lost it, by stamps of the clock (50,800 a row tile, 25,600 of them products):
+// - a division for each output, 7,900: two a thread now, 653 -> 577;
+// - the assembler's wait for the sums, before the softmax instead of after it: -> 569;
+// - a CTA's begin, Q's way, the gap to the next CTA, 3,100: by walking -> 559, at the power limit
+//   615 -> 592, 6 % fewer clocks (predicted 13).
+// Of the rest no cause is large: without K's and V's copies it would be 525 at the power limit,
+// without scaling the sums 570.
 // `batch` (H200, 2026-11-26): 64 samples of 80 rows and 799 keys are 128 CTAs with the work of one
 // of the prefill's each: the loop's attention of B = 64 took 76 µs by attention_suffix.cu, where 80
 // rows share every key they read. The whole loop 30.9 -> 21.0 ms (predicted 20), B = 32 20.5 ->
 // 16.2, B = 8 and 16 at h = 50 21.2 -> 17.5 and 34.9 -> 24. From 24 row tiles on.
-// Tried and dropped: K/V multicast over two row tiles (slower), split 4 (two waves), a maximum that
-// lags by up to 2^8 (0.3 µs faster, a quarter more error).
+// Tried and dropped: split 4 (two waves), a maximum that lags by up to 2^8 (0.3 µs faster, a
+// quarter more error). At B = 64: K/V multicast to the row tiles of a cluster of two (555, at the
+// power limit 577, predicted 570; no faster at B = 2 and 8); products of O asked for one by one
+// between parts of the softmax, sums scaled under S (590, predicted 480: a warp waits to ask, and
+// the assembler moves the rest); no turns (600), turns for S alone (565); sums scaled for half of
+// the rows, barriers looked at ahead, Q waited for at once (0 to 1 %).
 #include "attention_ptx.cuh"
 
 /// Parameters of every attention_prefill_sm90_* kernel.
