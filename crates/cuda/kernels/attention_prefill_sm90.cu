@@ -16,7 +16,8 @@
 // |       | output columns and gathers the others' partial sums through distributed smem |
 // | threads | 384 (setmaxnreg: consumers 240 registers, producer 24) |
 // | dynamic smem | 230,400 bytes |
-// | grid | (tiles · SPLIT, batch), tiles = ceil(8 · rows / 128) |
+// | grid | (tiles · SPLIT, batch), tiles = ceil(8 · rows / 128); `prefill_split1`: any number of |
+// |      | CTAs, CTA c takes row tiles c, c + grid, … of tiles · batch, sample after sample |
 // | cluster | (SPLIT, 1, 1), launch attribute |
 // | maps | q [batch·q_stride·8, 256] box [128 rows, 64]; k, v [batch·cache_rows, 256] box |
 // |      | [80, 64]; bf16, 128-byte swizzle, no interleave, out of bounds reads as zero |
@@ -24,15 +25,28 @@
 // Query rows at or past the prefix length get zeros. K/V rows past it may hold anything, NaN too.
 // Bit-stable: no atomics, partial sums are combined in the order of their rank.
 // `lengths` is read before the dependency wait: it must be written before the graph starts.
-// Limit at P = 788: 5.1 GFLOP, 6.4 µs at 800 TFLOP/s. Measured 2026-11-22, H200, nvcc 13.0, in a
-// graph of dependent launches: split2 14.1-14.4 µs (45 % of the limit), 968 18.9, 524 12.8;
-// B = 2 split1 24.9, B = 8 97-98 either way, B = 32 split1 333. Use split2 at B = 1, else split1.
+// Limit at P = 788: 5.1 GFLOP a sample, 6.4 µs at 800 TFLOP/s, 412 for 64. Measured 2026-11-26,
+// H200, nvcc 13.0, in a graph of dependent launches, µs, before -> now: B = 1 split2 14.1 -> 13.8,
+// 968 19.1 -> 17.5, 524 12.8 -> 12.3; split1 B = 2 25.0 -> 20.7, B = 8 98.8 -> 78.9, B = 32 340 ->
+// 290, B = 64 665 -> 557 (584 TFLOP/s), and replayed for a second, at the power limit, 700 at 1.51
+// GHz -> 592 at 1.33: a quarter fewer clocks, 15 % less time. Use split2 at B = 1, else split1.
+// Where B = 64 lost it, by stamps of the clock (50,800 a row tile, 25,600 of them products):
+// - a division for each output, 7,900: two a thread now, 653 -> 577;
+// - the assembler's wait for the sums, before the softmax instead of after it: -> 569;
+// - a CTA's begin, Q's way, the gap to the next CTA, 3,100: by walking -> 559, at the power limit
+//   615 -> 592, 6 % fewer clocks (predicted 13).
+// Of the rest no cause is large: without K's and V's copies it would be 525 at the power limit,
+// without scaling the sums 570.
 // `batch` (H200, 2026-11-26): 64 samples of 80 rows and 799 keys are 128 CTAs with the work of one
 // of the prefill's each: the loop's attention of B = 64 took 76 µs by attention_suffix.cu, where 80
 // rows share every key they read. The whole loop 30.9 -> 21.0 ms (predicted 20), B = 32 20.5 ->
 // 16.2, B = 8 and 16 at h = 50 21.2 -> 17.5 and 34.9 -> 24. From 24 row tiles on.
-// Tried and dropped: K/V multicast over two row tiles (slower), split 4 (two waves), a maximum that
-// lags by up to 2^8 (0.3 µs faster, a quarter more error).
+// Tried and dropped: split 4 (two waves), a maximum that lags by up to 2^8 (0.3 µs faster, a
+// quarter more error). At B = 64: K/V multicast to the row tiles of a cluster of two (555, at the
+// power limit 577, predicted 570; no faster at B = 2 and 8); products of O asked for one by one
+// between parts of the softmax, sums scaled under S (590, predicted 480: a warp waits to ask, and
+// the assembler moves the rest); no turns (600), turns for S alone (565); sums scaled for half of
+// the rows, barriers looked at ahead, Q waited for at once (0 to 1 %).
 #include "attention_ptx.cuh"
 
 /// Parameters of every attention_prefill_sm90_* kernel.
@@ -47,8 +61,10 @@ struct AttentionPrefillParams {
     u32 prefix_rows;     ///< prefix slots: cache row of the first suffix key
     u32 suffix_keys;     ///< suffix: keys behind the prefix slots
     u32 state_row;       ///< suffix: 1: query row 0 sees no suffix key but the first
+    u32 samples;         ///< batch
+    u32 reserved;        ///< 0
 };
-static_assert(sizeof(AttentionPrefillParams) == 48, "shared with the host");
+static_assert(sizeof(AttentionPrefillParams) == 56, "shared with the host");
 
 namespace prefill {
 
@@ -60,7 +76,7 @@ constexpr u32 kSmem = kBarriers + 1024;
 static_assert(kSmem == 230400, "the host asks for this much");
 constexpr u32 kConsumers = 256, kThreads = kConsumers + 128;
 constexpr u32 kExchangeStats = 65536;  // past the exchanged partial sums
-constexpr u32 kGather = 96;            // the barrier that counts them, after `Barriers`
+constexpr u32 kGather = 96;            // the barrier that counts them, among `Barriers`
 
 /// Shared-memory addresses of the barriers.
 struct Barriers {
@@ -70,6 +86,7 @@ struct Barriers {
     __device__ u32 k_empty(u32 s) const { return base + 48 + 8 * s; }
     __device__ u32 v_full(u32 s) const { return base + 64 + 8 * s; }
     __device__ u32 v_empty(u32 s) const { return base + 80 + 8 * s; }
+    __device__ u32 q_empty() const { return base + 104; }
 };
 
 /// Key tiles of a sample: those of the prefix, then those of the suffix, which follow the prefix
@@ -79,6 +96,7 @@ struct KeyTiles {
     __device__ KeyTiles(u32 prefix, u32 suffix, u32 prefix_rows)
         : first(prefix == prefix_rows ? prefix + suffix : prefix),
           second(prefix == prefix_rows ? 0 : suffix), second_row(prefix_rows) {}
+    KeyTiles() = default;
     __device__ u32 of_first() const { return (first + kKeys - 1) / kKeys; }
     __device__ u32 count() const { return of_first() + (second + kKeys - 1) / kKeys; }
     __device__ u32 row(u32 tile) const {
@@ -100,26 +118,40 @@ __device__ __forceinline__ void load_tile(u32 to, const AttentionTensorMap* map,
     for (int c = 0; c < 4; ++c) ptx::tma_load(to + c * kTileBlock, map, bar, c * 64, row);
 }
 
-/// The producer: Q with the first K tile in four slices of 64 columns, so that the first scores
-/// start after a quarter of it, then V and K tiles in the order the consumers need them.
+/// What went through the barriers before: K tiles (as many of V), and Q tiles. Tile n has slot
+/// n & 1, and its barriers complete their phase n >> 1.
+struct Passed {
+    u32 keys, queries;
+};
+
+/// The producer of one row tile: Q with the first K tile in four slices of 64 columns, so that the
+/// first scores start after a quarter of it, then V and K tiles in the order of their use.
 __device__ void produce(u32 smem, Barriers bars, const AttentionTensorMap* q_map,
                         const AttentionTensorMap* k_map, const AttentionTensorMap* v_map,
-                        int q_row, int key_row, KeyTiles keys, u32 begin, u32 blocks) {
-    for (u32 c = 0; c < 4 && blocks > 0; ++c) {
+                        int q_row, int key_row, KeyTiles keys, u32 begin, u32 blocks,
+                        Passed passed) {
+    const auto wait_empty = [](u32 bar, u32 n) {
+        if (n >= 2) ptx::barrier_wait(bar, (n >> 1 & 1) ^ 1);
+    };
+    u32 n = passed.keys, to = smem + kK + (n & 1) * kTileBytes;
+    wait_empty(bars.k_empty(n & 1), n);
+    ptx::barrier_arrive(bars.k_full(n & 1));  // for its phase: the four below are waited for
+    if (passed.queries > 0) ptx::barrier_wait(bars.q_empty(), (passed.queries & 1) ^ 1);
+    for (u32 c = 0; c < 4; ++c) {
         ptx::barrier_expect(bars.start(c), kQBlock + kTileBlock);
         ptx::tma_load(smem + c * kQBlock, q_map, bars.start(c), c * 64, q_row);
-        ptx::tma_load(smem + kK + c * kTileBlock, k_map, bars.start(c), c * 64,
+        ptx::tma_load(to + c * kTileBlock, k_map, bars.start(c), c * 64,
                       key_row + keys.row(begin));
     }
-    for (u32 i = 0; i < blocks; ++i) {
+    for (u32 i = 0; i < blocks; ++i, ++n) {
         if (i + 1 < blocks) {
-            const u32 s = (i + 1) & 1;
-            ptx::barrier_wait(bars.k_empty(s), (((i + 1) >> 1) & 1) ^ 1);
+            const u32 s = (n + 1) & 1;
+            wait_empty(bars.k_empty(s), n + 1);
             load_tile(smem + kK + s * kTileBytes, k_map, bars.k_full(s),
                       key_row + keys.row(begin + i + 1));
         }
-        const u32 s = i & 1;
-        ptx::barrier_wait(bars.v_empty(s), ((i >> 1) & 1) ^ 1);
+        const u32 s = n & 1;
+        wait_empty(bars.v_empty(s), n);
         load_tile(smem + kV + s * kTileBytes, v_map, bars.v_full(s),
                   key_row + keys.row(begin + i));
     }
@@ -144,7 +176,7 @@ __device__ __forceinline__ void turn_end(u32 group) {
 
 /// s = Q·Kᵀ, waiting slice by slice when the tile is the first.
 template <bool FIRST>
-__device__ __forceinline__ void scores(float (&s)[40], u32 q, u32 k, Barriers bars) {
+__device__ __forceinline__ void scores(float (&s)[40], u32 q, u32 k, Barriers bars, u32 parity) {
     ptx::wgmma_touch(s);
     ptx::wgmma_fence();
     const u64 a = ptx::wgmma_descriptor(q, 16, 1024, ptx::kSwizzle128);
@@ -152,7 +184,7 @@ __device__ __forceinline__ void scores(float (&s)[40], u32 q, u32 k, Barriers ba
 #pragma unroll
     for (u32 i = 0; i < kDim / 16; ++i) {
         if (FIRST && i % 4 == 0) {
-            ptx::barrier_wait(bars.start(i / 4), 0);
+            ptx::barrier_wait(bars.start(i / 4), parity);
             ptx::wgmma_fence();
         }
         ptx::wgmma_ss(s, a + ((i / 4 * kQBlock + i % 4 * 32) >> 4),
@@ -161,13 +193,14 @@ __device__ __forceinline__ void scores(float (&s)[40], u32 q, u32 k, Barriers ba
     ptx::wgmma_commit();
 }
 
-__device__ __forceinline__ void values(float (&o)[128], const u32 (&p)[20], u32 v) {
+/// o += P·V; of the first key tile o = P·V.
+__device__ __forceinline__ void values(float (&o)[128], const u32 (&p)[20], u32 v, bool first) {
     ptx::wgmma_touch(o);
     ptx::wgmma_fence();
     const u64 b = ptx::wgmma_descriptor(v, kTileBlock, 1024, ptx::kSwizzle128);
 #pragma unroll
     for (u32 i = 0; i < kKeys / 16; ++i)
-        ptx::wgmma_rs(o, p + 4 * i, b + (i * 2048 >> 4), 1);
+        ptx::wgmma_rs(o, p + 4 * i, b + (i * 2048 >> 4), !first || i > 0);
     ptx::wgmma_commit();
 }
 
@@ -226,69 +259,83 @@ __device__ __forceinline__ void zero_rows(u32 v, u32 valid, u32 group) {
     ptx::named_barrier(1 + group, 128);
 }
 
+/// What a CTA computes of one row tile.
+struct Share {
+    u16* out;                 // the sample's first row
+    u32 rows, real;           // M rows of a sample, those before the prefix length
+    u32 sample, tile;         // row tile of the sample
+    u32 begin, blocks;        // first key tile, key tiles
+    KeyTiles keys;
+    bool idle;                // nothing but rows past the prefix: zeros
+};
+
 /// All keys of this CTA for 64 rows: o and rows hold the partial result. SUFFIX: tiles in the
 /// middle may be short, and the first 8 rows a state token's (`state`: this warp has them).
 template <int SPLIT, bool SUFFIX>
 __device__ __forceinline__ void consume(float (&o)[128], Rows& rows, u32 smem, Barriers bars,
-                                        u32 group, u32 begin, u32 blocks, KeyTiles keys,
-                                        bool state) {
-    const u32 last_valid = blocks > 0 ? keys.valid(begin + blocks - 1) : kKeys;
+                                        u32 group, const Share& share, Passed passed, bool state) {
+    const u32 begin = share.begin, blocks = share.blocks;
+    const KeyTiles& keys = share.keys;
+    const u32 last_valid = keys.valid(begin + blocks - 1);
     const auto valid = [&](u32 i) {
         return SUFFIX ? keys.valid(begin + i) : i + 1 == blocks ? last_valid : kKeys;
     };
     const u32 q = smem + group * 64 * 128;
     float s[40], scale[2];
-    u32 p[20];
-    if (blocks == 0) {
-        if (SPLIT > 1) ptx::cluster_arrive();
-        return;
-    }
-    if (group == 1) turn_end(1);
-    turn_begin(group);
-    scores<true>(s, q, smem + kK, bars);
-    turn_end(group);
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_touch(s);
-    release(bars.k_empty(0));
-    if (SUFFIX && state) hide_suffix(s, keys.row(begin), keys.second_row);
-    soften(s, rows, scale, valid(0));
-    pack(p, s);
-    for (u32 i = 1; i < blocks; ++i) {
-        const u32 slot = i & 1, before = slot ^ 1;
-        turn_begin(group);
-        // the first use of slot 0 went through the start barriers
-        ptx::barrier_wait(bars.k_full(slot), (i >> 1 & 1) ^ before);
-        scores<false>(s, q, smem + kK + slot * kTileBytes, bars);
-        ptx::barrier_wait(bars.v_full(before), (i - 1) >> 1 & 1);
-        if (SUFFIX && valid(i - 1) < kKeys)
-            zero_rows(smem + kV + before * kTileBytes, valid(i - 1), group);
-        values(o, p, smem + kV + before * kTileBytes);
-        turn_end(group);
-        ptx::wgmma_wait<1>();
+    u32 p[20], n = passed.keys;  // of key tile i
+    // The scores of key tile i are there.
+    const auto scored = [&](u32 i) {
         ptx::wgmma_touch(s);
-        release(bars.k_empty(slot));
+        release(bars.k_empty(n & 1));
+        if (i + 1 == blocks) release(bars.q_empty());
         if (SUFFIX && state) hide_suffix(s, keys.row(begin + i), keys.second_row);
         soften(s, rows, scale, valid(i));
-        ptx::wgmma_wait<0>();
+    };
+    // The products of key tile i, the m-th that went through the barriers, are there.
+    const auto added = [&](u32 m) {
         ptx::wgmma_touch(o);
-        release(bars.v_empty(before));
+        release(bars.v_empty(m & 1));
+    };
+    turn_begin(group);
+    scores<true>(s, q, smem + kK + (n & 1) * kTileBytes, bars, passed.queries & 1);
+    turn_end(group);
+    ptx::wgmma_wait<0>();
+    scored(0);
+    pack(p, s);
+    for (u32 i = 1; i < blocks; ++i) {
+        const u32 m = n++, v = smem + kV + (m & 1) * kTileBytes;  // m: of the tile before
+        turn_begin(group);
+        ptx::barrier_wait(bars.k_full(n & 1), n >> 1 & 1);
+        scores<false>(s, q, smem + kK + (n & 1) * kTileBytes, bars, 0);
+        ptx::barrier_wait(bars.v_full(m & 1), m >> 1 & 1);
+        if (SUFFIX && valid(i - 1) < kKeys) zero_rows(v, valid(i - 1), group);
+        values(o, p, v, i == 1);
+        turn_end(group);
+        ptx::wgmma_wait<1>();
+        scored(i);
+        ptx::wgmma_touch(s);
+        // A wait in each branch: the assembler moves one wait up to the start of its basic block,
+        // before the softmax that is to run under the products.
         if (__any_sync(~0u, scale[0] != 1.f || scale[1] != 1.f)) {
+            asm volatile("wgmma.wait_group.sync.aligned 0;  // to scale" ::: "memory");
+            added(m);
 #pragma unroll
             for (u32 j = 0; j < 128; ++j) o[j] *= scale[(j >> 1) & 1];
+        } else {
+            asm volatile("wgmma.wait_group.sync.aligned 0;  // to keep" ::: "memory");
+            added(m);
         }
         pack(p, s);
     }
     if (SPLIT > 1) ptx::cluster_arrive();  // Q and K are read: the peer may put its sums there
-    const u32 slot = (blocks - 1) & 1, v = smem + kV + slot * kTileBytes;
-    turn_begin(group);
-    ptx::barrier_wait(bars.v_full(slot), (blocks - 1) >> 1 & 1);
+    const u32 v = smem + kV + (n & 1) * kTileBytes;
+    ptx::barrier_wait(bars.v_full(n & 1), n >> 1 & 1);
     if (last_valid < kKeys) zero_rows(v, last_valid, group);
-    values(o, p, v);
-    if (group == 0) turn_end(group);
-    ptx::wgmma_wait<0>();
-    ptx::wgmma_touch(o);
+    values(o, p, v, blocks == 1);
 #pragma unroll
     for (u32 r = 0; r < 2; ++r) rows.sum[r] = ptx::quad_sum(rows.sum[r]);
+    ptx::wgmma_wait<0>();
+    added(n);
 }
 
 /// Gathers the SPLIT partial results; `mine` = the normalised columns this CTA owns.
@@ -380,19 +427,10 @@ __device__ __forceinline__ void store(const float (&x)[COUNT], u16* out, u32 row
     }
 }
 
-/// What a CTA computes.
-struct Share {
-    u16* out;                 // the sample's first row
-    u32 rows, real;           // M rows of a sample, those before the prefix length
-    u32 tile, begin, blocks;  // row tile, first key tile, key tiles
-    KeyTiles keys;
-    bool state;  // the first 8 rows are a state token's
-    bool idle;   // nothing but zeros to write
-};
-
-/// A consumer warpgroup from the barriers to the stores.
+/// A consumer warpgroup from the barriers of a row tile to its stores.
 template <int SPLIT, bool SUFFIX>
-__device__ __forceinline__ void work(const u8* smem, Barriers bars, const Share& share, u32 part) {
+__device__ __forceinline__ void work(const u8* smem, Barriers bars, const Share& share, u32 part,
+                                     Passed passed, bool state) {
     float mine[128 / SPLIT];
     if (share.idle) {
 #pragma unroll
@@ -402,21 +440,50 @@ __device__ __forceinline__ void work(const u8* smem, Barriers bars, const Share&
 #pragma unroll
         for (u32 j = 0; j < 128; ++j) o[j] = 0.f;
         Rows rows = {{-ptx::infinity(), -ptx::infinity()}, {0.f, 0.f}};
-        const bool state = SUFFIX && share.state && share.tile == 0 && threadIdx.x < 32;
-        consume<SPLIT, SUFFIX>(o, rows, ptx::smem_address(smem), bars, threadIdx.x / 128,
-                               share.begin, share.blocks, share.keys, state);
+        if (share.blocks > 0)
+            consume<SPLIT, SUFFIX>(o, rows, ptx::smem_address(smem), bars,
+                                         threadIdx.x / 128, share, passed,
+                                         state && share.tile == 0 && threadIdx.x < 32);
+        else if (SPLIT > 1)
+            ptx::cluster_arrive();
         if constexpr (SPLIT > 1) {
             combine<SPLIT>(mine, o, rows, smem, part);
         } else {
+            const float inverse[2] = {1.f / rows.sum[0], 1.f / rows.sum[1]};
 #pragma unroll
-            for (u32 j = 0; j < 128; ++j) mine[j] = o[j] / rows.sum[(j >> 1) & 1];
+            for (u32 j = 0; j < 128; ++j) mine[j] = o[j] * inverse[(j >> 1) & 1];
         }
     }
     const u32 row = share.tile * kRows + threadIdx.x / 32 * 16 + (threadIdx.x & 31) / 4;
     store(mine, share.out, row, share.rows, share.real, part * (kDim / SPLIT));
 }
 
+/// Prefix keys of a sample.
+__device__ __forceinline__ u32 prefix_of(const AttentionPrefillParams& params, u32 sample) {
+    const u32 want = params.lengths[2 * sample] * params.image_tokens +
+                     params.lengths[2 * sample + 1];
+    return min(want, min(params.prefix_rows, params.cache_rows));
+}
+
+/// What part `part` of the keys of a row tile of a sample is.
 template <int SPLIT, bool SUFFIX>
+__device__ __forceinline__ Share share_of(const AttentionPrefillParams& params, u32 sample,
+                                          u32 tile, u32 part, u32 prefix) {
+    Share share;
+    share.rows = params.rows * kHeads;
+    share.real = SUFFIX ? share.rows : prefix * kHeads;
+    share.out = params.out + static_cast<u64>(sample) * params.out_stride * kHeads * kDim;
+    share.sample = sample;
+    share.tile = tile;
+    share.idle = tile * kRows >= share.real;
+    share.keys = KeyTiles(prefix, SUFFIX ? params.suffix_keys : 0, params.prefix_rows);
+    const u32 all = share.keys.count();
+    share.begin = all * part / SPLIT;
+    share.blocks = share.idle ? 0 : all * (part + 1) / SPLIT - share.begin;
+    return share;
+}
+
+template <int SPLIT, bool SUFFIX, bool WALK>
 __device__ __forceinline__ void run(const AttentionPrefillParams& params,
                                     const AttentionTensorMap* q_map,
                                     const AttentionTensorMap* k_map,
@@ -424,7 +491,6 @@ __device__ __forceinline__ void run(const AttentionPrefillParams& params,
     extern __shared__ __align__(1024) u8 smem[];
     const u32 base = ptx::smem_address(smem);
     const u32 part = SPLIT > 1 ? ptx::cluster_rank() : 0;
-    const u32 tile = blockIdx.x / SPLIT, sample = blockIdx.y;
     const Barriers bars{base + kBarriers};
     ptx::griddep_launch();
     if (threadIdx.x == 0) {
@@ -435,6 +501,7 @@ __device__ __forceinline__ void run(const AttentionPrefillParams& params,
             ptx::barrier_init(bars.k_empty(s), 8);
             ptx::barrier_init(bars.v_empty(s), 8);
         }
+        ptx::barrier_init(bars.q_empty(), 8);
         ptx::barrier_init(bars.base + kGather, 1);
         ptx::barrier_init_done();
         ptx::barrier_expect(bars.base + kGather, (SPLIT - 1) * kConsumers * (512 / SPLIT + 16));
@@ -443,48 +510,69 @@ __device__ __forceinline__ void run(const AttentionPrefillParams& params,
         ptx::tma_prefetch(k_map);
         ptx::tma_prefetch(v_map);
     }
-    const u32 want = params.lengths[2 * sample] * params.image_tokens +
-                     params.lengths[2 * sample + 1];
-    const u32 len = min(want, min(params.prefix_rows, params.cache_rows));
-    const u32 rows = params.rows * kHeads, real = SUFFIX ? rows : len * kHeads;
-    u16* out = params.out + static_cast<u64>(sample) * params.out_stride * kHeads * kDim;
-    const bool idle = tile * kRows >= real;  // nothing but rows past the prefix
-    const KeyTiles keys(len, SUFFIX ? params.suffix_keys : 0, params.prefix_rows);
-    const u32 all = keys.count();
-    const u32 begin = all * part / SPLIT, end = all * (part + 1) / SPLIT;
-    const u32 blocks = idle ? 0 : end - begin;
+    const u32 tiles = (params.rows * kHeads + kRows - 1) / kRows;
+    const u32 sample = WALK ? blockIdx.x / tiles : blockIdx.y;
+    u32 prefix = prefix_of(params, sample);
+    const Share first = share_of<SPLIT, SUFFIX>(
+        params, sample, WALK ? blockIdx.x % tiles : blockIdx.x / SPLIT, part, prefix);
+    Passed passed = {0, 0};
+    // Calls f for each row tile of this CTA.
+    const auto each = [&](auto f) {
+        if constexpr (!WALK) {
+            f(first);
+        } else {
+            const u32 all = tiles * params.samples;
+            for (u32 t = blockIdx.x; t < all; t += gridDim.x) {
+                const Share share = share_of<SPLIT, SUFFIX>(params, t / tiles, t % tiles, part,
+                                                            prefix);
+                if (t + gridDim.x < all) prefix = prefix_of(params, (t + gridDim.x) / tiles);
+                f(share);
+                passed.keys += share.blocks;
+                passed.queries += share.blocks > 0;
+            }
+        }
+    };
     __syncthreads();
     ptx::griddep_wait();
     if (threadIdx.x >= kConsumers) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x == kConsumers)
-            produce(base, bars, q_map, k_map, v_map,
-                    sample * params.q_stride * kHeads + tile * kRows,
-                    sample * params.cache_rows, keys, begin, blocks);
+            each([&](const Share& share) {
+                if (share.blocks > 0)
+                    produce(base, bars, q_map, k_map, v_map,
+                            share.sample * params.q_stride * kHeads + share.tile * kRows,
+                            share.sample * params.cache_rows, share.keys, share.begin,
+                            share.blocks, passed);
+            });
         __syncwarp();
-        if (SPLIT > 1 && !idle) {
+        if (SPLIT > 1 && !first.idle) {
             ptx::cluster_arrive();
             ptx::cluster_wait();
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
-        work<SPLIT, SUFFIX>(smem, bars, {out, rows, real, tile, begin, blocks, keys,
-                                         SUFFIX && params.state_row != 0, idle}, part);
+        const u32 group = threadIdx.x / 128;
+        if (group == 1) turn_end(1);
+        each([&](const Share& share) {
+            work<SPLIT, SUFFIX>(smem, bars, share, part, passed,
+                                SUFFIX && params.state_row != 0);
+        });
+        if (group == 0) turn_begin(0);  // to the other's last end
     }
 }
 
 }  // namespace prefill
 
-#define PIR_PREFILL(name, split, suffix)                                                       \
+#define PIR_PREFILL(name, split, suffix, walk)                                                 \
     extern "C" __global__ void __launch_bounds__(prefill::kThreads, 1)                         \
         name(const __grid_constant__ AttentionPrefillParams params,                            \
              const __grid_constant__ AttentionTensorMap q,                                     \
              const __grid_constant__ AttentionTensorMap k,                                     \
              const __grid_constant__ AttentionTensorMap v) {                                   \
-        prefill::run<split, suffix>(params, &q, &k, &v);                                       \
+        prefill::run<split, suffix, walk>(params, &q, &k, &v);                                 \
     }
 
-PIR_PREFILL(attention_prefill_sm90_split1, 1, false)
-PIR_PREFILL(attention_prefill_sm90_split2, 2, false)
-PIR_PREFILL(attention_batch_sm90_split1, 1, true)
-PIR_PREFILL(attention_batch_sm90_split2, 2, true)
+PIR_PREFILL(attention_prefill_sm90_split1, 1, false, true)
+PIR_PREFILL(attention_prefill_sm90_split2, 2, false, false)
+PIR_PREFILL(attention_batch_sm90_split1, 1, true, false)
+PIR_PREFILL(attention_batch_sm90_split2, 2, true, false)

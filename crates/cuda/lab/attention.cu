@@ -2,7 +2,7 @@
 // references, poisoned outputs, NaN in every hidden row, 20 repeats bit for bit, times in a graph.
 //
 // nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o attention attention.cu
-// ./attention [check] [time]
+// ./attention [check] [time] [prefill]; `prefill` times that alone, BATCH=64 of it that batch alone
 #include "attention_bench.cuh"
 
 #include "../kernels/attention_prefill_sm90.cu"
@@ -19,11 +19,23 @@ struct PrefillVariant {
     const char* name;
     const void* kernel;
     u32 split;
+    bool walks;  // a CTA goes from row tile to row tile
 };
 const PrefillVariant kPrefill[] = {
-    {"split1", (const void*)attention_prefill_sm90_split1, 1},
-    {"split2", (const void*)attention_prefill_sm90_split2, 2},
+    {"split1", (const void*)attention_prefill_sm90_split1, 1, true},
+    {"split2", (const void*)attention_prefill_sm90_split2, 2, false},
 };
+
+Launch wide_launch(const PrefillVariant& x, u32 rows, u32 batch) {
+    static const u32 sms = [] {
+        cudaDeviceProp of;
+        CHECK(cudaGetDeviceProperties(&of, 0));
+        return u32(of.multiProcessorCount);
+    }();
+    const u32 tiles = (rows * 8 + prefill::kRows - 1) / prefill::kRows;
+    const dim3 grid = x.walks ? dim3(std::min(tiles * batch, sms)) : dim3(tiles * x.split, batch);
+    return {x.name, x.kernel, grid, prefill::kThreads, prefill::kSmem, x.split, {}};
+}
 
 struct Prefill {
     u32 batch, rows, cache_rows;
@@ -47,11 +59,9 @@ struct Prefill {
                 2048, rows, cache_rows, cache_rows, rows, 1, rows, 0, 256};
     }
     Launch launch(const PrefillVariant& x) {
-        const u32 tiles = (rows * 8 + 127) / 128;
-        Launch l{x.name, x.kernel, dim3(tiles * x.split, batch), prefill::kThreads, prefill::kSmem,
-                 x.split, {}};
+        Launch l = wide_launch(x, rows, batch);
         l.add(AttentionPrefillParams{out.at, lengths.at, rows, rows, rows, cache_rows, 256,
-                                     rows, 0, 0});
+                                     rows, 0, 0, batch, 0});
         l.add(map_rows(q.at, u64(batch) * rows * 8, prefill::kRows));
         l.add(map_rows(k.at, u64(batch) * cache_rows, prefill::kKeys));
         l.add(map_rows(v.at, u64(batch) * cache_rows, prefill::kKeys));
@@ -72,7 +82,7 @@ void check_prefill(u32 rows, std::vector<u32> lens, bool generic_too) {
         const auto got = p.out.host();
         bool zeros = true;
         for (size_t i = 0; i < got.size(); ++i) zeros &= live(i) || got[i] == 0;
-        const bool same = p.batch > 2 || repeats(l, p.out);
+        const bool same = p.batch > 3 || repeats(l, p.out);
         snprintf(name, sizeof name, "prefill %-11s B %u P %u first len %u%s%s", x.name, p.batch,
                  rows, p.length(0), zeros ? "" : " NOT ZEROED", same ? "" : " NOT STABLE");
         report(name, relative(got, want, live), zeros && same);
@@ -90,7 +100,12 @@ void check_prefill(u32 rows, std::vector<u32> lens, bool generic_too) {
 struct SuffixVariant {
     const char* name;
     const void* kernel;
-    u32 tiles, cluster;
+    u32 tiles, cluster;  // 16-row tiles of a CTA, CTAs that share the keys
+};
+// The prefill's kernel.
+const PrefillVariant kWide[] = {
+    {"wide1", (const void*)attention_batch_sm90_split1, 1, false},
+    {"wide2", (const void*)attention_batch_sm90_split2, 2, false},
 };
 const SuffixVariant kSuffix[] = {
     {"r16_c8", (const void*)attention_suffix_r16_c8, 1, 8},
@@ -130,8 +145,17 @@ struct Suffix {
         const u32 slots = (share(rows) + share(h + extra) + 15) / 16 * 16, m = 16 * x.tiles;
         Launch l{x.name, x.kernel, dim3(x.cluster, (h * 8 + m - 1) / m, batch), suffix::kThreads,
                  suffix_smem(x.tiles, x.cluster, slots), x.cluster, {}};
-        l.add(AttentionSuffixParams{q.at, k.at, v.at, out.at, lengths.at, h, h, h, cache_rows, rows,
-                                    h + extra, 256, slots, state, 1});
+        l.add(AttentionSuffixParams{q.at, k.at, v.at, out.at, lengths.at, h, h, h, 2048, 32,
+                                    cache_rows, rows, h + extra, 256, slots, state, 1});
+        return l;
+    }
+    Launch launch(const PrefillVariant& x) {
+        Launch l = wide_launch(x, h, batch);
+        l.add(AttentionPrefillParams{out.at, lengths.at, h, h, h, cache_rows, 256, rows, h + extra,
+                                     state, batch, 0});
+        l.add(map_rows(q.at, u64(batch) * h * 8, prefill::kRows));
+        l.add(map_rows(k.at, u64(batch) * cache_rows, prefill::kKeys));
+        l.add(map_rows(v.at, u64(batch) * cache_rows, prefill::kKeys));
         return l;
     }
 };
@@ -143,16 +167,17 @@ void check_suffix(u32 rows, u32 h, u32 extra, u32 state, std::vector<u32> lens) 
     double worst = 0;
     bool same = true;
     std::string bad;
-    for (const auto& x : kSuffix) {
+    const auto check = [&](Launch l) {
         s.out.poison();
-        Launch l = s.launch(x);
         l.run();
         const double e = relative(s.out.host(), want, all);
         const bool stable = repeats(l, s.out);
-        if (!(e <= kTolerance) || !stable) bad += std::string(" ") + x.name;
+        if (!(e <= kTolerance) || !stable) bad += " " + l.name;
         worst = std::max(worst, e);
         same &= stable;
-    }
+    };
+    for (const auto& x : kSuffix) check(s.launch(x));
+    for (const auto& x : kWide) check(s.launch(x));
     s.out.poison();
     attention_generic<<<dim3((h + 3) / 4, 8, s.batch), 128, 0, stream>>>(s.shape(s.out.at));
     CHECK(cudaStreamSynchronize(stream));
@@ -283,6 +308,10 @@ void check_dependence() {
         check_dependent("prefill v", p.launch(x), p.v.at, p.v.count, p.out);
     }
     Suffix s(788, 11, 0, 1, {3, 20});
+    for (const auto& x : kWide) {
+        check_dependent("suffix q, wide", s.launch(x), s.q.at, s.q.count, s.out);
+        check_dependent("suffix v, wide", s.launch(x), s.v.at, s.v.count, s.out);
+    }
     for (const auto& x : kSuffix) {
         const size_t n = size_t(s.h) * 256;
         check_dependent("suffix q", s.launch(x), s.q.at, s.q.count, s.out);
@@ -327,15 +356,19 @@ std::vector<u32> same_lengths(u32 batch, u32 cameras, u32 prompt) {
     return x;
 }
 
-void time_all() {
-    printf("\nmicroseconds a launch, chain of 20 with dependent launch in a graph\n");
+void time_vision() {
     for (u32 images : {3, 6, 24, 192}) {
         Vision x(images);
         printf("vision %3u images: %7.2f\n", images, x.launch().microseconds());
     }
-    struct { u32 batch, cameras, prompt; } prefixes[] = {{1, 3, 20}, {1, 3, 200}, {1, 2, 12},
-                                                         {2, 3, 20}, {8, 3, 20}, {32, 3, 20}};
+}
+
+void time_prefill() {
+    struct { u32 batch, cameras, prompt; } prefixes[] = {
+        {1, 3, 20}, {1, 3, 200}, {1, 2, 12}, {2, 3, 20}, {8, 3, 20}, {32, 3, 20}, {64, 3, 20}};
+    const char* only = getenv("BATCH");
     for (auto& s : prefixes) {
+        if (only && s.batch != u32(atoi(only))) continue;
         const u32 rows = s.cameras * 256 + s.prompt;
         Prefill p(rows, same_lengths(s.batch, s.cameras, s.prompt));
         const double flop = 4. * rows * 8 * rows * 256 * s.batch;
@@ -346,6 +379,9 @@ void time_all() {
         }
         printf("\n");
     }
+}
+
+void time_suffix() {
     struct { u32 batch, prompt, h, extra; } suffixes[] = {
         {1, 20, 10, 0}, {1, 20, 10, 1}, {1, 20, 11, 0}, {1, 20, 50, 0}, {1, 20, 50, 1},
         {1, 200, 50, 0}, {2, 20, 10, 1},  {8, 20, 10, 1}, {8, 20, 50, 1}, {64, 20, 10, 1},
@@ -354,6 +390,7 @@ void time_all() {
         Suffix x(768 + s.prompt, s.h, s.extra, 0, same_lengths(s.batch, 3, s.prompt));
         printf("suffix B %2u P %u h %u+%u:", s.batch, 768 + s.prompt, s.h, s.extra);
         for (const auto& v : kSuffix) printf("  %s %.2f", v.name, x.launch(v).microseconds());
+        for (const auto& v : kWide) printf("  %s %.2f", v.name, x.launch(v).microseconds());
         printf("\n");
     }
 }
@@ -369,7 +406,11 @@ int main(int argc, char** argv) {
         return argc == 1;
     };
     if (asked("check")) lab::check_all();
-    if (asked("time")) lab::time_all();
+    if (asked("time") || asked("prefill"))
+        printf("\nmicroseconds a launch, chain of 20 with dependent launch in a graph\n");
+    if (asked("time")) lab::time_vision();
+    if (asked("time") || asked("prefill")) lab::time_prefill();
+    if (asked("time")) lab::time_suffix();
     printf("failures: %d\n", lab::failures);
     return lab::failures != 0;
 }

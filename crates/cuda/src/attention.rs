@@ -44,6 +44,10 @@ pub struct PrefillParams {
     pub suffix_keys: u32,
     /// 1: query row 0 is the state token.
     pub state_row: u32,
+    /// Batch; set by the launch.
+    pub samples: u32,
+    /// 0
+    pub reserved: u32,
 }
 
 /// `AttentionSuffixParams`
@@ -141,7 +145,7 @@ pub struct PatchifyParams {
 }
 
 const _: () = assert!(size_of::<VisionParams>() == 16);
-const _: () = assert!(size_of::<PrefillParams>() == 48);
+const _: () = assert!(size_of::<PrefillParams>() == 56);
 const _: () = assert!(size_of::<SuffixParams>() == 88);
 const _: () = assert!(size_of::<EmbedParams>() == 88);
 const _: () = assert!(size_of::<PatchifyParams>() == 32);
@@ -241,16 +245,19 @@ impl Attention {
         operands: [u64; 3],
         samples: u32,
     ) -> Result<Launch, BackendError> {
-        self.wide(&self.prefill, p, operands, samples)
+        self.wide(&self.prefill, p, operands, samples, true)
     }
 
+    /// `walks`: the CTAs of the kernel with the keys in one part go from row tile to row tile.
     fn wide(
         &self,
         functions: &[Function; 2],
-        p: PrefillParams,
+        mut p: PrefillParams,
         [q, k, v]: [u64; 3],
         samples: u32,
+        walks: bool,
     ) -> Result<Launch, BackendError> {
+        p.samples = samples;
         let map = |address, rows: u32, box_rows| {
             let spec = TensorMapSpec {
                 address,
@@ -270,9 +277,14 @@ impl Attention {
         ];
         let tiles = (8 * p.rows).div_ceil(PREFILL_ROWS);
         // Splitting the keys fills the machine when one sample's rows do not.
-        let split = if tiles * samples <= self.context.properties.sms / 2 { 2 } else { 1 };
+        let sms = self.context.properties.sms;
+        let split = if tiles * samples <= sms / 2 { 2 } else { 1 };
         let function = functions[split as usize - 1].clone();
-        let launch = Launch::new(function, [tiles * split, samples, 1], 384, args);
+        let grid = match split {
+            1 if walks => [sms.min(tiles * samples), 1, 1],
+            _ => [tiles * split, samples, 1],
+        };
+        let launch = Launch::new(function, grid, 384, args);
         let cluster = [split, 1, 1];
         Ok(Launch { shared_bytes: PREFILL_SHARED, cluster, dependent: true, ..launch })
     }
@@ -294,8 +306,9 @@ impl Attention {
                 prefix_rows: p.prefix_rows,
                 suffix_keys: p.suffix_keys,
                 state_row: p.state_row,
+                ..PrefillParams::default()
             };
-            return self.wide(&self.batch, wide, [p.q, p.k, p.v], samples).map(Some);
+            return self.wide(&self.batch, wide, [p.q, p.k, p.v], samples, false).map(Some);
         }
         Ok(self.split(p, rows, samples))
     }

@@ -277,8 +277,7 @@ impl Hopper {
                     cache_rows: op.k.stride as u32,
                     image_tokens,
                     prefix_rows: op.q.count as u32,
-                    suffix_keys: 0,
-                    state_row: 0,
+                    ..PrefillParams::default()
                 };
                 let operands = [address(&op.q), address(&op.k), address(&op.v)];
                 self.attention.prefill(params, operands, groups).map(Some)
