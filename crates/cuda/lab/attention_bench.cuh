@@ -1,13 +1,17 @@
 // What the attention lab stands on: device buffers, random numbers, the FP32 reference,
 // launches with clusters and dependence, graph timing, repeat and late-predecessor checks.
+// SUSTAIN=seconds in the environment: times are taken at the power limit, after half of them.
 #pragma once
 
 #include <cuda.h>
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <string>
@@ -152,6 +156,60 @@ void report(const std::string& name, double error, bool ok = true) {
 
 // ---- launches ----------------------------------------------------------------------------------
 
+double now() {  // seconds
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
+
+/// The first GPU's energy; zero without NVML.
+struct Nvml {
+    void* device = nullptr;
+    int (*total)(void*, unsigned long long*);
+    Nvml() {
+        void* nvml = dlopen("libnvidia-ml.so.1", RTLD_NOW);
+        if (nvml == nullptr) return;
+        const auto init = (int (*)())dlsym(nvml, "nvmlInit_v2");
+        const auto handle = (int (*)(unsigned, void**))dlsym(nvml, "nvmlDeviceGetHandleByIndex_v2");
+        total = (decltype(total))dlsym(nvml, "nvmlDeviceGetTotalEnergyConsumption");
+        if (init() != 0 || handle(0, &device) != 0) device = nullptr;
+    }
+    double joules() {
+        unsigned long long millijoules = 0;
+        return device && total(device, &millijoules) == 0 ? millijoules * 1e-3 : 0;
+    }
+};
+
+/// The clock of multiprocessor 0.
+__global__ void read_clock(long long* at) {
+    u32 sm;
+    asm volatile("mov.u32 %0, %%smid;" : "=r"(sm));
+    if (sm == 0) *at = clock64();
+}
+
+/// Milliseconds of a graph replayed for `seconds` without a pause, the mean of the second half.
+double sustained(cudaGraphExec_t graph, double seconds) {
+    static Nvml nvml;
+    Buffer<long long> clocks(2);
+    const double begin = now();
+    double half = 0, joules = 0;
+    long replays = 0;
+    for (double t = 0; t < seconds; t = now() - begin) {
+        if (half == 0 && t > seconds / 2) {
+            half = now(), joules = nvml.joules(), replays = 0;
+            read_clock<<<1024, 32, 0, stream>>>(clocks.at);
+        }
+        for (int i = 0; i < 4; ++i) CHECK(cudaGraphLaunch(graph, stream));
+        CHECK(cudaStreamSynchronize(stream));
+        replays += 4;
+    }
+    const double took = now() - half;
+    read_clock<<<1024, 32, 0, stream>>>(clocks.at + 1);
+    CHECK(cudaStreamSynchronize(stream));
+    const auto at = clocks.host();
+    printf(" [%.0f W, %.0f MHz]", (nvml.joules() - joules) / took, (at[1] - at[0]) / took * 1e-6);
+    return took * 1e3 / replays;
+}
+
 struct Launch {
     std::string name;
     const void* kernel;
@@ -218,6 +276,8 @@ struct Launch {
             CHECK(cudaEventElapsedTime(&ms, begin, end));
             if (i >= 5) times.push_back(ms);
         }
+        if (const char* seconds = getenv("SUSTAIN"))
+            times.assign(1, sustained(exec, atof(seconds)));
         std::sort(times.begin(), times.end());
         CHECK(cudaGraphExecDestroy(exec));
         CHECK(cudaGraphDestroy(graph));
