@@ -36,14 +36,16 @@
 // Error (relative L2 of the lab) 1.81e-3 and 1.84e-3. `few` fed by cp.async instead of TMA took 9.2
 // at 3 images, two CTAs of 64 queries an SM 10.3.
 //
+// Short runs of 192 images by `many` vary with the card's state: 158, in another call 173.
+//
 // How `many` came about (192 images; predicted, measured). Of a CTA's 8,500 clocks in `few` 3,100
-// are the wait for the first tiles and 800 the stores; its products and exponentials never overlap.
+// are the wait for the first tiles and 800 the stores; its two warpgroups keep the same time, so
+// that both want the tensor cores and both the exponentials at once.
 // - Two CTAs an SM (keys by quarters, 128 registers): 160, 255.
 // - Persistent, key halves one after the other, two warpgroups 197, three 181-233 (predicted 130).
-//   Without loads they took 166 and 146: all warpgroups are in step, and taking turns changed
-//   nothing (184), because the assembler moves the exponentials behind the turn's barrier, among
-//   the products. Three with them held before it: 189; a warpgroup's HGMMAs block it until nearly
-//   done, and three have 160 registers each.
+//   Without loads they took 166 and 146. Taking turns changed nothing (184): the assembler moves
+//   the exponentials behind the turn's barrier, among the products. Three with them held before
+//   it: 189, two 199. A warpgroup waits at its HGMMAs until nearly all are done.
 // - All 256 keys in one softmax, a turn of p·v and the next q·kᵀ: predicted 140, 175 (186
 //   sustained). Stores by a warp of their own and v in two boxes instead of five: 158 (178).
 //   Asking for the next tiles before the softmax: 2 % slower.
