@@ -153,6 +153,12 @@ __device__ __forceinline__ void barrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(bar) : "memory");
 }
 
+/// Several arrivals at once.
+__device__ __forceinline__ void barrier_arrive(u32 bar, u32 times) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(bar), "r"(times) : "memory");
+}
+
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
     u32 done;
     do {
@@ -191,6 +197,23 @@ __device__ __forceinline__ void tma_load(u32 to, const AttentionTensorMap* map, 
         :: "r"(to), "l"(map), "r"(bar), "r"(x), "r"(y), "r"(z) : "memory");
 }
 
+/// A box of shared memory out; what lies outside the tensor is left out.
+__device__ __forceinline__ void tma_store(const AttentionTensorMap* map, u32 from, int x, int y,
+                                          int z) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];"
+                 :: "l"(map), "r"(from), "r"(x), "r"(y), "r"(z) : "memory");
+}
+
+/// Returns when this thread's stores have read shared memory.
+__device__ __forceinline__ void tma_store_read() {
+    asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+/// Returns when this thread's stores, all of them in groups, are written.
+__device__ __forceinline__ void tma_store_done() {
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
 __device__ __forceinline__ void tma_prefetch(const AttentionTensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
 }
@@ -227,6 +250,17 @@ __device__ __forceinline__ void fence_async_proxy() {
 /// A barrier among `threads` threads, `id` 1..15.
 __device__ __forceinline__ void named_barrier(u32 id, u32 threads) {
     asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
+
+/// Four (two) 8 × 8 matrices of 16-bit elements, fragments as mma.sync leaves them; lane i gives
+/// the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void stmatrix_x4(u32 at, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :: "r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+__device__ __forceinline__ void stmatrix_x2(u32 at, u32 a, u32 b) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};"
+                 :: "r"(at), "r"(a), "r"(b) : "memory");
 }
 
 // ---- mma.sync ----------------------------------------------------------------------------------
@@ -352,6 +386,30 @@ __device__ __forceinline__ void wgmma_rs(float (&d)[36], const u32* a, u64 b,
         "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35"
         "}, {%36, %37, %38, %39}, %40, p, 1, 1, 1; }"
         : PIR_F16(d, 0), PIR_F16(d, 16), PIR_F4(d, 32)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
+/// d[64, 64] (+)= A[64, 16] · B[16, 64]: A from registers, B N-major in shared memory. The first 32
+/// of d.
+__device__ __forceinline__ void wgmma_rs_64(float* d, const u32* a, u64 b, u32 accumulate) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+        "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "
+        "%24, %25, %26, %27, %28, %29, %30, %31"
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1; }"
+        : PIR_F16(d, 0), PIR_F16(d, 16)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
+/// The same of 8 columns: the first 4 of d.
+__device__ __forceinline__ void wgmma_rs_8(float* d, const u32* a, u64 b, u32 accumulate) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %9, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3},"
+        " {%4, %5, %6, %7}, %8, p, 1, 1, 1; }"
+        : PIR_F4(d, 0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 

@@ -2,7 +2,8 @@
 // references, poisoned outputs, NaN in every hidden row, 20 repeats bit for bit, times in a graph.
 //
 // nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o attention attention.cu
-// ./attention [check] [time] [prefill]; `prefill` times that alone, BATCH=64 of it that batch alone
+// ./attention [check] [time] [prefill] [vision]: `prefill` times that alone (BATCH=64: of that
+// batch), `vision` checks and times that alone (IMAGES=192: times of so many).
 #include "attention_bench.cuh"
 
 #include "../kernels/attention_prefill_sm90.cu"
@@ -201,15 +202,26 @@ struct Vision {
         return {qkv.at, qkv.at + 1152, qkv.at + 2304, out.at, nullptr, 256, 256, 16, 16, 72, 3456,
                 3456, 3456, 1152, 256, 256, 256, 256, 0, 0, 0, 0};
     }
-    Launch launch() {
+    Launch launch(bool many) {
+        const u32 heads = images * 16;
         Launch l{"vision", (const void*)attention_vision_sm90, dim3(2, 16, images), 256,
                  vision::kSmem, 1, {}};
-        l.add(AttentionVisionParams{out.at, 1.f, 0});
-        const u64 rows = u64(images) * 256;
-        l.add(map_tensor(qkv.at, {72, 48, rows}, {144, 6912}, {64, 1, 128},
-                         CU_TENSOR_MAP_SWIZZLE_128B));
-        l.add(map_tensor(qkv.at, {72, 48, rows}, {144, 6912}, {16, 1, 128},
-                         CU_TENSOR_MAP_SWIZZLE_32B));
+        if (many) {
+            int sms;
+            CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0));
+            l = {"vision, many", (const void*)attention_vision_many_sm90,
+                 dim3(std::min<u32>(sms, heads)), vision_many::kRingThreads,
+                 vision_many::kRingSmem, 1, {}};
+        }
+        l.add(AttentionVisionParams{out.at, 1.f, heads});
+        const auto map = [&](u16* at, u64 slots, u32 cols, u32 rows) {
+            return map_tensor(at, {72, slots, u64(images) * 256}, {144, slots * 144},
+                              {cols, 1, rows},
+                              cols == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_32B);
+        };
+        for (u32 cols : {64, 16}) l.add(map(qkv.at, 48, cols, 128));
+        if (many)
+            for (u32 cols : {64, 16}) l.add(map(out.at, 16, cols, 64));
         return l;
     }
 };
@@ -217,11 +229,13 @@ struct Vision {
 void check_vision(u32 images) {
     Vision x(images);
     const auto want = expected(x.shape(), images, x.out.count);
-    x.out.poison();
-    Launch l = x.launch();
-    l.run();
-    const double e = relative(x.out.host(), want, [](size_t) { return true; });
-    report("vision, images " + std::to_string(images), e, repeats(l, x.out));
+    for (const bool many : {false, true}) {
+        x.out.poison();
+        Launch l = x.launch(many);
+        l.run();
+        const double e = relative(x.out.host(), want, [](size_t) { return true; });
+        report(l.name + ", images " + std::to_string(images), e, repeats(l, x.out));
+    }
     x.out.poison();
     attention_generic<<<dim3(64, 16, images), 128, 0, stream>>>(x.shape());
     CHECK(cudaStreamSynchronize(stream));
@@ -300,8 +314,6 @@ void check_embed(u32 rows, u32 width, u32 parts, std::vector<u32> lens) {
 // ---- dependent launch ---------------------------------------------------------------------------
 
 void check_dependence() {
-    Vision v(3);
-    check_dependent("vision", v.launch(), v.qkv.at, v.qkv.count, v.out);
     Prefill p(788, {3, 20});
     for (const auto& x : kPrefill) {
         check_dependent("prefill q", p.launch(x), p.q.at, p.q.count, p.out);
@@ -325,12 +337,19 @@ void check_dependence() {
 
 // ---- tables ------------------------------------------------------------------------------------
 
+void check_vision() {
+    for (u32 n : {1, 3, 8, 29}) check_vision(n);
+    Vision v(3);
+    for (const bool many : {false, true})
+        check_dependent("vision", v.launch(many), v.qkv.at, v.qkv.count, v.out);
+}
+
 void check_all() {
     check_patchify(3, 224, 14, 640);
     check_patchify(5, 42, 14, 592);
     check_embed(788, 2048, 16, {3, 20});
     check_embed(968, 64, 1, {3, 1, 1, 200, 2, 16});
-    for (u32 n : {1, 3, 8}) check_vision(n);
+    check_vision();
     check_prefill(788, {3, 20}, true);
     check_prefill(968, {3, 200}, false);
     check_prefill(524, {2, 12}, false);
@@ -357,9 +376,13 @@ std::vector<u32> same_lengths(u32 batch, u32 cameras, u32 prompt) {
 }
 
 void time_vision() {
-    for (u32 images : {3, 6, 24, 192}) {
+    const char* only = getenv("IMAGES");
+    for (u32 images : {3, 6, 9, 12, 24, 48, 192}) {
+        if (only && images != u32(atoi(only))) continue;
         Vision x(images);
-        printf("vision %3u images: %7.2f\n", images, x.launch().microseconds());
+        printf("vision %3u images:", images);
+        printf(" %.2f", x.launch(false).microseconds());
+        printf("  many %.2f\n", x.launch(true).microseconds());
     }
 }
 
@@ -406,9 +429,10 @@ int main(int argc, char** argv) {
         return argc == 1;
     };
     if (asked("check")) lab::check_all();
-    if (asked("time") || asked("prefill"))
+    if (asked("vision") && !asked("check") && !getenv("IMAGES")) lab::check_vision();
+    if (asked("time") || asked("prefill") || asked("vision"))
         printf("\nmicroseconds a launch, chain of 20 with dependent launch in a graph\n");
-    if (asked("time")) lab::time_vision();
+    if (asked("time") || asked("vision")) lab::time_vision();
     if (asked("time") || asked("prefill")) lab::time_prefill();
     if (asked("time")) lab::time_suffix();
     printf("failures: %d\n", lab::failures);

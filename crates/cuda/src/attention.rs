@@ -16,8 +16,8 @@ pub struct VisionParams {
     pub out: u64,
     /// Of q·kᵀ.
     pub scale: f32,
-    /// 0
-    pub reserved: u32,
+    /// images · 16
+    pub heads: u32,
 }
 
 /// `AttentionPrefillParams`
@@ -151,6 +151,9 @@ const _: () = assert!(size_of::<EmbedParams>() == 88);
 const _: () = assert!(size_of::<PatchifyParams>() == 32);
 
 const VISION_SHARED: u32 = 102_432;
+const VISION_MANY_SHARED: u32 = 225_472;
+/// From as many images on, whole heads one after the other are faster than 128 queries a CTA.
+const VISION_MANY: u32 = 12;
 const PREFILL_SHARED: u32 = 230_400;
 const PREFILL_ROWS: u32 = 128;
 const PREFILL_KEYS: u32 = 80;
@@ -177,6 +180,8 @@ struct Suffix {
 pub struct Attention {
     context: Arc<Context>,
     vision: Function,
+    /// The same for many images.
+    vision_many: Function,
     /// Prefix attention with the keys in one part and in two.
     prefill: [Function; 2],
     /// The same for the loop.
@@ -210,6 +215,8 @@ impl Attention {
         Ok(Attention {
             context: context.clone(),
             vision: vision.function("attention_vision_sm90", VISION_SHARED as usize)?,
+            vision_many: vision
+                .function("attention_vision_many_sm90", VISION_MANY_SHARED as usize)?,
             prefill: prefill("prefill")?,
             batch: prefill("batch")?,
             suffix,
@@ -219,23 +226,39 @@ impl Attention {
     }
 
     /// SigLIP attention over `images` images of 256 tokens, 16 heads of 72: `qkv` bf16
-    /// [images · 256, 3456].
-    pub fn vision(&self, p: VisionParams, qkv: u64, images: u32) -> Result<Launch, BackendError> {
+    /// [images · 256, 3456]. `p.heads` is set here.
+    pub fn vision(
+        &self,
+        mut p: VisionParams,
+        qkv: u64,
+        images: u32,
+    ) -> Result<Launch, BackendError> {
+        p.heads = 16 * images;
         // 72 columns are not a power of two: 64, and the rest padded with zeros to 16.
-        let map = |cols, swizzle| {
-            let spec = TensorMapSpec {
-                address: qkv,
-                extents: &[72, 48, images as u64 * 256],
-                strides_bytes: &[144, 6912],
-                boxes: &[cols, 1, 128],
-                swizzle,
+        let maps = |address, heads: u64, rows| -> Result<[Arg; 2], BackendError> {
+            let map = |cols, swizzle| {
+                let spec = TensorMapSpec {
+                    address,
+                    extents: &[72, heads, images as u64 * 256],
+                    strides_bytes: &[144, heads * 144],
+                    boxes: &[cols, 1, rows],
+                    swizzle,
+                };
+                TensorMap::bf16(&self.context, &spec)
             };
-            TensorMap::bf16(&self.context, &spec)
+            Ok([Arg::of(&map(64, Swizzle::B128)?), Arg::of(&map(16, Swizzle::B32)?)])
         };
-        let args =
-            vec![Arg::of(&p), Arg::of(&map(64, Swizzle::B128)?), Arg::of(&map(16, Swizzle::B32)?)];
-        let launch = Launch::new(self.vision.clone(), [2, 16, images], 256, args);
-        Ok(Launch { shared_bytes: VISION_SHARED, dependent: true, ..launch })
+        let mut args = vec![Arg::of(&p)];
+        args.extend(maps(qkv, 48, 128)?);
+        let (launch, shared_bytes) = if images < VISION_MANY {
+            let function = self.vision.clone();
+            (Launch::new(function, [2, 16, images], 256, args), VISION_SHARED)
+        } else {
+            args.extend(maps(p.out, 16, 64)?);
+            let grid = [p.heads.min(self.context.properties.sms), 1, 1];
+            (Launch::new(self.vision_many.clone(), grid, 384, args), VISION_MANY_SHARED)
+        };
+        Ok(Launch { shared_bytes, dependent: true, ..launch })
     }
 
     /// Prefix attention, 8 heads of 256 over one K/V head.

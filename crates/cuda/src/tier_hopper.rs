@@ -264,7 +264,7 @@ impl Hopper {
         let image_tokens = bound.program.config.vision.tokens() as u32;
         match op.mask {
             KeyMask::All => {
-                let params = VisionParams { out: address(&op.out), scale: op.scale, reserved: 0 };
+                let params = VisionParams { out: address(&op.out), scale: op.scale, heads: 0 };
                 self.attention.vision(params, address(&op.q), groups).map(Some)
             }
             KeyMask::Prefix => {
