@@ -346,11 +346,13 @@ __device__ __forceinline__ void split_values(float (&o)[36], const u32 (&p)[32],
 }
 
 /// The two warpgroups take turns at the tensor cores, so that one's softmax runs under the other's
-/// products: `after` are sums of the softmax before. Their sign bits, zeros, are in the barrier's
-/// number to keep the exponentials in front of it, where the assembler would not leave them.
+/// products: `after` are sums of the softmax before. The barrier's number asks whether they are a
+/// signalling NaN, which no sum is, to keep the exponentials in front of it, where the assembler
+/// would not leave them.
 __device__ __forceinline__ void turn_begin(u32 group, const float (&after)[2]) {
-    const u32 zero = (__float_as_uint(after[0]) | __float_as_uint(after[1])) >> 31;
-    ptx::named_barrier(1 + group + zero, kConsumers);
+    constexpr u32 kNever = 0xFF800001;
+    const bool never = __float_as_uint(after[0]) == kNever || __float_as_uint(after[1]) == kNever;
+    ptx::named_barrier(1 + group + never, kConsumers);
 }
 __device__ __forceinline__ void turn_end(u32 group) {
     asm volatile("bar.arrive %0, 256;" :: "r"(2 - group) : "memory");
