@@ -8,6 +8,12 @@
 //   launch   grid rows + (state ? samples : 0), 1024 threads, no dynamic shared memory; of many
 //            rows ceil(rows / share) + (state ? ceil(samples / share) : 0), share at most 16
 //   limit    none worth naming: 10 launches of about 3 us in a loop of 2-3 ms
+//
+// Many rows, where every row's CTA would fetch 256 KB of weights: a CTA holds a column of each
+// matrix a warp or thread and takes rows / processors of them, the same sums in the same order.
+// H200, 2026-11-26, lab (edge.cu), 640 rows: 8.9 us between two steps of pi0 (predicted 10; one CTA
+// a row 23.2), 11.6 of pi0.5 (32.4), 37.0 of 3,200 rows (110.6). In the replay of a batch of 64 it
+// takes 12.9 us a step, where portable kernels took 81.5. Of 10 rows the other is 0.3 us faster.
 #include "denoise_params.cuh"
 
 namespace denoise {

@@ -267,21 +267,6 @@ const INSTANCES: &[Instance] = &[
     wide("denoise_gate_up_88", Role::Up, [1024, 1, 11, 2]),
     wide("denoise_down_88", Role::Down, [4096, 8, 11, 2]),
     wide("denoise_mlp_out_88", Role::Mlp, [1024, 8, 11, 2]),
-    wide("denoise_qkv_136", Role::Qkv, [1024, 2, 17, 2]),
-    wide("denoise_o_136", Role::Out, [2048, 4, 17, 2]),
-    wide("denoise_gate_up_136", Role::Up, [1024, 1, 17, 3]),
-    wide("denoise_down_136", Role::Down, [4096, 4, 17, 2]),
-    wide("denoise_mlp_out_136", Role::Mlp, [1024, 8, 17, 2]),
-    wide("denoise_qkv_176", Role::Qkv, [1024, 2, 22, 2]),
-    wide("denoise_o_176", Role::Out, [2048, 4, 22, 2]),
-    wide("denoise_gate_up_176", Role::Up, [1024, 1, 22, 3]),
-    wide("denoise_down_176", Role::Down, [4096, 4, 22, 2]),
-    wide("denoise_mlp_out_176", Role::Mlp, [1024, 8, 22, 2]),
-    wide("denoise_qkv_208", Role::Qkv, [1024, 2, 26, 2]),
-    wide("denoise_o_208", Role::Out, [2048, 4, 26, 2]),
-    wide("denoise_gate_up_208", Role::Up, [1024, 1, 26, 3]),
-    wide("denoise_down_208", Role::Down, [4096, 4, 26, 2]),
-    wide("denoise_mlp_out_208", Role::Mlp, [1024, 8, 26, 2]),
 ];
 
 /// Threads of a few-row product: eight warps compute, one loads weights.
@@ -458,7 +443,7 @@ mod tests {
         for role in roles {
             assert_eq!(widest(role), widest(Role::Qkv), "{role:?}");
         }
-        assert!(Denoise::takes(1) && Denoise::takes(204) && !Denoise::takes(209));
+        assert!(Denoise::takes(1) && Denoise::takes(88) && !Denoise::takes(89));
         for i in INSTANCES {
             let (_, _, shared) = i.block();
             assert!(shared <= 224 << 10, "{}: {shared}", i.name);

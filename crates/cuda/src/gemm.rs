@@ -187,12 +187,17 @@ const TILES: &[Tile] = {
         tile("gemm_store_position_128x40", [2, 1, 40, 8], [1, 1, 1], false, StorePosition),
         tile("gemm_store_position_128x64", [2, 1, 64, 8], [1, 1, 1], false, StorePosition),
         tile("gemm_store_position_128x192_t_w2", [2, 2, 192, 4], [1, 2, 1], true, StorePosition),
+        tile("gemm_loop_rope_128x32", [2, 1, 32, 8], [1, 1, 1], false, LoopRope),
+        tile("gemm_loop_rope_128x40", [2, 1, 40, 8], [1, 1, 1], false, LoopRope),
         tile("gemm_loop_rope_128x64", [2, 1, 64, 8], [1, 1, 1], false, LoopRope),
         tile("gemm_loop_rope_128x112", [2, 1, 112, 6], [1, 1, 1], false, LoopRope),
         tile("gemm_loop_rope_128x136", [2, 1, 136, 5], [1, 1, 1], false, LoopRope),
         tile("gemm_loop_rope_128x208", [2, 1, 208, 4], [1, 1, 1], false, LoopRope),
+        tile("gemm_loop_geglu_128x88_t_x2", [2, 2, 88, 7], [2, 1, 1], true, LoopGeGlu),
+        tile("gemm_loop_geglu_128x104_t_x2", [2, 2, 104, 6], [2, 1, 1], true, LoopGeGlu),
         tile("gemm_loop_geglu_128x160_t_x2", [2, 2, 160, 5], [2, 1, 1], true, LoopGeGlu),
         tile("gemm_loop_geglu_128x176_t_x2", [2, 2, 176, 4], [2, 1, 1], true, LoopGeGlu),
+        tile("gemm_loop_add_128x32_k2", [2, 1, 32, 8], [1, 1, 2], false, LoopAdd),
         tile("gemm_loop_add_128x48_k2", [2, 1, 48, 8], [1, 1, 2], false, LoopAdd),
         tile("gemm_loop_add_128x80_k2", [2, 1, 80, 8], [1, 1, 2], false, LoopAdd),
         tile("gemm_loop_add_128x88_k2", [2, 1, 88, 7], [1, 1, 2], false, LoopAdd),
@@ -396,11 +401,15 @@ mod tests {
         }
     }
 
-    /// The shapes of batches of 64, 32 and 16 at horizons of 10 and 50.
+    /// The shapes of batches of 16, 32 and 64 at horizons of 10 and 50.
     #[test]
     fn the_loop_has_tiles_for_its_batches() {
         use GemmEpilogue::{LoopAdd, LoopGeGlu, LoopRope, LoopStore};
         for (epilogue, size, want) in [
+            (LoopRope, [160, 2560, 1024], "gemm_loop_rope_128x32"),
+            (LoopGeGlu, [160, 8192, 1024], "gemm_loop_geglu_128x88_t_x2"),
+            (LoopAdd, [160, 1024, 4096], "gemm_loop_add_128x32_k2"),
+            (LoopGeGlu, [200, 8192, 1024], "gemm_loop_geglu_128x104_t_x2"),
             (LoopRope, [640, 2560, 1024], "gemm_loop_rope_128x112"),
             (LoopRope, [320, 2560, 1024], "gemm_loop_rope_128x64"),
             (LoopRope, [816, 2560, 1024], "gemm_loop_rope_128x136"),

@@ -36,7 +36,6 @@ fn tiers_agree_step_by_step() {
             (2, 2, 48, 50, Rtc::Off),
             (16, 1, 7, 10, Rtc::Off),
             (9, 1, 7, 20, Rtc::Guided),
-            (16, 1, 7, 20, Rtc::Guided),
         ];
         let shapes = if quick() { &shapes[..3] } else { &shapes[..] };
         for &(batch, cameras, prompt_tokens, horizon, rtc) in shapes {
