@@ -62,6 +62,8 @@ struct DenoiseEdgeParams {
   denoise::u16* scaled;           // bf16 copy of what goes to the stream times it, or null
   float* sums;                    // f32 [stream rows][64] sums of squares of what goes to the
                                   // stream (`state_out`, and `out` unless silu), 16 features each
+  float2* stats;                  // of many rows, instead: [stream rows][16] sums and sums of
+                                  // squares, 64 features each
   DenoiseRows stream_rows;        // where the action rows of `stream` lie
   DenoiseRows out_rows;           // where the action rows of `out` lie
   DenoiseRows state_rows;         // where the state rows of `state_out` lie (count 1)
@@ -70,5 +72,7 @@ struct DenoiseEdgeParams {
   denoise::u32 silu;              // 1: action_in ends in x * sigmoid(x)
   denoise::u32 scaled_width;      // as DenoiseRows says, of `scaled`; its rows are the stream's
   denoise::u32 scaled_step;
+  denoise::u32 share;             // rows of a CTA of many rows
+  denoise::u32 reserved;          // 0
 };
-static_assert(sizeof(DenoiseEdgeParams) == 16 * 8 + 3 * 20 + 20, "shared with the host");
+static_assert(sizeof(DenoiseEdgeParams) == 17 * 8 + 3 * 20 + 28, "shared with the host");

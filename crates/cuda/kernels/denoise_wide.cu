@@ -1,4 +1,4 @@
-// The products of the denoise loop for 17 to 208 rows (h = 50; small batches): out =
+// The products of the denoise loop for 17 to 88 rows (h = 50; small batches): out =
 // epilogue(norm(x) * W^T), BF16 weights and rows, FP32 sums. Weights, parameters and epilogues are
 // those of denoise_product.cu.
 //
@@ -24,6 +24,9 @@
 // | 20   | h = 10, B 2  | 4.80   | 3.70 |     | 80   | h = 10, B 8    | 14.3   | 7.2  |
 // | 40   | h = 10, B 4  | 6.93   | 4.76 |     | 160  | h = 10, B 16   | 16.9   | 12.0 |
 // | 50   | h = 50       | 7.10   | 4.98 |     | 200  | h = 50, B 4    |        | 14.1 |
+// From 89 rows on the tower's products are faster since they take the loop's norms and epilogues in
+// (gemm_loop_sm90.cu): H200, 2026-11-26, whole runs, 120 rows 11.3 ms instead of 14.0, 160 12.1
+// instead of 16.9, 80 8.7 instead of 9.0. The instances for 136, 176 and 208 rows went.
 // At 50 rows alone, us: qkv 5.3, o 3.7, gate‖up 7.2 (5.6 for its weights), down 6.1.
 // Tried at 50 rows, no better (against 5.20, qkv in clusters of 2): qkv in clusters of 4 (5.75; its
 // 160 CTAs keep attention's out), o in 4 (5.46), down in 4 (5.47), gate‖up with 128 outputs a CTA
@@ -50,22 +53,7 @@
   X(denoise_o_88, 2, Add, 2048, 8, 11, 2)                     \
   X(denoise_gate_up_88, 2, GeGlu, 1024, 1, 11, 2)             \
   X(denoise_down_88, 2, Add, 4096, 8, 11, 2)                  \
-  X(denoise_mlp_out_88, 2, Store, 1024, 8, 11, 2)             \
-  X(denoise_qkv_136, 1, Qkv, 1024, 2, 17, 2)                  \
-  X(denoise_o_136, 1, Add, 2048, 4, 17, 2)                    \
-  X(denoise_gate_up_136, 1, GeGlu, 1024, 1, 17, 3)            \
-  X(denoise_down_136, 1, Add, 4096, 4, 17, 2)                 \
-  X(denoise_mlp_out_136, 1, Store, 1024, 8, 17, 2)            \
-  X(denoise_qkv_176, 1, Qkv, 1024, 2, 22, 2)                  \
-  X(denoise_o_176, 1, Add, 2048, 4, 22, 2)                    \
-  X(denoise_gate_up_176, 1, GeGlu, 1024, 1, 22, 3)            \
-  X(denoise_down_176, 1, Add, 4096, 4, 22, 2)                 \
-  X(denoise_mlp_out_176, 1, Store, 1024, 8, 22, 2)            \
-  X(denoise_qkv_208, 1, Qkv, 1024, 2, 26, 2)                  \
-  X(denoise_o_208, 1, Add, 2048, 4, 26, 2)                    \
-  X(denoise_gate_up_208, 1, GeGlu, 1024, 1, 26, 3)            \
-  X(denoise_down_208, 1, Add, 4096, 4, 26, 2)                 \
-  X(denoise_mlp_out_208, 1, Store, 1024, 8, 26, 2)
+  X(denoise_mlp_out_88, 2, Store, 1024, 8, 11, 2)
 
 #define DENOISE_WIDE_KERNEL(NAME, CTAS, E, ...)                                              \
   extern "C" __global__ void                                                                 \

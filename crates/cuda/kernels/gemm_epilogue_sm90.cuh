@@ -17,18 +17,25 @@ static __device__ __forceinline__ float gelu_tanh(float g) {
 struct Rows {
     float b0, b1, c0, c1;
     float turns_hi, turns_lo;
-    float scale;  // STORE_POSITION: of the product
+    float scale;   // STORE_POSITION: of the product
+    float g0, g1;  // ADD of the loop: of the features' products
 };
 
 template <class T>
 static __device__ __forceinline__ Rows rows_of(const GemmParams& p, int block, int warp, int lane) {
     const int f = block + warp * 16 + lane / 4;
     Rows r = {};
-    if (!T::RMS) r.b0 = p.bias != nullptr && f < (int)p.n ? p.bias[f] : 0.f;
-    if (!T::RMS) r.b1 = p.bias != nullptr && f + 8 < (int)p.n ? p.bias[f + 8] : 0.f;
+    constexpr bool BIAS = !T::RMS || T::OF_LOOP;
+    if (BIAS) r.b0 = p.bias != nullptr && f < (int)p.n ? p.bias[f] : 0.f;
+    if (BIAS) r.b1 = p.bias != nullptr && f + 8 < (int)p.n ? p.bias[f + 8] : 0.f;
     r.c0 = T::NORM && !T::RMS && p.colsum != nullptr && f < (int)p.n ? p.colsum[f] : 0.f;
     r.c1 = T::NORM && !T::RMS && p.colsum != nullptr && f + 8 < (int)p.n ? p.colsum[f + 8] : 0.f;
     if (T::EPI == STORE_POSITION) r.scale = p.scale;
+    if (T::OF_LOOP && T::EPI == ADD) {
+        const float* gate = static_cast<const float*>(p.aux);
+        r.g0 = gate != nullptr && f < (int)p.n ? gate[f] : 1.f;
+        r.g1 = gate != nullptr && f + 8 < (int)p.n ? gate[f + 8] : 1.f;
+    }
     if (T::EPI == ROPE && f < (int)p.q_cols + HEAD) {  // else no turn: cos 1, sin 0
         const float2 turns = static_cast<const float2*>(p.aux)[f % HEAD / 16 * 8 + lane / 4];
         r.turns_hi = turns.x, r.turns_lo = turns.y;
@@ -42,7 +49,13 @@ static __device__ __forceinline__ Rows rows_of(const GemmParams& p, int block, i
 template <class T>
 static __device__ __forceinline__ void finish(float (&v)[4], const Rows& r, float4 rec,
                                               float2 pos) {
-    if (T::RMS) {
+    if (T::RMS && T::OF_LOOP) {
+        v[0] = fmaf(v[0], rec.x, r.b0), v[1] = fmaf(v[1], rec.z, r.b0);
+        v[2] = fmaf(v[2], rec.x, r.b1), v[3] = fmaf(v[3], rec.z, r.b1);
+    } else if (T::EPI == ADD && T::OF_LOOP) {
+        v[0] = fmaf(v[0], r.g0, r.b0), v[1] = fmaf(v[1], r.g0, r.b0);
+        v[2] = fmaf(v[2], r.g1, r.b1), v[3] = fmaf(v[3], r.g1, r.b1);
+    } else if (T::RMS) {
         v[0] *= rec.x, v[1] *= rec.z, v[2] *= rec.x, v[3] *= rec.z;
     } else if (T::NORM) {
         v[0] = fmaf(v[0], rec.x, fmaf(-rec.y, r.c0, r.b0));
@@ -267,8 +280,8 @@ static __device__ __forceinline__ void stage(float (&acc)[T::MI][4 * GROUPS], in
     }
 }
 
-// What a 64-feature slab, staged whole, leaves by: the copy engine
-// where the destination is a matrix of the product's rows and nothing else is to be left.
+// Takes a 64-feature slab, staged whole, away: by the copy engine where the destination is a matrix
+// of the product's rows and nothing else is to be left.
 template <class T>
 static __device__ __forceinline__ void leave(const TensorMap* out, const GemmParams& p,
                                              const Staged& s, int consumer, int tid, int2 o,

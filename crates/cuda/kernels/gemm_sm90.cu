@@ -162,14 +162,4 @@
     X(gemm_store_position_128x192_t_w2, 2, 2, 192, 4, 1, 2, 1, 1, STORE_POSITION)
 #endif
 
-#define GEMM_KERNEL(NAME, C, MI, BN, STAGES, CM, CN, CK, TURNS, EPI)                               \
-    extern "C" __global__ void __cluster_dims__((CM) * (CN) * (CK), 1, 1)                          \
-        __launch_bounds__(                                                                         \
-            gemm::Tile<C, MI, BN, STAGES, CM, CN, CK, TURNS, gemm::EPI>::THREADS, 1)               \
-            NAME(const __grid_constant__ ptx::TensorMap w,                                         \
-                 const __grid_constant__ ptx::TensorMap x,                                         \
-                 const __grid_constant__ ptx::TensorMap out,                                       \
-                 const __grid_constant__ gemm::GemmParams p) {                                     \
-        gemm::run<gemm::Tile<C, MI, BN, STAGES, CM, CN, CK, TURNS, gemm::EPI>>(w, x, out, p);      \
-    }
 GEMM_INSTANCES(GEMM_KERNEL)

@@ -62,7 +62,8 @@ static __device__ __forceinline__ void produce(const Smem<T>& s, const Place& c,
                 ptx::mbar_arrive_expect(s.full + 8 * slot, T::STAGE);
                 load_weights<T>(s, c, w, fill, k, o.x);
             }
-            load_tokens<T>(s, c, x, fill, k, o.y);
+            const bool again = T::OF_LOOP && k >= (int)p.x_cols;
+            load_tokens<T>(s, c, x, fill, again ? k - (int)p.x_cols : k, o.y);
         }
     }
 }
@@ -105,6 +106,15 @@ static __device__ __forceinline__ float2 read_record(const GemmParams& p, uint32
     return record_of(p, sum, squares);
 }
 
+// The position of a row: its place in the sample; in the loop that is behind the real prefix.
+template <class T>
+static __device__ __forceinline__ uint32_t position_of(const GemmParams& p, uint32_t row) {
+    const uint32_t place = row % p.period;
+    if (!T::OF_LOOP) return place;
+    const uint2 l = __ldg(p.lengths + row / p.period);
+    return l.x * p.image_tokens + l.y + p.first_position + place;
+}
+
 // The records of each tile's rows, by three spare warps. Two buffers take turns; behind RMSNorm
 // most tiles of a CTA have the rows of one of the two tiles before, whose records are there.
 template <class T>
@@ -128,7 +138,7 @@ static __device__ __forceinline__ void normalise(const Smem<T>& s, const Place& 
                 ptx::st_shared(s.records + buffer * T::RECORDS + 8 * i, rec);
                 if (T::EPI == ROPE) {
                     const uint32_t at = s.positions + buffer * T::POSITIONS + 4 * i;
-                    ptx::st_shared(at, (float)(row % p.period));
+                    ptx::st_shared(at, (float)position_of<T>(p, row));
                 }
             }
         }
@@ -331,3 +341,15 @@ static __device__ __forceinline__ void run(const TensorMap& w, const TensorMap& 
 }
 
 }  // namespace gemm
+
+// An instance as a kernel: X(name, consumers, MI, BN, stages, CM, CN, CK, turns, epilogue).
+#define GEMM_KERNEL(NAME, C, MI, BN, STAGES, CM, CN, CK, TURNS, EPI)                               \
+    extern "C" __global__ void __cluster_dims__((CM) * (CN) * (CK), 1, 1)                          \
+        __launch_bounds__(                                                                         \
+            gemm::Tile<C, MI, BN, STAGES, CM, CN, CK, TURNS, gemm::EPI>::THREADS, 1)               \
+            NAME(const __grid_constant__ ptx::TensorMap w,                                         \
+                 const __grid_constant__ ptx::TensorMap x,                                         \
+                 const __grid_constant__ ptx::TensorMap out,                                       \
+                 const __grid_constant__ gemm::GemmParams p) {                                     \
+        gemm::run<gemm::Tile<C, MI, BN, STAGES, CM, CN, CK, TURNS, gemm::EPI>>(w, x, out, p);      \
+    }

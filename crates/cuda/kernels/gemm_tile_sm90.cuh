@@ -8,18 +8,23 @@ namespace gemm {
 
 using ptx::TensorMap;
 
-enum Epilogue { STORE, STORE_POSITION, GELU, GEGLU, ADD, ROPE };
+enum Epilogue { STORE, STORE_POSITION, GELU, GEGLU, ADD, ROPE, LOOP = 8 };
+// What the Euler loop's products have beside the towers': a bias behind an RMSNorm, a gate,
+// positions behind the real prefix, x read twice.
+constexpr Epilogue LOOP_STORE = Epilogue(LOOP + STORE), LOOP_GEGLU = Epilogue(LOOP + GEGLU),
+                   LOOP_ADD = Epilogue(LOOP + ADD), LOOP_ROPE = Epilogue(LOOP + ROPE);
 
 // Mirrored field by field by the host twin (repr(C)). Pointers are device pointers; a null pointer
 // switches its feature off. "Row" is a row of x, "feature" a row of W (in packed order).
 struct GemmParams {
-    const float* bias;       // [n] added to the product, or null
+    const float* bias;       // [n] added to the product, or null; GEGLU, ROPE: the loop's alone
     const float* colsum;     // [n] Σ_k scale[k] · W[n, k] of the norm's scale and the bf16 weights:
                              // LayerNorm only, else null
     const float2* stats_in;  // [rows][slots_in] partial {Σx, Σx²} of each input row; null: no norm
     float2* stats_out;       // [buffer rows of out][n / 64], written beside out; null: none
     const void* aux;         // STORE_POSITION: f32 [period][n] table. ROPE: float2 [128], turns per
-                             // position of each frequency as hi + lo. Else null
+                             // position of each frequency as hi + lo. ADD of the loop: f32 [n],
+                             // multiplies the product, or null. Else null
     __nv_bfloat16* out;      // destination; ADD: the residual, updated in place. ROPE: q
     __nv_bfloat16* out_k;    // ROPE: keys of the cache, first row of sample 0
     __nv_bfloat16* out_v;    // ROPE: values of the cache, likewise
@@ -28,7 +33,7 @@ struct GemmParams {
     const float* next_scale; // [n], learned scale of the norm that reads out next
     uint32_t rows;           // rows of x, all samples
     uint32_t n;              // rows of W (features before GeGLU halves them); a multiple of 8
-    uint32_t k;              // columns of both; the copies read zeros beyond it
+    uint32_t k;              // columns of W; the copies read zeros beyond it
     uint32_t slots_in;       // partials per row of stats_in: K / 64; even
     float inv_width;         // 1 / (number of columns behind stats_in)
     uint32_t period;         // rows per sample (image): row = sample · period + i
@@ -39,9 +44,14 @@ struct GemmParams {
     uint32_t kv_ld;          // ROPE: elements from one cache row to the next
     uint32_t group;          // token tiles (in clusters) walked before the next weight tile; ≥ 1
     float scale;             // STORE_POSITION: multiplies the product
-    uint32_t reserved;       // 0
+    uint32_t x_cols;         // columns of x: k. In the loop also k / 2, and x is read twice: f32
+                             // weights are two bf16 matrices side by side, the rounded and what
+                             // rounding left
+    const uint2* lengths;    // ROPE of the loop: [samples], cameras and prompt tokens
+    uint32_t image_tokens;   // ROPE of the loop: tokens of a camera
+    uint32_t first_position; // ROPE of the loop: position of row 0 less the prefix's length
 };
-static_assert(sizeof(GemmParams) == 136, "the host twin mirrors GemmParams");
+static_assert(sizeof(GemmParams) == 152, "the host twin mirrors GemmParams");
 
 #ifndef GEMM_MARK
 #define GEMM_MARK(i)  // the lab's stopwatch: i = 0 (start) … 7 (end), by consumers
@@ -62,8 +72,9 @@ struct Tile {
     static constexpr int MI = MI_, BN = BN_, STAGES = STAGES_, CM = CM_, CN = CN_, CK = CK_;
     static constexpr bool TURNS = TURNS_;
     static constexpr int SHARERS = TURNS ? 1 : CONSUMERS;  // consumers of a tile
-    static constexpr Epilogue EPI = EPI_;
-    static constexpr bool RMS = EPI == GEGLU || EPI == ROPE;  // no bias, no mean
+    static constexpr Epilogue EPI = Epilogue(EPI_ % LOOP);
+    static constexpr bool OF_LOOP = EPI_ >= LOOP;
+    static constexpr bool RMS = EPI == GEGLU || EPI == ROPE;  // no mean, in the towers no bias
     static constexpr bool NORM = EPI == STORE || EPI == GELU || EPI == GEGLU || EPI == ROPE;
     // Whether a consumer stages a 64-feature slab of its tile whole; whether the copy engine takes
     // it from there.
@@ -85,8 +96,9 @@ struct Tile {
     static_assert((CK - 1) * CONSUMERS * MI * OWN * 2048 <= RING, "partials must fit the ring");
     static_assert(!TURNS || (CK == 1 && CONSUMERS == 2), "two consumers, whole tiles");
     // Registers per thread of the producer's and the consumers' warpgroups, within the 64 Ki.
-    static constexpr int FEW = CONSUMERS == 2 ? (MI == 2 ? 24 : 40) : 32;
-    static constexpr int MANY = CONSUMERS == 2 ? (MI == 2 ? 240 : 232) : CONSUMERS == 3 ? 160 : 112;
+    static constexpr bool TIGHT = MI == 2 && !OF_LOOP;
+    static constexpr int FEW = CONSUMERS == 2 ? (TIGHT ? 24 : 40) : 32;
+    static constexpr int MANY = CONSUMERS == 2 ? (TIGHT ? 240 : 232) : CONSUMERS == 3 ? 160 : 112;
     static_assert(CONSUMERS >= 2 && CONSUMERS <= 4, "register table");
     static_assert(SMEM <= 232448, "shared memory of one CTA");
 };

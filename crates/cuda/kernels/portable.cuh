@@ -126,70 +126,9 @@ static __device__ __forceinline__ void store8(u16* to, const float (&v)[8]) {
                              to_bf16x2(v[6], v[7]));
 }
 
-// Eight values of STORE or ADD from column `column`, where `in_eights` holds.
-static __device__ __forceinline__ void finish8(const Output& o, u32 row, u32 column,
-                                               float (&y)[8]) {
-    u16* to = (u16*)o.out.base + o.out.offset(row) + column;
-    float bias[8] = {}, gate[8] = {1, 1, 1, 1, 1, 1, 1, 1}, old[8] = {};
-    if (o.bias) load8(bias, (const float*)o.bias + column);
-    if (o.epilogue == ADD) {
-        if (o.aux) load8(gate, (const float*)o.aux + column);
-        load8(old, to);
-    }
-    for (int i = 0; i < 8; i++) y[i] = old[i] + gate[i] * (y[i] * o.scale + bias[i]);
-    store8(to, y);
-}
-
-// Sixteen packed columns of ROPE from `first` on, a before b, where `in_eights` holds: eight
-// rotated pairs of q or k, or sixteen plain values of v.
-static __device__ __forceinline__ void finish_pairs8(const Output& o, u32 row, u32 first,
-                                                     float (&a)[8], float (&b)[8]) {
-    const u32 half = o.head_dim / 2, head = first / o.head_dim, within = first % o.head_dim;
-    const u32 j = within / 2;
-    float c[8] = {}, d[8] = {};
-    if (head > o.q_heads) {
-        if (o.bias) {
-            load8(c, (const float*)o.bias + first);
-            load8(d, (const float*)o.bias + first + 8);
-        }
-        for (int i = 0; i < 8; i++) a[i] = a[i] * o.scale + c[i], b[i] = b[i] * o.scale + d[i];
-        u16* to = (u16*)o.v.base + o.v.offset(row) + within;
-        store8(to, a);
-        store8(to + 8, b);
-        return;
-    }
-    if (o.bias) {
-        const float* bias = (const float*)o.bias + head * o.head_dim + j;
-        load8(c, bias);
-        load8(d, bias + half);
-    }
-    const u64 turn_at = (u64)position_of(o, row) * half + j;
-    const float4* turns = (const float4*)((const float2*)o.aux + turn_at);
-    float x[8], y[8];
-    for (int i = 0; i < 8; i += 2) {
-        const float4 turn = turns[i / 2];
-        for (int e = 0; e < 2; e++) {
-            const float cos = e ? turn.z : turn.x, sin = e ? turn.w : turn.y;
-            const float p = a[i + e] * o.scale + c[i + e], q = b[i + e] * o.scale + d[i + e];
-            x[i + e] = p * cos - q * sin;
-            y[i + e] = q * cos + p * sin;
-        }
-    }
-    const View& out = head < o.q_heads ? o.out : o.k;
-    u16* to = (u16*)out.base + out.offset(row) + (head < o.q_heads ? first : within);
-    store8(to, x);
-    store8(to + 8, y);
-}
-
 // Whether rows of a view can be read and written eight elements at a time.
 static __device__ __forceinline__ bool rows_in_eights(const View& v) {
     return !v.f32 && v.ld % 8 == 0 && v.base % 16 == 0;
-}
-static __device__ __forceinline__ bool in_eights(const Output& o) {
-    const bool plain = o.epilogue == STORE || o.epilogue == ADD;
-    if (plain) return o.n % 8 == 0 && rows_in_eights(o.out);
-    return o.epilogue == ROPE && o.head_dim % 16 == 0 && rows_in_eights(o.out) &&
-           rows_in_eights(o.k) && rows_in_eights(o.v);
 }
 
 // A pair that the packing put 8 rows apart: `first` is the packed column of a, b is 8 behind it.

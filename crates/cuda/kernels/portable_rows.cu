@@ -1,4 +1,4 @@
-// Row-wise work: normalisation before a product, epilogue after one, image patches, token rows.
+// Row-wise work: normalisation before a product, image patches, token rows.
 #include "portable.cuh"
 
 using namespace portable;
@@ -79,46 +79,6 @@ portable_norm(const __grid_constant__ NormParams p) {
             if (p.norm == ADAPTIVE) v += m[p.k + i];
         }
         out[i] = to_bf16(v);
-    }
-}
-
-struct FinishParams {
-    u64 y;         // bf16 [rows][ld], packed columns
-    u32 rows;
-    u32 packed_n;
-    u32 ld;
-    u32 pad;
-    Output output;
-};
-static_assert(sizeof(FinishParams) == 8 + 16 + sizeof(Output), "shared with the host");
-
-// The epilogue of a product that another kernel computed. One block per row.
-extern "C" __global__ void __launch_bounds__(256)
-portable_finish(const __grid_constant__ FinishParams p) {
-    const u16* y = (const u16*)p.y + (u64)blockIdx.x * p.ld;
-    launch_dependents();
-    wait_for_predecessors();
-    if (in_eights(p.output)) {
-        const bool pairs = p.output.epilogue == ROPE;
-        const u32 run = pairs ? 16 : 8, end = pairs ? p.packed_n : p.output.n;
-        for (u32 c = threadIdx.x * run; c < end; c += blockDim.x * run) {
-            float a[8], b[8];
-            load8(a, y + c);
-            if (!pairs) {
-                finish8(p.output, blockIdx.x, c, a);
-                continue;
-            }
-            load8(b, y + c + 8);
-            finish_pairs8(p.output, blockIdx.x, c, a, b);
-        }
-    } else if (p.output.epilogue == GEGLU || p.output.epilogue == ROPE) {
-        for (u32 i = threadIdx.x; i < p.packed_n / 2; i += blockDim.x) {
-            const u32 c = i / 8 * 16 + i % 8;
-            finish_pair(p.output, blockIdx.x, c, from_bf16(y[c]), from_bf16(y[c + 8]));
-        }
-    } else {
-        for (u32 c = threadIdx.x; c < p.output.n; c += blockDim.x)
-            finish(p.output, blockIdx.x, c, from_bf16(y[c]));
     }
 }
 

@@ -1,4 +1,5 @@
-// Checks and times every instance of gemm_sm90.cu at π0's vision and prefill shapes, standalone:
+// Checks and times every instance of gemm_sm90.cu at π0's vision and prefill shapes, and of
+// gemm_loop_sm90.cu at those of its loop of many rows, standalone:
 // nvcc -O3 -std=c++17 -gencode=arch=compute_90a,code=sm_90a -o gemm gemm.cu
 // ./gemm table | check [1 part-of-case-or-instance] | time [batch] [case] [prefix] [instance]: the
 // instances; relative L2 against a plain f32 product, poisoned outputs,
@@ -35,6 +36,7 @@ static __device__ __forceinline__ void mark(int i) {
 #define GEMM_MARK(i) mark(i)
 #endif
 #include "../kernels/gemm_sm90.cu"
+#include "../kernels/gemm_loop_sm90.cu"
 #include "power.cuh"
 
 using bf16 = __nv_bfloat16;
@@ -54,14 +56,15 @@ struct Instance {
     const void* kernel;
     int bm, bn, cluster, cn, ck, smem, shares, threads;
     gemm::Epilogue epilogue;
+    bool of_loop;
 };
 template <class T> static Instance instance(const char* name, const void* kernel) {
     return {name,    kernel,  T::BM, T::BN,      T::CLUSTER, T::CN,
-            T::CK,   T::SMEM, T::CM, T::THREADS, T::EPI};
+            T::CK,   T::SMEM, T::CM, T::THREADS, T::EPI, T::OF_LOOP};
 }
 #define GEMM_ROW(NAME, C, MI, BN, STAGES, CM, CN, CK, TURNS, EPI)                         \
     instance<gemm::Tile<C, MI, BN, STAGES, CM, CN, CK, TURNS, gemm::EPI>>(#NAME, (const void*)NAME),
-static const Instance INSTANCES[] = {GEMM_INSTANCES(GEMM_ROW)};
+static const Instance INSTANCES[] = {GEMM_INSTANCES(GEMM_ROW) GEMM_LOOP_INSTANCES(GEMM_ROW)};
 
 enum Norm { NONE, RMS, LAYER };
 struct Case {
@@ -73,6 +76,12 @@ struct Case {
     int rows_per_sample;  // at batch 1; 0: a prefix
     int out_stride;       // rows per sample of the output; 0: contiguous
     int q_cols;
+    int x_cols = 0;  // 0: k
+    bool of_loop = false;
+    bool takes(const Instance& in) const {
+        return in.epilogue == epilogue && in.of_loop == of_loop;
+    }
+    int columns() const { return x_cols ? x_cols : k; }
 };
 static const Case CASES[] = {
     {"vision.patch", 1152, 640, gemm::STORE_POSITION, NONE, true, true, 768, 0, 0},
@@ -86,6 +95,11 @@ static const Case CASES[] = {
     {"prefill.out", 2048, 2048, gemm::ADD, NONE, false, true, 0, 0, 0},
     {"prefill.up", 32768, 2048, gemm::GEGLU, RMS, false, false, 0, 0, 0},
     {"prefill.down", 2048, 16384, gemm::ADD, NONE, false, true, 0, 0, 0},
+    {"loop.qkv", 2560, 1024, gemm::ROPE, RMS, true, false, 0, 0, 2048, 0, true},
+    {"loop.out", 1024, 2048, gemm::ADD, NONE, false, true, 0, 0, 0, 0, true},
+    {"loop.up", 8192, 1024, gemm::GEGLU, RMS, true, false, 0, 0, 0, 0, true},
+    {"loop.down", 1024, 4096, gemm::ADD, NONE, false, true, 0, 0, 0, 0, true},
+    {"loop.mlp", 1024, 2048, gemm::STORE, NONE, true, true, 0, 61, 0, 1024, true},
 };
 
 // ---- device helpers --------------------------------------------------------------------------
@@ -126,26 +140,27 @@ __global__ void slab_stats(const bf16* x, float2* stats, int cols, int ld) {
         stats[(size_t)blockIdx.x * slabs + s] = make_float2(a, b);
     }
 }
-__global__ void reference_norm(const bf16* x, float* out, int k, int norm) {
+// Of `cols` columns, written over and over up to k.
+__global__ void reference_norm(const bf16* x, float* out, int cols, int k, int norm) {
     __shared__ float total[2];
-    const bf16* row = x + (size_t)blockIdx.x * k;
+    const bf16* row = x + (size_t)blockIdx.x * cols;
     if (threadIdx.x < 2) total[threadIdx.x] = 0;
     __syncthreads();
     float s = 0;
-    for (int i = threadIdx.x; i < k; i += blockDim.x) s += __bfloat162float(row[i]);
+    for (int i = threadIdx.x; i < cols; i += blockDim.x) s += __bfloat162float(row[i]);
     atomicAdd(&total[0], s);
     __syncthreads();
-    const float mean = norm == LAYER ? total[0] / k : 0;
+    const float mean = norm == LAYER ? total[0] / cols : 0;
     float v = 0;
-    for (int i = threadIdx.x; i < k; i += blockDim.x) {
+    for (int i = threadIdx.x; i < cols; i += blockDim.x) {
         const float d = __bfloat162float(row[i]) - mean;
         v += d * d;
     }
     atomicAdd(&total[1], v);
     __syncthreads();
-    const float scale = norm == NONE ? 1.f : 1.f / sqrtf(total[1] / k + 1e-6f);
+    const float scale = norm == NONE ? 1.f : 1.f / sqrtf(total[1] / cols + 1e-6f);
     for (int i = threadIdx.x; i < k; i += blockDim.x)
-        out[(size_t)blockIdx.x * k + i] = (__bfloat162float(row[i]) - mean) * scale;
+        out[(size_t)blockIdx.x * k + i] = (__bfloat162float(row[i % cols]) - mean) * scale;
 }
 __global__ void reference_product(const float* x, const bf16* w, const float* bias, float* y,
                                   int rows, int n, int k) {
@@ -192,11 +207,17 @@ __global__ void reference_compare(const float* y, const bf16* before, GemmParams
             const int g = f / 8 * 16 + f % 8;
             want = gelu_exact(v[g]) * v[g + 8];
         } else if (epilogue == gemm::ADD) {
+            if (p.aux) want *= ((const float*)p.aux)[f];
             want += __bfloat162float(before[(size_t)row * p.out_ld + f]);
         } else if (epilogue == gemm::ROPE) {
             if (f < p.q_cols + 256) {
                 const int j = f % 256 / 16 * 8 + f % 8;
-                const double angle = at * pow(10000.0, -j / 128.0);
+                uint32_t position = at;
+                if (p.lengths) {
+                    const uint2 l = p.lengths[sample];
+                    position += l.x * p.image_tokens + l.y + p.first_position;
+                }
+                const double angle = position * pow(10000.0, -j / 128.0);
                 const bool second = f % 16 >= 8;
                 const double a = v[second ? f - 8 : f], b = v[second ? f : f + 8];
                 want = second ? b * cos(angle) + a * sin(angle) : a * cos(angle) - b * sin(angle);
@@ -271,6 +292,7 @@ struct Arena {
     float2 *stats_in, *stats_out, *stats_ref, *turns;
     double* sums;
     int* count;
+    uint2* lengths;
     explicit Arena(size_t rows, bool checks) : max_rows(rows + 256) {
         w = device<bf16>(pool / 2);
         x = device<bf16>(max_rows * 16384);
@@ -286,6 +308,10 @@ struct Arena {
         stats_ref = device<float2>(max_rows * 32);
         turns = device<float2>(128);
         sums = device<double>(2), count = device<int>(1);
+        std::vector<uint2> real(max_rows);
+        for (size_t i = 0; i < max_rows; i++) real[i] = make_uint2(i % 3 + 1, 20 - i % 7);
+        lengths = device<uint2>(max_rows);
+        CHECK(cudaMemcpy(lengths, real.data(), max_rows * sizeof(uint2), cudaMemcpyHostToDevice));
         float2 host[128];
         for (int j = 0; j < 128; j++) {
             const double t = pow(10000.0, -j / 128.0) / 6.283185307179586476925;
@@ -336,10 +362,13 @@ static Launch prepare(const Instance& in, const Case& c, Arena& a, int rows, int
     p.stats_in = c.norm == NONE ? nullptr : a.stats_in;
     p.stats_out = c.stats ? a.stats_out : nullptr;
     p.aux = c.epilogue == gemm::ROPE ? (const void*)a.turns : a.table;
+    if (c.epilogue == gemm::ADD && !c.of_loop) p.aux = nullptr;
+    if (c.of_loop) p.lengths = a.lengths, p.image_tokens = 256, p.first_position = 1;
+    p.x_cols = c.columns();
     p.out = a.out, p.out_k = a.k, p.out_v = a.v;
     if (c.stats) p.scaled = a.scaled, p.next_scale = a.bias;  // as the writers of a stream leave it
     p.rows = rows, p.n = c.n, p.k = c.k;
-    p.slots_in = c.k / 64, p.inv_width = 1.f / c.k;
+    p.slots_in = p.x_cols / 64, p.inv_width = 1.f / p.x_cols;
     p.period = c.epilogue == gemm::STORE_POSITION ? 256 : per_sample;
     p.out_stride = c.out_stride ? c.out_stride : p.period;
     p.out_ld = c.epilogue == gemm::ROPE ? c.q_cols : c.epilogue == gemm::GEGLU ? c.n / 2 : c.n;
@@ -350,7 +379,7 @@ static Launch prepare(const Instance& in, const Case& c, Arena& a, int rows, int
     if (c.epilogue == gemm::GELU) p.out_ld = pitched(c.n);
     const int pitch = pitched(c.k);
     l.w = tensor_map(w, c.n, c.k, pitch, in.bm);
-    l.x = tensor_map(a.x, rows, c.k, pitch, in.bn);
+    l.x = tensor_map(a.x, rows, p.x_cols, c.x_cols ? c.x_cols : pitch, in.bn);
     l.out = l.x;
     const int width = c.epilogue == gemm::GEGLU  ? c.n / 2
                       : c.epilogue == gemm::ROPE ? c.q_cols
@@ -379,9 +408,9 @@ static bool check(const Instance& in, const Case& c, Arena& a, int rows, int per
     const size_t out_bytes = a.max_rows * 16384ull * 2, small = a.max_rows * 512ull;
     Launch l = prepare(in, c, a, rows, per_sample, a.w);
     fill<<<512, 256>>>(a.w, (size_t)c.n * c.k, 1.f / sqrtf(c.k), 0.3f / c.k, rows);
-    fill<<<512, 256>>>(a.x, (size_t)rows * c.k, 1.5f, 0.4f, rows + 1);
+    fill<<<512, 256>>>(a.x, (size_t)rows * c.columns(), 1.5f, 0.4f, rows + 1);
     sum_columns<<<c.n, 32>>>(a.w, a.colsum, c.k);
-    if (c.norm != NONE) slab_stats<<<rows, 32>>>(a.x, a.stats_in, c.k, c.k);
+    if (c.norm != NONE) slab_stats<<<rows, 32>>>(a.x, a.stats_in, c.columns(), c.columns());
     const size_t samples = rows / per_sample;
     const size_t buffer = samples * std::max(per_sample, c.out_stride) + rows + 64;
     const size_t out_used = std::min(out_bytes, buffer * l.p.out_ld * 2);
@@ -397,7 +426,7 @@ static bool check(const Instance& in, const Case& c, Arena& a, int rows, int per
     CHECK(cudaMemcpy(a.before, a.out, out_used, cudaMemcpyDeviceToDevice));
     launch(l, 0);
     CHECK(cudaDeviceSynchronize());
-    reference_norm<<<rows, 256>>>(a.x, a.xn, c.k, c.norm);
+    reference_norm<<<rows, 256>>>(a.x, a.xn, c.columns(), c.k, c.norm);
     reference_product<<<dim3((c.n + 31) / 32, (rows + 31) / 32), dim3(32, 8)>>>(
         a.xn, a.w, l.p.bias, a.y, rows, c.n, c.k);
     CHECK(cudaMemset(a.sums, 0, 16));
@@ -558,14 +587,16 @@ int main(int argc, char** argv) {
     if (mode == "check") {
         Arena a(1936, true);
         const int prefix_rows[] = {1, 17, 788, 968, 1576}, image_rows[] = {1, 17, 768, 512, 1536};
+        const int loop_rows[] = {10, 17, 640, 704, 1632}, loop_samples[] = {10, 17, 10, 11, 51};
         for (const Case& c : CASES)
             for (const Instance& in : INSTANCES) {
-                if (in.epilogue != c.epilogue) continue;
+                if (!c.takes(in)) continue;
                 if (*filter && !strstr(c.name, filter) && !strstr(in.name, filter)) continue;
                 for (int i = getenv("QUICK") ? 2 : 0; i < (getenv("QUICK") ? 4 : 5); i++) {
-                    const int rows = c.rows_per_sample ? image_rows[i] : prefix_rows[i];
+                    int rows = c.rows_per_sample ? image_rows[i] : prefix_rows[i];
                     const int usual = c.rows_per_sample ? 768 : 788;
-                    const int per_sample = i == 4 ? rows / 2 : i == 3 ? rows : usual;
+                    int per_sample = i == 4 ? rows / 2 : i == 3 ? rows : usual;
+                    if (c.of_loop) rows = loop_rows[i], per_sample = loop_samples[i];
                     bad += !check(in, c, a, rows, per_sample), done++;
                 }
             }
@@ -581,9 +612,12 @@ int main(int argc, char** argv) {
     for (const Case& c : CASES) {
         if (*filter && !strstr(c.name, filter)) continue;
         const int images = getenv("IMAGES") ? atoi(getenv("IMAGES")) : 3;
-        const int per_sample = c.rows_per_sample ? 256 * images : prefix, rows = batch * per_sample;
+        const int action_rows = getenv("HORIZON") ? atoi(getenv("HORIZON")) : 10;
+        const int per_prefix = c.of_loop ? action_rows : prefix;
+        const int per_sample = c.rows_per_sample ? 256 * images : per_prefix;
+        const int rows = batch * per_sample;
         for (const Instance& in : INSTANCES) {
-            if (in.epilogue != c.epilogue || !strstr(in.name, only)) continue;
+            if (!c.takes(in) || !strstr(in.name, only)) continue;
             const double us = time_us(in, c, a, rows, per_sample);
             const double flop = 2.0 * rows * c.n * c.k;
             const Launch l = prepare(in, c, a, rows, per_sample, a.w);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use pirouette_model::BackendError;
 use pirouette_model::arena;
 use pirouette_model::program::{
-    BufferId, Element, Epilogue, Linear, Norm, Op, Program, Role, Stage, View,
+    BufferId, Element, Epilogue, Linear, Norm, Op, Program, Role, View,
 };
 use pirouette_model::schedule::rope_angles;
 
@@ -208,7 +208,7 @@ impl Binding {
         self.scratch.address() + self.normed as u64
     }
 
-    /// Room for the largest product of the loop whose epilogue is a kernel of its own.
+    /// Room for the product of a guided Euler step, f32.
     pub fn product(&self) -> u64 {
         self.scratch.address() + self.product as u64
     }
@@ -286,15 +286,14 @@ fn turn_table(program: &Program) -> Vec<f32> {
     turns.flat_map(|t| [t as f32, (t - t as f32 as f64) as f32]).collect()
 }
 
-/// Row statistics for every stream that a plain norm reads, from `at` on; returns the end.
+/// Row statistics for every stream that a norm reads, from `at` on; returns the end.
 fn stats_offsets(program: &Program, mut at: usize) -> (Vec<Option<usize>>, usize) {
     let mut offsets = vec![None; program.buffers.len()];
     for step in &program.steps {
-        let Op::Linear(Linear { input, norm: Norm::Rms { .. } | Norm::Layer { .. }, .. }) =
-            &step.op
-        else {
+        let Op::Linear(Linear { input, norm, .. }) = &step.op else { continue };
+        if *norm == Norm::None {
             continue;
-        };
+        }
         let buffer = &program.buffers[input.buffer.0];
         let offset = &mut offsets[input.buffer.0];
         if offset.is_none() && buffer.cols.is_multiple_of(64) {
@@ -333,14 +332,11 @@ fn normed_bytes(program: &Program) -> usize {
     inputs.max().unwrap_or(0)
 }
 
-/// Bytes of the largest product of the loop whose epilogue is a kernel of its own: bf16, but for
-/// the guided Euler step's.
+/// Bytes of the product of a guided Euler step, whose epilogue is a kernel of its own.
 fn product_bytes(program: &Program) -> usize {
     let products = program.steps.iter().filter_map(|step| match &step.op {
-        Op::Linear(linear) if step.stage() == Stage::Denoise => {
-            let n = program.weights.spec(linear.weight).rows.next_multiple_of(16);
-            let guided = matches!(linear.epilogue, Epilogue::Guide { .. });
-            Some(linear.groups * linear.input.count * n * if guided { 4 } else { 2 })
+        Op::Linear(Linear { input, groups, epilogue: Epilogue::Guide { out, .. }, .. }) => {
+            Some(groups * input.count * out.cols * 4)
         }
         _ => None,
     });

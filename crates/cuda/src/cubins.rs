@@ -42,6 +42,7 @@ static CUBINS: &[Cubin] = &[
     hopper!("denoise_rim_load"),
     hopper!("denoise_wide"),
     hopper!("embed"),
+    hopper!("gemm_loop_sm90"),
     hopper!("gemm_sm90"),
     hopper!("patchify"),
     portable!("portable_attention"),

@@ -1,4 +1,5 @@
-//! Host twin of `kernels/denoise_{product,wide,edge}.cu`: the Euler loop over few rows, on Hopper.
+//! Host twin of `kernels/denoise_{product,wide,edge}.cu`: the Euler loop over few rows, on Hopper,
+//! and its edge over many.
 
 use std::sync::Arc;
 
@@ -139,6 +140,8 @@ pub struct EdgeParams {
     pub scaled: u64,
     /// f32 [stream rows][64].
     pub sums: u64,
+    /// Of many rows, instead: float2 [stream rows][16].
+    pub stats: u64,
     /// Rows of `stream`.
     pub stream_rows: Rows,
     /// Rows of `out`.
@@ -155,6 +158,10 @@ pub struct EdgeParams {
     pub scaled_width: u32,
     /// As [`Rows::step`].
     pub scaled_step: u32,
+    /// Set here: rows of a CTA of many rows.
+    pub share: u32,
+    /// 0
+    pub reserved: u32,
 }
 
 /// `DenoiseBesideParams`
@@ -193,7 +200,7 @@ pub struct BesideParams {
 
 const _: () = assert!(size_of::<BesideParams>() == 4 * 208 + 6 * 8 + 20 + 12);
 const _: () = assert!(size_of::<ProductParams>() == 14 * 8 + 80 + 16);
-const _: () = assert!(size_of::<EdgeParams>() == 16 * 8 + 60 + 20);
+const _: () = assert!(size_of::<EdgeParams>() == 17 * 8 + 60 + 28);
 
 /// What a product ends in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -260,21 +267,6 @@ const INSTANCES: &[Instance] = &[
     wide("denoise_gate_up_88", Role::Up, [1024, 1, 11, 2]),
     wide("denoise_down_88", Role::Down, [4096, 8, 11, 2]),
     wide("denoise_mlp_out_88", Role::Mlp, [1024, 8, 11, 2]),
-    wide("denoise_qkv_136", Role::Qkv, [1024, 2, 17, 2]),
-    wide("denoise_o_136", Role::Out, [2048, 4, 17, 2]),
-    wide("denoise_gate_up_136", Role::Up, [1024, 1, 17, 3]),
-    wide("denoise_down_136", Role::Down, [4096, 4, 17, 2]),
-    wide("denoise_mlp_out_136", Role::Mlp, [1024, 8, 17, 2]),
-    wide("denoise_qkv_176", Role::Qkv, [1024, 2, 22, 2]),
-    wide("denoise_o_176", Role::Out, [2048, 4, 22, 2]),
-    wide("denoise_gate_up_176", Role::Up, [1024, 1, 22, 3]),
-    wide("denoise_down_176", Role::Down, [4096, 4, 22, 2]),
-    wide("denoise_mlp_out_176", Role::Mlp, [1024, 8, 22, 2]),
-    wide("denoise_qkv_208", Role::Qkv, [1024, 2, 26, 2]),
-    wide("denoise_o_208", Role::Out, [2048, 4, 26, 2]),
-    wide("denoise_gate_up_208", Role::Up, [1024, 1, 26, 3]),
-    wide("denoise_down_208", Role::Down, [4096, 4, 26, 2]),
-    wide("denoise_mlp_out_208", Role::Mlp, [1024, 8, 26, 2]),
 ];
 
 /// Threads of a few-row product: eight warps compute, one loads weights.
@@ -287,6 +279,8 @@ const BESIDE_SLOTS: u32 = 416;
 const BESIDE_PITCH: u32 = 528;
 /// Keys that one of its CTAs takes at most.
 const BESIDE_SHARE: u32 = 256;
+/// Rows that a CTA of the edge over many takes at most (`kMost`).
+const EDGE_ROWS: u32 = 16;
 /// Inputs of a stage of a wide product.
 const PART: u32 = 128;
 /// Copies of 8 KB of weights a block of a few-row product keeps under way: more crowd out the
@@ -323,6 +317,7 @@ pub struct Denoise {
     context: Arc<Context>,
     products: Vec<Function>,
     edge: Function,
+    edge_many: Function,
     beside: Function,
 }
 
@@ -331,6 +326,7 @@ impl Denoise {
     pub fn load(context: &Arc<Context>) -> Result<Self, BackendError> {
         let few = cubins::load(context, "denoise_product")?;
         let wide = cubins::load(context, "denoise_wide")?;
+        let edge = cubins::load(context, "denoise_edge")?;
         let function = |i: &Instance| {
             let (_, _, shared) = i.block();
             match i.shape {
@@ -341,7 +337,8 @@ impl Denoise {
         Ok(Denoise {
             context: context.clone(),
             products: INSTANCES.iter().map(function).collect::<Result<_, _>>()?,
-            edge: cubins::load(context, "denoise_edge")?.function("denoise_edge", 0)?,
+            edge: edge.function("denoise_edge", 0)?,
+            edge_many: edge.function("denoise_edge_many", 0)?,
             beside: cubins::load(context, "denoise_beside")?
                 .function("denoise_beside", BESIDE_ROOM as usize)?,
         })
@@ -422,6 +419,15 @@ impl Denoise {
         let launch = Launch::new(self.edge.clone(), grid, 1024, vec![Arg::of(&p)]);
         Launch { dependent: true, ..launch }
     }
+
+    /// The same over many rows: a CTA takes several, as many as let all run at once.
+    pub fn edge_many(&self, mut p: EdgeParams) -> Launch {
+        let states = if p.state == 0 { 0 } else { p.samples };
+        p.share = p.rows.div_ceil(self.context.properties.sms).clamp(1, EDGE_ROWS);
+        let grid = [p.rows.div_ceil(p.share) + states.div_ceil(p.share), 1, 1];
+        let launch = Launch::new(self.edge_many.clone(), grid, 1024, vec![Arg::of(&p)]);
+        Launch { dependent: true, ..launch }
+    }
 }
 
 #[cfg(test)]
@@ -437,7 +443,7 @@ mod tests {
         for role in roles {
             assert_eq!(widest(role), widest(Role::Qkv), "{role:?}");
         }
-        assert!(Denoise::takes(1) && Denoise::takes(204) && !Denoise::takes(209));
+        assert!(Denoise::takes(1) && Denoise::takes(88) && !Denoise::takes(89));
         for i in INSTANCES {
             let (_, _, shared) = i.block();
             assert!(shared <= 224 << 10, "{}: {shared}", i.name);

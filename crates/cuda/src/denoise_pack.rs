@@ -1,5 +1,7 @@
-//! Host twin of `kernels/denoise_load.cu` and `denoise_rim_load.cu`: the expert's weights in the
-//! order of the denoise products, packed on the device when the first program wants them.
+//! Host twin of `kernels/denoise_load.cu` and `denoise_rim_load.cu`: the loop's weights as its
+//! kernels want them, made on the device when the first program wants them. Of few rows these are
+//! all of the expert's, in the order of the denoise products; of many rows those at the rim, and
+//! what adaptive shifts add to the tower products.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -17,8 +19,10 @@ pub struct Packing {
     context: Arc<Context>,
     pack: Function,
     fold_shift: Function,
+    fold_rows: Function,
     transpose: Function,
     round: Function,
+    split: Function,
 }
 
 impl Packing {
@@ -30,35 +34,40 @@ impl Packing {
             context: context.clone(),
             pack: load.function("denoise_pack", 0)?,
             fold_shift: load.function("denoise_fold_shift", 0)?,
+            fold_rows: rim.function("denoise_fold_rows", 0)?,
             transpose: rim.function("denoise_transpose", 0)?,
             round: rim.function("denoise_round", 0)?,
+            split: rim.function("denoise_split", 0)?,
         })
     }
 
-    /// Packs what the loop's products need, and folds adaptive shifts into biases.
+    /// Packs what the products of a loop of `size` need, and folds adaptive shifts into biases.
     pub fn pack(
         &self,
         stream: &Stream,
         weights: &Weights,
         program: &Program,
+        size: Size,
     ) -> Result<Packed, BackendError> {
-        let packed = Packed::plan(&self.context, weights, program)?;
+        let packed = Packed::plan(&self.context, weights, program, size)?;
         let base = packed.memory.address();
         let threads = |count: usize| [count.div_ceil(256) as u32, 1, 1];
-        for (&weight, &Reshaped { at, staging, .. }) in &packed.rims {
+        for (&weight, &Reshaped { at, how }) in &packed.rims {
             let place = weights.place(weight);
             let (rows, cols) = (place.rows as u32, place.ld as u32);
             let grid = threads(place.rows * place.ld);
             let from = Arg::of(&weights.address(weight));
-            let launch = match staging {
-                None => {
-                    let args =
-                        vec![from, Arg::of(&(base + at as u64)), Arg::of(&rows), Arg::of(&cols)];
-                    Launch::new(self.transpose.clone(), grid, 256, args)
-                }
-                Some(staging) => {
+            let to_rows = |function: &Function| {
+                let to = Arg::of(&(base + at as u64));
+                let args = vec![from.clone(), to, Arg::of(&rows), Arg::of(&cols)];
+                Launch::new(function.clone(), grid, 256, args)
+            };
+            let launch = match how {
+                Reshaping::Transposed => to_rows(&self.transpose),
+                Reshaping::Split => to_rows(&self.split),
+                Reshaping::Packed { staging } => {
                     let to = base + staging as u64;
-                    let args = vec![from, Arg::of(&to), Arg::of(&(rows * cols))];
+                    let args = vec![from.clone(), Arg::of(&to), Arg::of(&(rows * cols))];
                     stream.launch(&Launch::new(self.round.clone(), grid, 256, args), false)?;
                     self.packing(to, base + at as u64, place.rows, place.ld)
                 }
@@ -73,16 +82,22 @@ impl Packing {
         }
         for (&(weight, table), bias) in &packed.biases {
             let place = weights.place(weight);
-            let args = vec![
-                Arg::of(&(base + packed.matrices[&weight] as u64)),
+            let (rows, cols, steps) = (place.rows as u32, place.ld as u32, bias.steps as u32);
+            let from = packed.matrices.get(&weight).map(|at| base + *at as u64);
+            let mut args = vec![
+                Arg::of(&from.unwrap_or(weights.address(weight))),
                 Arg::of(&weights.address(table)),
                 Arg::of(&(base + bias.at as u64)),
-                Arg::of(&(place.rows as u32)),
-                Arg::of(&(place.ld as u32)),
-                Arg::of(&(bias.gate_up as u32)),
+                Arg::of(&rows),
+                Arg::of(&cols),
             ];
-            let grid = [place.rows as u32 / 16, bias.steps as u32, 1];
-            stream.launch(&Launch::new(self.fold_shift.clone(), grid, 32, args), false)?;
+            let launch = if from.is_some() {
+                args.push(Arg::of(&(bias.gate_up as u32)));
+                Launch::new(self.fold_shift.clone(), [rows / 16, steps, 1], 32, args)
+            } else {
+                Launch::new(self.fold_rows.clone(), [rows.div_ceil(8), steps, 1], 256, args)
+            };
+            stream.launch(&launch, false)?;
         }
         stream.synchronize()?;
         Ok(packed)
@@ -102,10 +117,29 @@ impl Packing {
     }
 }
 
-/// A rim matrix: transposed f32 at `at`, or, with staging for its bf16 rows, packed.
+/// Which kernels a loop runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Size {
+    /// The denoise products.
+    Few,
+    /// Tower products.
+    Many,
+}
+
+/// A matrix of the rim, f32 where it comes from, and where it goes.
 struct Reshaped {
     at: usize,
-    staging: Option<usize>,
+    how: Reshaping,
+}
+
+#[derive(Clone, Copy)]
+enum Reshaping {
+    /// f32, input-major.
+    Transposed,
+    /// bf16 in the order of the products; `staging` is for its rows.
+    Packed { staging: usize },
+    /// Two bf16 matrices side by side, the rounded and what that left.
+    Split,
 }
 
 /// A folded bias table f32 [steps][rows].
@@ -116,7 +150,7 @@ struct FoldedBias {
     gate_up: bool,
 }
 
-/// The expert's matrices in the order of the denoise products.
+/// The loop's weights as its kernels want them.
 pub struct Packed {
     memory: DeviceMemory,
     matrices: BTreeMap<WeightId, usize>,
@@ -129,25 +163,32 @@ impl Packed {
         context: &Arc<Context>,
         weights: &Weights,
         program: &Program,
+        size: Size,
     ) -> Result<Self, BackendError> {
         let (mut bytes, mut matrices, mut biases) = (0, BTreeMap::new(), BTreeMap::new());
         let mut rims = BTreeMap::new();
         for linear in products(program) {
             let place = weights.place(linear.weight);
             if weights.table.spec(linear.weight).kind == Kind::RimMatrix {
-                let square = place.rows == place.ld;
                 rims.entry(linear.weight).or_insert_with(|| {
                     let at = bytes;
                     bytes += place.bytes().next_multiple_of(256);
-                    Reshaped { at, staging: square.then_some(at + place.bytes() / 2) }
+                    let how = match (place.rows == place.ld, size) {
+                        (false, _) => Reshaping::Transposed,
+                        (true, Size::Few) => Reshaping::Packed { staging: at + place.bytes() / 2 },
+                        (true, Size::Many) => Reshaping::Split,
+                    };
+                    Reshaped { at, how }
                 });
                 continue;
             }
-            matrices.entry(linear.weight).or_insert_with(|| {
-                let at = bytes;
-                bytes += place.bytes().next_multiple_of(256);
-                at
-            });
+            if size == Size::Few {
+                matrices.entry(linear.weight).or_insert_with(|| {
+                    let at = bytes;
+                    bytes += place.bytes().next_multiple_of(256);
+                    at
+                });
+            }
             if let Norm::Adaptive { table, .. } = linear.norm {
                 biases.entry((linear.weight, table)).or_insert_with(|| {
                     let at = bytes;
@@ -162,7 +203,7 @@ impl Packed {
         Ok(Packed { memory, matrices, rims, biases })
     }
 
-    /// Address of a packed (or, of the narrow ones at the rim, transposed) matrix.
+    /// Address of a packed (at the rim, transposed or split) matrix.
     pub fn matrix(&self, weight: WeightId) -> Option<u64> {
         let rim = self.rims.get(&weight).map(|rim| rim.at);
         let at = self.matrices.get(&weight).copied().or(rim)?;

@@ -1,4 +1,5 @@
-//! Host twin of `kernels/gemm_sm90.cu`: products of the vision and prefix towers on Hopper.
+//! Host twin of `kernels/gemm_{,loop_}sm90.cu`: products of the vision and prefix towers and of an
+//! Euler loop of many rows, on Hopper.
 
 use std::sync::Arc;
 
@@ -20,7 +21,7 @@ pub struct GemmParams {
     pub stats_in: u64,
     /// float2 [rows of out][n / 64].
     pub stats_out: u64,
-    /// Position table or turns.
+    /// Position table, turns, or the loop's gate.
     pub aux: u64,
     /// Destination.
     pub out: u64,
@@ -36,7 +37,7 @@ pub struct GemmParams {
     pub rows: u32,
     /// Rows of W.
     pub n: u32,
-    /// Columns of both.
+    /// Columns of W.
     pub k: u32,
     /// K / 64.
     pub slots_in: u32,
@@ -58,11 +59,17 @@ pub struct GemmParams {
     pub group: u32,
     /// StorePosition: multiplies the product.
     pub scale: f32,
-    /// 0
-    pub reserved: u32,
+    /// Columns of x: k, or half of them, and x is read twice.
+    pub x_cols: u32,
+    /// LoopRope: u32 [samples][2].
+    pub lengths: u64,
+    /// LoopRope: tokens of a camera.
+    pub image_tokens: u32,
+    /// LoopRope: position of row 0 less the prefix's length.
+    pub first_position: u32,
 }
 
-const _: () = assert!(size_of::<GemmParams>() == 136);
+const _: () = assert!(size_of::<GemmParams>() == 152);
 
 /// `gemm::Epilogue`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,9 +86,27 @@ pub enum GemmEpilogue {
     Add,
     /// q, k rotated; v
     Rope,
+    /// The loop's y; its f32 weights may be two matrices side by side
+    LoopStore,
+    /// The loop's gelu(gate) · up
+    LoopGeGlu,
+    /// The loop's out + gate · y
+    LoopAdd,
+    /// The loop's q, k rotated; v
+    LoopRope,
 }
 
-/// One instance of the kernel, as `GEMM_INSTANCES` lists it.
+impl GemmEpilogue {
+    fn of_loop(self) -> bool {
+        matches!(self, Self::LoopStore | Self::LoopGeGlu | Self::LoopAdd | Self::LoopRope)
+    }
+
+    fn adds(self) -> bool {
+        matches!(self, Self::Add | Self::LoopAdd)
+    }
+}
+
+/// One instance of the kernel, as `GEMM_INSTANCES` or `GEMM_LOOP_INSTANCES` lists it.
 struct Tile {
     name: &'static str,
     /// Warpgroups on the products.
@@ -111,6 +136,7 @@ const fn tile(
 /// Of equal estimates the first is taken.
 const TILES: &[Tile] = {
     use GemmEpilogue::{Add, GeGlu, Gelu, Rope, Store, StorePosition};
+    use GemmEpilogue::{LoopAdd, LoopGeGlu, LoopRope, LoopStore};
     &[
         tile("gemm_geglu_128x144_t_w2", [2, 2, 144, 5], [1, 2, 1], true, GeGlu),
         tile("gemm_geglu_128x144_t_x2", [2, 2, 144, 5], [2, 1, 1], true, GeGlu),
@@ -164,6 +190,26 @@ const TILES: &[Tile] = {
         tile("gemm_store_position_128x40", [2, 1, 40, 8], [1, 1, 1], false, StorePosition),
         tile("gemm_store_position_128x64", [2, 1, 64, 8], [1, 1, 1], false, StorePosition),
         tile("gemm_store_position_128x192_t_w2", [2, 2, 192, 4], [1, 2, 1], true, StorePosition),
+        tile("gemm_loop_rope_128x32", [2, 1, 32, 8], [1, 1, 1], false, LoopRope),
+        tile("gemm_loop_rope_128x40", [2, 1, 40, 8], [1, 1, 1], false, LoopRope),
+        tile("gemm_loop_rope_128x64", [2, 1, 64, 8], [1, 1, 1], false, LoopRope),
+        tile("gemm_loop_rope_128x112", [2, 1, 112, 6], [1, 1, 1], false, LoopRope),
+        tile("gemm_loop_rope_128x136", [2, 1, 136, 5], [1, 1, 1], false, LoopRope),
+        tile("gemm_loop_rope_128x208", [2, 1, 208, 4], [1, 1, 1], false, LoopRope),
+        tile("gemm_loop_geglu_128x88_t_x2", [2, 2, 88, 7], [2, 1, 1], true, LoopGeGlu),
+        tile("gemm_loop_geglu_128x104_t_x2", [2, 2, 104, 6], [2, 1, 1], true, LoopGeGlu),
+        tile("gemm_loop_geglu_128x160_t_x2", [2, 2, 160, 5], [2, 1, 1], true, LoopGeGlu),
+        tile("gemm_loop_geglu_128x176_t_x2", [2, 2, 176, 4], [2, 1, 1], true, LoopGeGlu),
+        tile("gemm_loop_add_128x32_k2", [2, 1, 32, 8], [1, 1, 2], false, LoopAdd),
+        tile("gemm_loop_add_128x48_k2", [2, 1, 48, 8], [1, 1, 2], false, LoopAdd),
+        tile("gemm_loop_add_128x80_k2", [2, 1, 80, 8], [1, 1, 2], false, LoopAdd),
+        tile("gemm_loop_add_128x88_k2", [2, 1, 88, 7], [1, 1, 2], false, LoopAdd),
+        tile("gemm_loop_add_128x104_k2", [2, 1, 104, 6], [1, 1, 2], false, LoopAdd),
+        tile("gemm_loop_add_128x208", [2, 1, 208, 4], [1, 1, 1], false, LoopAdd),
+        tile("gemm_loop_store_128x48_k2", [2, 1, 48, 8], [1, 1, 2], false, LoopStore),
+        tile("gemm_loop_store_128x80_k2", [2, 1, 80, 8], [1, 1, 2], false, LoopStore),
+        tile("gemm_loop_store_128x104_k2", [2, 1, 104, 6], [1, 1, 2], false, LoopStore),
+        tile("gemm_loop_store_128x208", [2, 1, 208, 4], [1, 1, 1], false, LoopStore),
     ]
 };
 
@@ -184,13 +230,20 @@ impl Tile {
         (self.bn / 8).div_ceil(self.cluster[2])
     }
 
+    /// Whether the copy engine brings what is added to the product, or takes it away (`Tile::BULK`).
+    fn maps_out(&self) -> bool {
+        use GemmEpilogue::{Gelu, Rope, Store};
+        self.epilogue.adds() || (self.mi == 2 && matches!(self.epilogue, Store | Gelu | Rope))
+    }
+
     /// `Tile::SMEM` of the kernel.
     fn shared_bytes(&self) -> u32 {
-        use GemmEpilogue::{Add, Rope, StorePosition};
+        use GemmEpilogue::{LoopRope, Rope, StorePosition};
         let ring = self.stages * (self.bm() + self.bn) * 128;
         let staging = self.consumers * self.own() * 8 * 128;
-        let records = if matches!(self.epilogue, Add | StorePosition) { 0 } else { self.bn * 8 };
-        let positions = if self.epilogue == Rope { self.bn * 4 } else { 0 };
+        let plain = self.epilogue.adds() || self.epilogue == StorePosition;
+        let records = if plain { 0 } else { self.bn * 8 };
+        let positions = if matches!(self.epilogue, Rope | LoopRope) { self.bn * 4 } else { 0 };
         let barriers = 8 * (2 * self.stages + 7 + 2 * self.consumers);
         ring + staging + 2 * (records + positions) + barriers
     }
@@ -263,11 +316,13 @@ pub struct Gemm {
 impl Gemm {
     /// Loads them; Hopper only.
     pub fn load(context: &Arc<Context>) -> Result<Self, BackendError> {
-        let module = cubins::load(context, "gemm_sm90")?;
-        let functions = TILES
-            .iter()
-            .map(|t| module.function(t.name, t.shared_bytes() as usize))
-            .collect::<Result<_, _>>()?;
+        let towers = cubins::load(context, "gemm_sm90")?;
+        let of_loop = cubins::load(context, "gemm_loop_sm90")?;
+        let function = |t: &Tile| {
+            let module = if t.epilogue.of_loop() { &of_loop } else { &towers };
+            module.function(t.name, t.shared_bytes() as usize)
+        };
+        let functions = TILES.iter().map(function).collect::<Result<_, _>>()?;
         Ok(Gemm { context: context.clone(), functions })
     }
 
@@ -281,7 +336,7 @@ impl Gemm {
         spare: u32,
     ) -> Result<Launch, BackendError> {
         let sms = self.context.properties.sms - spare;
-        (p.rows, p.n, p.k) = (x.rows, w.rows, x.cols);
+        (p.rows, p.n, p.k, p.x_cols) = (x.rows, w.rows, w.cols, x.cols);
         let chosen = choose(epilogue, [p.rows, p.n, p.k], sms);
         let Some((at, tile)) = chosen else {
             return Err(BackendError::Unavailable(format!(
@@ -292,14 +347,16 @@ impl Gemm {
         let w_map = self.map(w, tile.bm())?;
         let x_map = self.map(x, tile.bn)?;
         let cols = match epilogue {
-            GemmEpilogue::GeGlu => w.rows / 2,
             GemmEpilogue::Rope => p.q_cols,
             _ => w.rows,
         };
-        let out = Operand { address: p.out, rows: x.rows, cols, ld: p.out_ld };
         let out_map = match cols {
             0 => x_map, // keys and values alone
-            _ => self.map(out, tile.own() * 8)?,
+            cols if tile.maps_out() => {
+                let out = Operand { address: p.out, rows: x.rows, cols, ld: p.out_ld };
+                self.map(out, tile.own() * 8)?
+            }
+            _ => x_map,
         };
         let size = tile.cluster_size();
         let tiles = tile.tiles(p.rows, p.n);
@@ -370,6 +427,31 @@ mod tests {
             (GeGlu, [50432, 32768, 2048], "gemm_geglu_128x200_t_x2"),
             (Add, [49152, 1152, 4304], "gemm_add_128x192_t_w2"),
             (Gelu, [49152, 4304, 1152], "gemm_gelu_128x192_t_x2"),
+        ] {
+            let chosen = choose(epilogue, size, 132).map(|(_, tile)| tile.name);
+            assert_eq!(chosen, Some(want), "{size:?}");
+        }
+    }
+
+    /// The shapes of batches of 16, 32 and 64 at horizons of 10 and 50.
+    #[test]
+    fn the_loop_has_tiles_for_its_batches() {
+        use GemmEpilogue::{LoopAdd, LoopGeGlu, LoopRope, LoopStore};
+        for (epilogue, size, want) in [
+            (LoopRope, [160, 2560, 1024], "gemm_loop_rope_128x32"),
+            (LoopGeGlu, [160, 8192, 1024], "gemm_loop_geglu_128x88_t_x2"),
+            (LoopAdd, [160, 1024, 4096], "gemm_loop_add_128x32_k2"),
+            (LoopGeGlu, [200, 8192, 1024], "gemm_loop_geglu_128x104_t_x2"),
+            (LoopRope, [640, 2560, 1024], "gemm_loop_rope_128x112"),
+            (LoopRope, [320, 2560, 1024], "gemm_loop_rope_128x64"),
+            (LoopRope, [816, 2560, 1024], "gemm_loop_rope_128x136"),
+            (LoopAdd, [640, 1024, 2048], "gemm_loop_add_128x80_k2"),
+            (LoopAdd, [704, 1024, 4096], "gemm_loop_add_128x88_k2"),
+            (LoopAdd, [320, 1024, 4096], "gemm_loop_add_128x48_k2"),
+            (LoopAdd, [800, 1024, 2048], "gemm_loop_add_128x104_k2"),
+            (LoopStore, [640, 1024, 2048], "gemm_loop_store_128x80_k2"),
+            (LoopGeGlu, [640, 8192, 1024], "gemm_loop_geglu_128x160_t_x2"),
+            (LoopGeGlu, [704, 8192, 1024], "gemm_loop_geglu_128x176_t_x2"),
         ] {
             let chosen = choose(epilogue, size, 132).map(|(_, tile)| tile.name);
             assert_eq!(chosen, Some(want), "{size:?}");

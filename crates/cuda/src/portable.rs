@@ -162,24 +162,6 @@ pub struct NormParams {
     pub norm: u32,
 }
 
-/// Parameters of `portable_finish`.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
-pub struct FinishParams {
-    /// bf16 [rows][ld], packed columns.
-    pub y: u64,
-    /// Rows.
-    pub rows: u32,
-    /// Columns of y.
-    pub packed_n: u32,
-    /// Elements from one row to the next.
-    pub ld: u32,
-    /// 0
-    pub pad: u32,
-    /// Where y goes.
-    pub output: Output,
-}
-
 /// Parameters of `portable_patchify`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
@@ -301,7 +283,6 @@ const _: () = assert!(size_of::<Output>() == 160);
 const _: () = assert!(size_of::<LinearParams>() == 32 + 8 + 16 + 160);
 const _: () = assert!(size_of::<RimParams>() == 32 + 16 + 16 + 160);
 const _: () = assert!(size_of::<NormParams>() == 64);
-const _: () = assert!(size_of::<FinishParams>() == 24 + 160);
 const _: () = assert!(size_of::<PatchifyParams>() == 32);
 const _: () = assert!(size_of::<EmbedParams>() == 72);
 const _: () = assert!(size_of::<AttentionParams>() == 176);
@@ -323,7 +304,6 @@ pub struct Portable {
     small: Function,
     rim: Function,
     norm: Function,
-    finish: Function,
     patchify: Function,
     embed: Function,
     attention: Function,
@@ -343,7 +323,6 @@ impl Portable {
             small: linear.function("portable_linear_small", SMALL_SHARED as usize)?,
             rim: rim.function("portable_rim", 8 * 4 * MAX_RIM_COLUMNS)?,
             norm: rows.function("portable_norm", 0)?,
-            finish: rows.function("portable_finish", 0)?,
             patchify: rows.function("portable_patchify", 0)?,
             embed: rows.function("portable_embed", 0)?,
             attention: attention.function("portable_attention", 0)?,
@@ -374,12 +353,6 @@ impl Portable {
     pub fn norm(&self, p: NormParams) -> Launch {
         let grid = [p.rows.div_ceil(4), 1, 1];
         let launch = Launch::new(self.norm.clone(), grid, 128, vec![Arg::of(&p)]);
-        Launch { dependent: true, ..launch }
-    }
-
-    /// The epilogue of a product that another kernel computed.
-    pub fn finish(&self, p: FinishParams) -> Launch {
-        let launch = Launch::new(self.finish.clone(), [p.rows, 1, 1], 256, vec![Arg::of(&p)]);
         Launch { dependent: true, ..launch }
     }
 

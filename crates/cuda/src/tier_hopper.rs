@@ -15,7 +15,7 @@ use crate::attention::{
 };
 use crate::bind::Binding;
 use crate::denoise::Denoise;
-use crate::denoise_pack::{Packed, Packing};
+use crate::denoise_pack::{Packed, Packing, Size};
 use crate::driver::{Launch, Stream};
 use crate::gemm::{Gemm, GemmEpilogue, GemmParams, Operand};
 use crate::load::Weights;
@@ -24,13 +24,16 @@ use crate::tier_beside::Beside;
 use crate::tier_loop::{self, LoopPlan};
 use crate::tier_portable::table_row;
 
-/// The loaded Hopper kernels, and the expert packed for them.
+/// The loaded Hopper kernels, and the loop's weights as they want them.
 pub struct Hopper {
     gemm: Gemm,
     attention: Attention,
     denoise: Denoise,
     packing: Packing,
+    /// For loops of few rows.
     packed: OnceLock<Packed>,
+    /// For loops of many.
+    packed_many: OnceLock<Packed>,
 }
 
 impl Hopper {
@@ -42,6 +45,7 @@ impl Hopper {
             denoise: Denoise::load(context)?,
             packing: Packing::load(context)?,
             packed: OnceLock::new(),
+            packed_many: OnceLock::new(),
         })
     }
 
@@ -58,19 +62,23 @@ impl Hopper {
 
     /// Bytes of device memory beside the weights proper.
     pub fn packed_bytes(&self) -> u64 {
-        self.packed.get().map_or(0, Packed::bytes)
+        let kinds = [&self.packed, &self.packed_many];
+        kinds.iter().filter_map(|packed| packed.get()).map(Packed::bytes).sum()
     }
 
-    /// Packs the expert if this program is the first to want it.
+    /// Packs the loop's weights if this program is the first to want them so.
     pub fn prepare(
         &self,
         stream: &Stream,
         weights: &Weights,
         program: &Program,
     ) -> Result<(), BackendError> {
-        if self.packed.get().is_none() && tier_loop::is_small(program) {
-            let packed = self.packing.pack(stream, weights, program)?;
-            let _ = self.packed.set(packed);
+        let (packed, size) = match tier_loop::is_small(program) {
+            true => (&self.packed, Size::Few),
+            false => (&self.packed_many, Size::Many),
+        };
+        if packed.get().is_none() {
+            let _ = packed.set(self.packing.pack(stream, weights, program, size)?);
         }
         Ok(())
     }
@@ -87,14 +95,14 @@ impl Hopper {
         let step = &bound.program.steps[at];
         if let (Op::Linear(linear), Stage::Denoise) = (&step.op, step.stage()) {
             let context = LoopPlan { gemm: &self.gemm, portable, weights, bound };
-            if let Some(packed) = self.packed.get().filter(|_| tier_loop::is_small(&bound.program))
-            {
-                return Ok(Some(context.small(&self.denoise, packed, at, linear)?));
-            }
-            return match weights.table.spec(linear.weight).kind {
-                Kind::Matrix => context.batched(linear).map(Some),
-                _ => Ok(None),
+            let planned = match (self.packed.get(), self.packed_many.get()) {
+                (Some(packed), _) if tier_loop::is_small(&bound.program) => {
+                    context.small(&self.denoise, packed, at, linear)?
+                }
+                (_, Some(packed)) => context.many(&self.denoise, packed, at, linear)?,
+                _ => return Ok(None),
             };
+            return Ok(Some(planned));
         }
         Ok(self.plan_one(weights, bound, at)?.map(|launch| vec![launch]))
     }

@@ -13,9 +13,9 @@ use crate::denoise_pack::Packed;
 use crate::driver::Launch;
 use crate::gemm::{Gemm, GemmEpilogue, GemmParams, Operand};
 use crate::load::Weights;
-use crate::portable::{FinishParams, Portable};
+use crate::portable::Portable;
 use crate::tier_hopper::next_scale;
-use crate::tier_portable::{self, normalise, normed_view, output, table_row};
+use crate::tier_portable::{self, table_row};
 
 /// Whether the loop runs on the denoise kernels.
 pub fn is_small(program: &Program) -> bool {
@@ -63,7 +63,7 @@ fn fast_writer(program: &Program, id: BufferId) -> bool {
 pub struct LoopPlan<'a> {
     /// Tower products.
     pub gemm: &'a Gemm,
-    /// Norms and epilogues beside them.
+    /// The guided Euler step.
     pub portable: &'a Portable,
     /// The weights.
     pub weights: &'a Weights,
@@ -72,10 +72,7 @@ pub struct LoopPlan<'a> {
 }
 
 impl LoopPlan<'_> {
-    /// A step of a loop of few rows. One edge kernel does action.out, the Euler step, and the
-    /// next step's action.in; in front of the first step it does the state token and action.in.
-    /// Where the Euler step is guided, action.out and it are the portable tier's, and the edge
-    /// kernel does action.in alone.
+    /// A step of a loop of few rows.
     pub fn small(
         &self,
         denoise: &Denoise,
@@ -83,32 +80,51 @@ impl LoopPlan<'_> {
         at: usize,
         linear: &Linear,
     ) -> Result<Vec<Launch>, BackendError> {
+        if let Some(launches) = self.at_edge(packed, at, linear, &|p| denoise.edge(p))? {
+            return Ok(launches);
+        }
+        let name = self.bound.program.steps[at].name.as_str();
+        let missing =
+            || BackendError::Unavailable(format!("no denoise kernel takes step `{name}`"));
+        let launch = self.product(denoise, packed, at, linear)?;
+        launch.map(|launch| vec![launch]).ok_or_else(missing)
+    }
+
+    /// A step at the edge between two Euler steps; `None` if it is none. One edge kernel does
+    /// action.out, the Euler step, and the next step's action.in; in front of the first step it
+    /// does the state token and action.in. Where the Euler step is guided, action.out and it are
+    /// the portable tier's, and the edge kernel does action.in alone.
+    fn at_edge(
+        &self,
+        packed: &Packed,
+        at: usize,
+        linear: &Linear,
+        edge: &dyn Fn(EdgeParams) -> Launch,
+    ) -> Result<Option<Vec<Launch>>, BackendError> {
         let name = self.bound.program.steps[at].name.as_str();
         let (step, op) = name.trim_start_matches("denoise.").split_once('.').unwrap_or_default();
         let step: usize = step.trim_start_matches("step").parse().unwrap_or(0);
         let guided = self.bound.program.shape.rtc == Rtc::Guided;
-        let launch = match op {
-            "state" => return Ok(Vec::new()),
-            "action.in" if step > 0 && !guided => return Ok(Vec::new()),
+        let params = match op {
+            "state" => return Ok(Some(Vec::new())),
+            "action.in" if step > 0 && !guided => return Ok(Some(Vec::new())),
             "action.in" => {
                 let state = self.linear_named("denoise.step0.state").filter(|_| step == 0);
-                Some(denoise.edge(self.edge(packed, at, None, Some(linear), state)))
+                self.edge(packed, at, None, Some(linear), state)
             }
             "action.out" if guided => {
                 let (portable, weights, bound) = (self.portable, self.weights, self.bound);
                 let (step, mut launches) = (&bound.program.steps[at], Vec::with_capacity(2));
                 tier_portable::linear(portable, weights, bound, step, linear, &mut launches)?;
-                return Ok(launches);
+                return Ok(Some(launches));
             }
             "action.out" => {
                 let next = self.linear_named(&format!("denoise.step{}.action.in", step + 1));
-                Some(denoise.edge(self.edge(packed, at, Some(linear), next, None)))
+                self.edge(packed, at, Some(linear), next, None)
             }
-            _ => self.product(denoise, packed, at, linear)?,
+            _ => return Ok(None),
         };
-        let missing =
-            || BackendError::Unavailable(format!("no denoise kernel takes step `{name}`"));
-        launch.map(|launch| vec![launch]).ok_or_else(missing)
+        Ok(Some(vec![edge(params)]))
     }
 
     fn linear_named(&self, name: &str) -> Option<&Linear> {
@@ -134,6 +150,7 @@ impl LoopPlan<'_> {
         let shape = &bound.program.shape;
         let mut p = EdgeParams {
             sums: bound.sums(),
+            stats: bound.program.buffer("suffix.stream").map_or(0, |id| bound.stats(id)),
             rows: (shape.batch * shape.horizon) as u32,
             samples: shape.batch as u32,
             ..Default::default()
@@ -264,44 +281,104 @@ impl LoopPlan<'_> {
         Some((role, p))
     }
 
-    /// A product of the loop over many rows: norm, tower product, and an epilogue of its own where
-    /// the tower product lacks it.
-    pub fn batched(&self, linear: &Linear) -> Result<Vec<Launch>, BackendError> {
-        let Self { portable, weights, bound, .. } = *self;
-        let mut launches = Vec::with_capacity(3);
-        let mut x = bound.view(&linear.input);
-        if linear.norm != Norm::None {
-            launches.push(normalise(portable, weights, bound, linear));
-            x = normed_view(bound, linear);
-        }
-        let place = weights.place(linear.weight);
-        let (rows, cols) = ((linear.groups * linear.input.count) as u32, linear.input.cols as u32);
-        let x = Operand { address: x.base, rows, cols, ld: x.ld };
-        let address = weights.address(linear.weight);
-        let w = Operand { address, rows: place.rows as u32, cols, ld: place.ld as u32 };
-        let to = |out: u64, ld: u32| GemmParams {
-            out,
-            out_ld: ld,
-            period: rows,
-            out_stride: rows,
-            slots_in: cols / 64,
-            inv_width: 1.0 / cols as f32,
-            ..Default::default()
-        };
-        let direct = match &linear.epilogue {
-            Epilogue::GeGlu { out } => Some((GemmEpilogue::GeGlu, out)),
-            Epilogue::Add { out, gate: None } => Some((GemmEpilogue::Add, out)),
-            _ => None,
-        };
-        if let Some((epilogue, out)) = direct {
-            let out = bound.view(out);
-            launches.push(self.gemm.product(epilogue, [w, x], to(out.base, out.ld), 0)?);
+    /// A step of a loop of many rows.
+    pub fn many(
+        &self,
+        denoise: &Denoise,
+        packed: &Packed,
+        at: usize,
+        linear: &Linear,
+    ) -> Result<Vec<Launch>, BackendError> {
+        if let Some(launches) = self.at_edge(packed, at, linear, &|p| denoise.edge_many(p))? {
             return Ok(launches);
         }
-        let (y, ld) = (bound.product(), place.rows as u32);
-        launches.push(self.gemm.product(GemmEpilogue::Store, [w, x], to(y, ld), 0)?);
-        let output = output(weights, bound, linear);
-        launches.push(portable.finish(FinishParams { y, rows, packed_n: ld, ld, pad: 0, output }));
-        Ok(launches)
+        Ok(vec![self.tower_product(packed, at, linear)?])
+    }
+
+    /// A tower product of the loop: the norm of its input from the statistics and the scaled copy
+    /// that the writers of the stream left.
+    fn tower_product(
+        &self,
+        packed: &Packed,
+        at: usize,
+        linear: &Linear,
+    ) -> Result<Launch, BackendError> {
+        let (bound, weights) = (self.bound, self.weights);
+        let (place, input) = (weights.place(linear.weight), bound.view(&linear.input));
+        let cols = linear.input.cols as u32;
+        let mut x = Operand {
+            address: input.base,
+            rows: (linear.groups * linear.input.count) as u32,
+            cols,
+            ld: input.ld,
+        };
+        let address = weights.address(linear.weight);
+        let mut w = Operand { address, rows: place.rows as u32, cols, ld: place.ld as u32 };
+        if let Some(split) = packed.matrix(linear.weight) {
+            w = Operand { address: split, cols: 2 * cols, ld: 2 * w.ld, ..w };
+        }
+        let mut p = GemmParams {
+            slots_in: cols / 64,
+            inv_width: 1.0 / cols as f32,
+            period: linear.input.count as u32,
+            lengths: bound.lengths(),
+            image_tokens: bound.program.config.vision.tokens() as u32,
+            ..Default::default()
+        };
+        if let Some(bias) = linear.bias {
+            p.bias = table_row(weights, bias.table, bias.row, w.rows as usize);
+        }
+        if linear.norm != Norm::None {
+            x.address = bound.scaled(linear.input.buffer);
+            p.stats_in = bound.stats(linear.input.buffer);
+        }
+        if let Norm::Adaptive { table, row, .. } = linear.norm {
+            p.bias = packed.bias(linear.weight, table, row).unwrap_or(0);
+        }
+        // Row 0 of what goes out; the stream's copy and statistics begin at the same row.
+        let base = |view: &View| {
+            let to = bound.view(view);
+            to.base + u64::from(to.first * to.ld) * 2
+        };
+        let stream = |p: &mut GemmParams, out: &View| {
+            let (first, cols) = (out.first as u64, out.cols as u64);
+            p.next_scale = next_scale(weights, &bound.program, at, out.buffer);
+            p.scaled = bound.scaled(out.buffer) + first * cols * 2;
+            p.stats_out = bound.stats(out.buffer) + first * (cols / 64) * 8;
+            if p.next_scale == 0 {
+                p.scaled = 0;
+            }
+        };
+        let (epilogue, out) = match &linear.epilogue {
+            Epilogue::Rope { q: Some(q), k, v, positions: Positions::Suffix { first }, .. } => {
+                p.q_cols = q.cols as u32;
+                p.aux = bound.turns();
+                p.first_position = *first as u32;
+                (p.out_k, p.out_v) = (base(k), base(v));
+                (p.kv_stride, p.kv_ld) = (k.stride as u32, bound.view(k).ld);
+                (GemmEpilogue::LoopRope, q)
+            }
+            Epilogue::GeGlu { out } => (GemmEpilogue::LoopGeGlu, out),
+            Epilogue::Add { out, gate } => {
+                p.aux = gate.map_or(0, |gate| {
+                    let row = table_row(weights, gate.table, gate.row, 3 * out.cols);
+                    row + (2 * out.cols * 4) as u64
+                });
+                stream(&mut p, out);
+                (GemmEpilogue::LoopAdd, out)
+            }
+            Epilogue::Store { out } => {
+                stream(&mut p, out);
+                (GemmEpilogue::LoopStore, out)
+            }
+            _ => {
+                let name = &bound.program.steps[at].name;
+                let why = format!("no tower product of the loop takes step `{name}`");
+                return Err(BackendError::Unavailable(why));
+            }
+        };
+        p.out = base(out);
+        (p.out_stride, p.out_ld) = (out.stride as u32, bound.view(out).ld);
+        self.gemm.product(epilogue, [w, x], p, 0)
     }
 }
