@@ -86,7 +86,7 @@
 // B = 64, 2026-11-26, at the power limit (SUSTAIN=1, H200, nvcc 13.0, one call each; before → now,
 // in brackets torch's cuBLAS on another card): vision (49152 rows) qkv 706 → 640 (618), out 294 →
 // 269 (218), fc1 854 → 812 (803), fc2 836 → 817 (777); prefill (50432 rows) qkv 860 → 836, out 741
-// → 712 (641), up 10.6 ms (10.3), down 5470 → 5137 (4941). What did it:
+// → 712 (641), up 10.62 → 10.53 ms (10.32), down 5470 → 5137 (4941). What did it:
 // - Beside products that keep shared memory busy, a warp's access to it (LDS, SHFL, and STG's way
 //   out) takes hundreds of clocks: copying a 192 × 128 tile out took 9.5 thousand clocks, with the
 //   residual's statistics and scaled copy 18 to 23 thousand, where products of K = 1152 take 14.
@@ -94,11 +94,12 @@
 // - The warpgroup's number by a shuffle, so that the compiler knows that it is uniform: operand
 //   descriptors in uniform registers. The main loop had four moves and five integer operations per
 //   wgmma (prefill.up executed 1.85 G instructions, cuBLAS 0.95 G).
-// - 256 × 192 tiles for prefill.down: a third fewer bytes through L2 (3.59 instead of 3.70 J).
+// - 256 × 192 tiles for prefill.down: a third fewer bytes through L2 (3.59 instead of 3.70 J). For
+//   up a gain of 0.8 %, since its epilogues are in the open then.
 // No gain: the copy engine for GEGLU (up 1.7 % slower: stores queue with the ring's loads) and for
 // ADD (out 298: the scaled copy waits for the engine to have read the staging); row sums as the
-// diagonal of x·xᵀ by mma.sync (out 295); clusters of four; other L2 promotions; 256 × 192 for up
-// (0.8 %), for vision's qkv and fc1 and for K of 2048 and less before ADD (epilogues in the open).
+// diagonal of x·xᵀ by mma.sync (out 295); clusters of four; other L2 promotions; 256 × 192 tiles
+// for vision's qkv and fc1, and before ADD for K of 2048 and less (epilogues in the open).
 #include "gemm_sm90.cuh"
 
 // X(name, consumers, MI, BN, stages, CM, CN, CK, turns, epilogue)
@@ -117,6 +118,7 @@
     X(gemm_geglu_128x184_t_x2, 2, 2, 184, 4, 2, 1, 1, 1, GEGLU)                       \
     X(gemm_geglu_128x200_t_w2, 2, 2, 200, 4, 1, 2, 1, 1, GEGLU)                       \
     X(gemm_geglu_128x200_t_x2, 2, 2, 200, 4, 2, 1, 1, 1, GEGLU)                       \
+    X(gemm_geglu_256x192_w2, 2, 2, 192, 3, 1, 2, 1, 0, GEGLU)                         \
     X(gemm_add_128x64, 2, 1, 64, 8, 1, 1, 1, 0, ADD)                                  \
     X(gemm_add_128x72, 2, 1, 72, 8, 1, 1, 1, 0, ADD)                                  \
     X(gemm_add_128x104, 2, 1, 104, 6, 1, 1, 1, 0, ADD)                                \

@@ -147,6 +147,7 @@ const TILES: &[Tile] = {
         tile("gemm_geglu_128x184_t_x2", [2, 2, 184, 4], [2, 1, 1], true, GeGlu),
         tile("gemm_geglu_128x200_t_w2", [2, 2, 200, 4], [1, 2, 1], true, GeGlu),
         tile("gemm_geglu_128x200_t_x2", [2, 2, 200, 4], [2, 1, 1], true, GeGlu),
+        tile("gemm_geglu_256x192_w2", [2, 2, 192, 3], [1, 2, 1], false, GeGlu),
         tile("gemm_add_128x64", [2, 1, 64, 8], [1, 1, 1], false, Add),
         tile("gemm_add_128x72", [2, 1, 72, 8], [1, 1, 1], false, Add),
         tile("gemm_add_128x104", [2, 1, 104, 6], [1, 1, 1], false, Add),
@@ -230,7 +231,8 @@ impl Tile {
         (self.bn / 8).div_ceil(self.cluster[2])
     }
 
-    /// Whether the copy engine brings what is added to the product, or takes it away (`Tile::BULK`).
+    /// Whether the copy engine brings what is added to the product, or takes that away
+    /// (`Tile::BULK`).
     fn maps_out(&self) -> bool {
         use GemmEpilogue::{Gelu, Rope, Store};
         self.epilogue.adds() || (self.mi == 2 && matches!(self.epilogue, Store | Gelu | Rope))
@@ -283,6 +285,7 @@ const MEASURED: &[(GemmEpilogue, [u32; 3], &str)] = &[
     (GemmEpilogue::Add, [1536, 1152, 4304], "gemm_add_128x128"),
     (GemmEpilogue::Add, [512, 1152, 1152], "gemm_add_128x64"),
     (GemmEpilogue::Add, [3152, 2048, 16384], "gemm_add_256x200_w2"),
+    (GemmEpilogue::GeGlu, [50432, 32768, 2048], "gemm_geglu_256x192_w2"),
 ];
 
 /// The instance for a product of `rows` × `n` × `k`.
@@ -424,7 +427,7 @@ mod tests {
             (Add, [12608, 2048, 16384], "gemm_add_256x192_w2"),
             (Add, [50432, 2048, 16384], "gemm_add_256x192_w2"),
             (Add, [50432, 2048, 2048], "gemm_add_128x192_t_x2"),
-            (GeGlu, [50432, 32768, 2048], "gemm_geglu_128x200_t_x2"),
+            (GeGlu, [50432, 32768, 2048], "gemm_geglu_256x192_w2"),
             (Add, [49152, 1152, 4304], "gemm_add_128x192_t_w2"),
             (Gelu, [49152, 4304, 1152], "gemm_gelu_128x192_t_x2"),
         ] {
