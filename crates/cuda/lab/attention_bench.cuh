@@ -5,10 +5,8 @@
 
 #include <cuda.h>
 #include <cuda_runtime.h>
-#include <dlfcn.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -19,6 +17,7 @@
 
 #include "../kernels/attention_generic.cu"
 #include "../kernels/attention_ptx.cuh"
+#include "power.cuh"
 
 #define CHECK(call)                                                                            \
     do {                                                                                       \
@@ -156,29 +155,6 @@ void report(const std::string& name, double error, bool ok = true) {
 
 // ---- launches ----------------------------------------------------------------------------------
 
-double now() {  // seconds
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
-        .count();
-}
-
-/// The first GPU's energy; zero without NVML.
-struct Nvml {
-    void* device = nullptr;
-    int (*total)(void*, unsigned long long*);
-    Nvml() {
-        void* nvml = dlopen("libnvidia-ml.so.1", RTLD_NOW);
-        if (nvml == nullptr) return;
-        const auto init = (int (*)())dlsym(nvml, "nvmlInit_v2");
-        const auto handle = (int (*)(unsigned, void**))dlsym(nvml, "nvmlDeviceGetHandleByIndex_v2");
-        total = (decltype(total))dlsym(nvml, "nvmlDeviceGetTotalEnergyConsumption");
-        if (init() != 0 || handle(0, &device) != 0) device = nullptr;
-    }
-    double joules() {
-        unsigned long long millijoules = 0;
-        return device && total(device, &millijoules) == 0 ? millijoules * 1e-3 : 0;
-    }
-};
-
 /// The clock of multiprocessor 0.
 __global__ void read_clock(long long* at) {
     u32 sm;
@@ -188,14 +164,13 @@ __global__ void read_clock(long long* at) {
 
 /// Milliseconds of a graph replayed for `seconds` without a pause, the mean of the second half.
 double sustained(cudaGraphExec_t graph, double seconds) {
-    static Nvml nvml;
     Buffer<long long> clocks(2);
     const double begin = now();
     double half = 0, joules = 0;
     long replays = 0;
     for (double t = 0; t < seconds; t = now() - begin) {
         if (half == 0 && t > seconds / 2) {
-            half = now(), joules = nvml.joules(), replays = 0;
+            half = now(), joules = nvml().joules(), replays = 0;
             read_clock<<<1024, 32, 0, stream>>>(clocks.at);
         }
         for (int i = 0; i < 4; ++i) CHECK(cudaGraphLaunch(graph, stream));
@@ -206,7 +181,7 @@ double sustained(cudaGraphExec_t graph, double seconds) {
     read_clock<<<1024, 32, 0, stream>>>(clocks.at + 1);
     CHECK(cudaStreamSynchronize(stream));
     const auto at = clocks.host();
-    printf(" [%.0f W, %.0f MHz]", (nvml.joules() - joules) / took, (at[1] - at[0]) / took * 1e-6);
+    printf(" [%.0f W, %.0f MHz]", (nvml().joules() - joules) / took, (at[1] - at[0]) / took * 1e-6);
     return took * 1e3 / replays;
 }
 
