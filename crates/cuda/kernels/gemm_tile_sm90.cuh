@@ -95,7 +95,9 @@ struct Tile {
     static_assert(EPI != GEGLU || MI == 2, "a consumer's 128 rows make 64 hidden units");
     static_assert((CK - 1) * CONSUMERS * MI * OWN * 2048 <= RING, "partials must fit the ring");
     static_assert(!TURNS || (CK == 1 && CONSUMERS == 2), "two consumers, whole tiles");
-    // Registers per thread of the producer's and the consumers' warpgroups, within the 64 Ki.
+    // Registers per thread of the producer's and the consumers' warpgroups, within the 64 Ki. Sums
+    // of two blocks take nearly all; those of the loop, of fewer tokens, leave the records' warps
+    // what positions behind a prefix need.
     static constexpr bool TIGHT = MI == 2 && !OF_LOOP;
     static constexpr int FEW = CONSUMERS == 2 ? (TIGHT ? 24 : 40) : 32;
     static constexpr int MANY = CONSUMERS == 2 ? (TIGHT ? 240 : 232) : CONSUMERS == 3 ? 160 : 112;
