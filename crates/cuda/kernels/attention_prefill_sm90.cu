@@ -62,7 +62,7 @@ struct AttentionPrefillParams {
     u32 suffix_keys;     ///< suffix: keys behind the prefix slots
     u32 state_row;       ///< suffix: 1: query row 0 sees no suffix key but the first
     u32 samples;         ///< batch
-    u32 reserved;        ///< 0
+    u32 prefix_ready;    ///< suffix: 1: K and V of the prefix were complete long ago
 };
 static_assert(sizeof(AttentionPrefillParams) == 56, "shared with the host");
 
@@ -124,32 +124,61 @@ struct Passed {
     u32 keys, queries;
 };
 
+/// Before the kernels in front are done: K and V of the CTA's first tiles, as many as there is room
+/// for and as are of `prefix` keys alone. Returns their number.
+__device__ u32 produce_early(u32 smem, Barriers bars, const AttentionTensorMap* k_map,
+                             const AttentionTensorMap* v_map, int key_row, u32 prefix, u32 begin,
+                             u32 blocks) {
+    const u32 whole = prefix / kKeys, early = min(min(blocks, 2u), whole - min(whole, begin));
+    for (u32 i = 0; i < early; ++i) {
+        const int row = key_row + (begin + i) * kKeys;
+        const u32 k = smem + kK + i * kTileBytes;
+        if (i == 0) {
+            ptx::barrier_arrive(bars.k_full(0));
+            for (u32 c = 0; c < 4; ++c) {
+                ptx::barrier_expect(bars.start(c), kQBlock + kTileBlock);
+                ptx::tma_load(k + c * kTileBlock, k_map, bars.start(c), c * 64, row);
+            }
+        } else {
+            load_tile(k, k_map, bars.k_full(i), row);
+        }
+        load_tile(smem + kV + i * kTileBytes, v_map, bars.v_full(i), row);
+    }
+    return early;
+}
+
 /// The producer of one row tile: Q with the first K tile in four slices of 64 columns, so that the
-/// first scores start after a quarter of it, then V and K tiles in the order of their use.
+/// first scores start after a quarter of it, then V and K tiles in the order of their use. K and V
+/// of the first `early` tiles were asked for.
 __device__ void produce(u32 smem, Barriers bars, const AttentionTensorMap* q_map,
                         const AttentionTensorMap* k_map, const AttentionTensorMap* v_map,
                         int q_row, int key_row, KeyTiles keys, u32 begin, u32 blocks,
-                        Passed passed) {
+                        Passed passed, u32 early) {
     const auto wait_empty = [](u32 bar, u32 n) {
         if (n >= 2) ptx::barrier_wait(bar, (n >> 1 & 1) ^ 1);
     };
     u32 n = passed.keys, to = smem + kK + (n & 1) * kTileBytes;
-    wait_empty(bars.k_empty(n & 1), n);
-    ptx::barrier_arrive(bars.k_full(n & 1));  // for its phase: the four below are waited for
-    if (passed.queries > 0) ptx::barrier_wait(bars.q_empty(), (passed.queries & 1) ^ 1);
+    if (early == 0) {
+        wait_empty(bars.k_empty(n & 1), n);
+        ptx::barrier_arrive(bars.k_full(n & 1));  // for its phase: the four below are waited for
+        if (passed.queries > 0) ptx::barrier_wait(bars.q_empty(), (passed.queries & 1) ^ 1);
+    }
     for (u32 c = 0; c < 4; ++c) {
-        ptx::barrier_expect(bars.start(c), kQBlock + kTileBlock);
+        if (early == 0) {
+            ptx::barrier_expect(bars.start(c), kQBlock + kTileBlock);
+            ptx::tma_load(to + c * kTileBlock, k_map, bars.start(c), c * 64,
+                          key_row + keys.row(begin));
+        }
         ptx::tma_load(smem + c * kQBlock, q_map, bars.start(c), c * 64, q_row);
-        ptx::tma_load(to + c * kTileBlock, k_map, bars.start(c), c * 64,
-                      key_row + keys.row(begin));
     }
     for (u32 i = 0; i < blocks; ++i, ++n) {
-        if (i + 1 < blocks) {
+        if (i + 1 < blocks && i + 1 >= early) {
             const u32 s = (n + 1) & 1;
             wait_empty(bars.k_empty(s), n + 1);
             load_tile(smem + kK + s * kTileBytes, k_map, bars.k_full(s),
                       key_row + keys.row(begin + i + 1));
         }
+        if (i < early) continue;
         const u32 s = n & 1;
         wait_empty(bars.v_empty(s), n);
         load_tile(smem + kV + s * kTileBytes, v_map, bars.v_full(s),
@@ -338,13 +367,23 @@ __device__ __forceinline__ void consume(float (&o)[128], Rows& rows, u32 smem, B
     added(n);
 }
 
+/// Warps of a row tile with a row of the sample: the others exchange nothing.
+__device__ __forceinline__ u32 live_warps(u32 rows, u32 tile) {
+    return (min(rows - tile * kRows, kRows) + 15) / 16;
+}
+
 /// Gathers the SPLIT partial results; `mine` = the normalised columns this CTA owns.
 template <int SPLIT>
 __device__ __forceinline__ void combine(float (&mine)[128 / SPLIT], const float (&o)[128],
-                                        const Rows& rows, const u8* smem, u32 part) {
+                                        const Rows& rows, const u8* smem, u32 part, u32 live) {
     constexpr u32 kCount = 128 / SPLIT, kSlot = kCount * 4 * kConsumers;
     const u32 tid = threadIdx.x, base = ptx::smem_address(smem);
     ptx::cluster_wait();
+    if (tid / 32 >= live) {
+#pragma unroll
+        for (u32 j = 0; j < kCount; ++j) mine[j] = 0.f;
+        return;
+    }
 #pragma unroll
     for (u32 t = 0; t < SPLIT; ++t) {
         if (t == part) {
@@ -447,7 +486,7 @@ __device__ __forceinline__ void work(const u8* smem, Barriers bars, const Share&
         else if (SPLIT > 1)
             ptx::cluster_arrive();
         if constexpr (SPLIT > 1) {
-            combine<SPLIT>(mine, o, rows, smem, part);
+            combine<SPLIT>(mine, o, rows, smem, part, live_warps(share.rows, share.tile));
         } else {
             const float inverse[2] = {1.f / rows.sum[0], 1.f / rows.sum[1]};
 #pragma unroll
@@ -504,7 +543,10 @@ __device__ __forceinline__ void run(const AttentionPrefillParams& params,
         ptx::barrier_init(bars.q_empty(), 8);
         ptx::barrier_init(bars.base + kGather, 1);
         ptx::barrier_init_done();
-        ptx::barrier_expect(bars.base + kGather, (SPLIT - 1) * kConsumers * (512 / SPLIT + 16));
+        if (SPLIT > 1)
+            ptx::barrier_expect(bars.base + kGather,
+                                (SPLIT - 1) * 32 * (512 / SPLIT + 16) *
+                                    live_warps(params.rows * kHeads, blockIdx.x / SPLIT));
     } else if (threadIdx.x == kConsumers) {
         ptx::tma_prefetch(q_map);
         ptx::tma_prefetch(k_map);
@@ -533,6 +575,10 @@ __device__ __forceinline__ void run(const AttentionPrefillParams& params,
         }
     };
     __syncthreads();
+    u32 early = 0;
+    if (SUFFIX && !WALK && params.prefix_ready != 0 && threadIdx.x == kConsumers)
+        early = produce_early(base, bars, k_map, v_map, sample * params.cache_rows, prefix,
+                              first.begin, first.blocks);
     ptx::griddep_wait();
     if (threadIdx.x >= kConsumers) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
@@ -542,7 +588,7 @@ __device__ __forceinline__ void run(const AttentionPrefillParams& params,
                     produce(base, bars, q_map, k_map, v_map,
                             share.sample * params.q_stride * kHeads + share.tile * kRows,
                             share.sample * params.cache_rows, share.keys, share.begin,
-                            share.blocks, passed);
+                            share.blocks, passed, early);
             });
         __syncwarp();
         if (SPLIT > 1 && !first.idle) {

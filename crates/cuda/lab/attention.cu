@@ -153,7 +153,7 @@ struct Suffix {
     Launch launch(const PrefillVariant& x) {
         Launch l = wide_launch(x, h, batch);
         l.add(AttentionPrefillParams{out.at, lengths.at, h, h, h, cache_rows, 256, rows, h + extra,
-                                     state, batch, 0});
+                                     state, batch, 1});
         l.add(map_rows(q.at, u64(batch) * h * 8, prefill::kRows));
         l.add(map_rows(k.at, u64(batch) * cache_rows, prefill::kKeys));
         l.add(map_rows(v.at, u64(batch) * cache_rows, prefill::kKeys));
@@ -321,8 +321,14 @@ void check_dependence() {
     }
     Suffix s(788, 11, 0, 1, {3, 20});
     for (const auto& x : kWide) {
+        const size_t n = size_t(s.h) * 256;
         check_dependent("suffix q, wide", s.launch(x), s.q.at, s.q.count, s.out);
-        check_dependent("suffix v, wide", s.launch(x), s.v.at, s.v.count, s.out);
+        check_dependent("suffix own k, wide", s.launch(x), s.k.at + size_t(788) * 256, n, s.out);
+        check_dependent("suffix own v, wide", s.launch(x), s.v.at + size_t(788) * 256, n, s.out);
+        Launch first = s.launch(x);
+        reinterpret_cast<AttentionPrefillParams*>(first.args[0].data())->prefix_ready = 0;
+        check_dependent("suffix, prefix k, wide", first, s.k.at, s.k.count, s.out);
+        check_dependent("suffix, prefix v, wide", first, s.v.at, s.v.count, s.out);
     }
     for (const auto& x : kSuffix) {
         const size_t n = size_t(s.h) * 256;

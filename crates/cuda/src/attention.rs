@@ -46,8 +46,8 @@ pub struct PrefillParams {
     pub state_row: u32,
     /// Batch; set by the launch.
     pub samples: u32,
-    /// 0
-    pub reserved: u32,
+    /// 1: the prefix rows of the cache are complete.
+    pub prefix_ready: u32,
 }
 
 /// `AttentionSuffixParams`
@@ -329,6 +329,7 @@ impl Attention {
                 prefix_rows: p.prefix_rows,
                 suffix_keys: p.suffix_keys,
                 state_row: p.state_row,
+                prefix_ready: p.prefix_ready,
                 ..PrefillParams::default()
             };
             return self.wide(&self.batch, wide, [p.q, p.k, p.v], samples, false).map(Some);

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use pirouette_model::program::{Program, Stage};
 use pirouette_model::{BackendError, Executable, Inputs, Rtc, StageTimes};
+use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
 use crate::bind::{Binding, InBlocks};
 use crate::denoise::Denoise;
@@ -204,11 +205,7 @@ impl CudaExecutable {
         let program = &self.bound.program;
         let slots = self.host.as_mut_slice();
         if let Some(at) = program.buffer("images").and_then(|id| self.bound.io_offsets[id.0]) {
-            let mut at = at;
-            for piece in inputs.images.pieces() {
-                slots[at..at + piece.len()].copy_from_slice(piece);
-                at += piece.len();
-            }
+            join(inputs.images.pieces(), &mut slots[at..]);
         }
         let mut put = |name: &str, bytes: &[u8]| {
             if let Some(at) = program.buffer(name).and_then(|id| self.bound.io_offsets[id.0]) {
@@ -310,6 +307,28 @@ impl Plan {
     }
 }
 
+/// Bytes from which one core is no longer enough: 64 samples are 29 MB, 4 ms of one core's time.
+const BY_ALL_CORES: usize = 2 << 20;
+/// Bytes a core copies at a time.
+const AT_A_TIME: usize = 256 << 10;
+
+/// Copies pieces one behind the other to the front of `to`, which must have room for them.
+fn join<'a>(pieces: impl Iterator<Item = &'a [u8]>, mut to: &mut [u8]) {
+    let (mut copies, mut bytes) = (Vec::new(), 0);
+    for from in pieces.flat_map(|piece| piece.chunks(AT_A_TIME)) {
+        let (part, rest) = to.split_at_mut(from.len());
+        copies.push((part, from));
+        bytes += from.len();
+        to = rest;
+    }
+    let copy = |(part, from): (&mut [u8], &[u8])| part.copy_from_slice(from);
+    if bytes < BY_ALL_CORES {
+        copies.into_iter().for_each(copy);
+    } else {
+        copies.into_par_iter().for_each(copy);
+    }
+}
+
 /// Launches of all steps, and what runs beside them.
 fn plan(shared: &Shared, bound: &Binding, tier: Tier) -> Result<Plan, BackendError> {
     let program = &bound.program;
@@ -402,4 +421,28 @@ fn check_weights(shared: &Shared, program: &Program) -> Result<(), BackendError>
          loaded table",
         shared.context.properties.ordinal
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::join;
+
+    #[test]
+    fn pieces_follow_each_other() {
+        for sizes in [vec![3, 0, 5], vec![150_528; 40], vec![6_000_001]] {
+            let byte = |i: usize| (i * 31 % 251) as u8;
+            let mut first = 0;
+            let pieces: Vec<Vec<u8>> = sizes
+                .iter()
+                .map(|&size| {
+                    first += size;
+                    (first - size..first).map(byte).collect()
+                })
+                .collect();
+            let mut to = vec![255; first + 7];
+            join(pieces.iter().map(Vec::as_slice), &mut to);
+            assert!(to[..first].iter().enumerate().all(|(i, &b)| b == byte(i)));
+            assert_eq!(to[first..], [255; 7]);
+        }
+    }
 }

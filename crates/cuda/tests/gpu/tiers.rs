@@ -35,6 +35,7 @@ fn tiers_agree_step_by_step() {
             (8, 1, 7, 10, Rtc::Off),
             (2, 2, 48, 50, Rtc::Off),
             (16, 1, 7, 10, Rtc::Off),
+            (4, 3, 20, 10, Rtc::Off),
             (9, 1, 7, 20, Rtc::Guided),
         ];
         let shapes = if quick() { &shapes[..3] } else { &shapes[..] };
