@@ -96,38 +96,32 @@ static __device__ __forceinline__ uint32_t row_in(const GemmParams& p, uint32_t 
     return sample * stride + (at - sample * p.period);
 }
 
-// Adds {Σx, Σx²} of N tokens' chunks up over the eight lanes that hold a token. Every step hands
+// Chunks of 16 bytes that a thread takes side by side.
+constexpr int CHUNKS = 4;
+
+// Adds {Σx, Σx²} of four tokens' chunks up over the eight lanes that hold a token. Every step hands
 // half of the values over and keeps half, since shuffles go the way of shared memory, which the
-// products keep busy: lane l ends with Σx (even l) or Σx² (odd l) of token token_of(l).
-template <int N> struct RowSums {
-    static_assert(N == 2 || N == 4, "one value a lane is left");
-    static __device__ __forceinline__ int token_of(int lane) {
-        return N == 2 ? lane >> 1 & 1 : (lane & 2) | (lane >> 2 & 1);
-    }
-    // N = 2: lanes l and l + 4 end with the same.
-    static __device__ __forceinline__ bool stores(int lane) { return N == 4 || !(lane & 4); }
-    static __device__ __forceinline__ float hand_over(float low, float high, int lane, int bit) {
+// products keep busy: lane l ends with Σx (even l) or Σx² (odd l) of token summed_by(l).
+static __device__ __forceinline__ int summed_by(int lane) { return (lane & 2) | (lane >> 2 & 1); }
+static __device__ __forceinline__ float row_sum(const float2 (&sums)[CHUNKS], int lane) {
+    const auto hand_over = [lane](float low, float high, int bit) {
         const float kept = lane & bit ? high : low, given = lane & bit ? low : high;
         return kept + __shfl_xor_sync(~0u, given, bit);
-    }
-    static __device__ __forceinline__ float reduce(const float2 (&sums)[N], int lane) {
-        float one[N], two[N / 2];
+    };
+    float one[4];
 #pragma unroll
-        for (int u = 0; u < N; u++) one[u] = hand_over(sums[u].x, sums[u].y, lane, 1);
-#pragma unroll
-        for (int u = 0; u < N / 2; u++) two[u] = hand_over(one[u], one[u + N / 2], lane, 2);
-        return N == 4 ? hand_over(two[0], two[N / 2 - 1], lane, 4)
-                      : two[0] + __shfl_xor_sync(~0u, two[0], 4);
-    }
-};
+    for (int u = 0; u < 4; u++) one[u] = hand_over(sums[u].x, sums[u].y, 1);
+    return hand_over(hand_over(one[0], one[2], 2), hand_over(one[1], one[3], 2), 4);
+}
 
 // Writes `tokens` of one consumer's staged [tokens][64 features] to memory, 16 bytes a thread,
 // adding the position table, reducing the rows' statistics and leaving a copy that the next norm's
-// scale has multiplied on the way. N chunks a thread side by side: beside the products, a round
-// trip to shared memory takes hundreds of clocks.
-template <class T, int N>
+// scale has multiplied on the way. Beside the products, a round trip to shared memory takes
+// hundreds of clocks: a thread reads four chunks ahead of those it works on. Calls `read` when it
+// has read all of them.
+template <class T, class Read>
 static __device__ __forceinline__ void copy_out(const GemmParams& p, uint32_t staging, int tid,
-                                                int first_row, int tokens, int slab) {
+                                                int first_row, int tokens, int slab, Read read) {
     const int chunk = tid & 7;
     const int width = T::EPI == GEGLU ? p.n / 2 : p.n;
     const bool in_width = slab + chunk * 8 < width;
@@ -148,14 +142,25 @@ static __device__ __forceinline__ void copy_out(const GemmParams& p, uint32_t st
         next_scale[0] = a.x, next_scale[1] = a.y, next_scale[2] = a.z, next_scale[3] = a.w;
         next_scale[4] = b.x, next_scale[5] = b.y, next_scale[6] = b.z, next_scale[7] = b.w;
     }
-    for (int t = tid >> 3; t < tokens; t += 16 * N) {
-        uint4 v[N];
+    uint4 v[CHUNKS], ahead[CHUNKS];
+    const auto load = [&](uint4(&to)[CHUNKS], int t) {
 #pragma unroll
-        for (int u = 0; u < N; u++) {
+        for (int u = 0; u < CHUNKS; u++) {
             const int token = t + 16 * u;
-            v[u] = make_uint4(0, 0, 0, 0);
+            to[u] = make_uint4(0, 0, 0, 0);
             if (token < tokens)
-                v[u] = ptx::ld_shared_u4(staging + token * 128 + ((chunk ^ (token & 7)) << 4));
+                to[u] = ptx::ld_shared_u4(staging + token * 128 + ((chunk ^ (token & 7)) << 4));
+        }
+    };
+    load(ahead, tid >> 3);
+    for (int t = tid >> 3, left = tokens; left > 0; t += 16 * CHUNKS, left -= 16 * CHUNKS) {
+#pragma unroll
+        for (int u = 0; u < CHUNKS; u++) v[u] = ahead[u];
+        if (left > 16 * CHUNKS) load(ahead, t + 16 * CHUNKS);
+        else read();
+#pragma unroll
+        for (int u = 0; u < CHUNKS; u++) {
+            const int token = t + 16 * u;
             if (T::EPI == STORE_POSITION && in_width && token < tokens) {
                 const uint32_t at = (first_row + token) % p.period;
                 const float* table = static_cast<const float*>(p.aux) + (size_t)at * p.n + slab +
@@ -167,9 +172,9 @@ static __device__ __forceinline__ void copy_out(const GemmParams& p, uint32_t st
             }
         }
         if (STATS && p.stats_out != nullptr) {
-            float2 sums[N];
+            float2 sums[CHUNKS];
 #pragma unroll
-            for (int u = 0; u < N; u++) {
+            for (int u = 0; u < CHUNKS; u++) {
                 const uint32_t* word = &v[u].x;
                 sums[u] = make_float2(0.f, 0.f);
                 for (int i = 0; i < 4; i++) {
@@ -178,15 +183,14 @@ static __device__ __forceinline__ void copy_out(const GemmParams& p, uint32_t st
                     sums[u].y = fmaf(lo, lo, fmaf(hi, hi, sums[u].y));
                 }
             }
-            const float sum = RowSums<N>::reduce(sums, chunk);
-            const int token = t + 16 * RowSums<N>::token_of(chunk);
+            const float sum = row_sum(sums, chunk);
+            const int token = t + 16 * summed_by(chunk);
             float* stats = reinterpret_cast<float*>(p.stats_out) + 2 * (slab / 64) + (chunk & 1);
-            if (RowSums<N>::stores(chunk) && token < tokens && first_row + token < (int)p.rows &&
-                slab < width)
+            if (token < tokens && first_row + token < (int)p.rows && slab < width)
                 stats[(size_t)row_in(p, first_row + token, stride) * (p.n / 64) * 2] = sum;
         }
 #pragma unroll
-        for (int u = 0; u < N; u++) {
+        for (int u = 0; u < CHUNKS; u++) {
             const int token = t + 16 * u;
             if (token >= tokens || first_row + token >= (int)p.rows || !in_width) continue;
             const size_t to = (size_t)row_in(p, first_row + token, stride) * ld;
@@ -281,11 +285,12 @@ static __device__ __forceinline__ void stage(float (&acc)[T::MI][4 * GROUPS], in
 }
 
 // Takes a 64-feature slab, staged whole, away: by the copy engine where the destination is a matrix
-// of the product's rows and nothing else is to be left.
-template <class T>
+// of the product's rows and nothing else is to be left; else by way of registers. Calls `read` when
+// they hold it.
+template <class T, class Read>
 static __device__ __forceinline__ void leave(const TensorMap* out, const GemmParams& p,
                                              const Staged& s, int consumer, int tid, int2 o,
-                                             int slab) {
+                                             int slab, Read read) {
     const bool whole = T::EPI == ROPE ? slab < (int)p.q_cols
                                       : p.out_stride == p.period && p.stats_out == nullptr &&
                                             p.scaled == nullptr;
@@ -295,7 +300,7 @@ static __device__ __forceinline__ void leave(const TensorMap* out, const GemmPar
         if (tid == 0) ptx::tma_store(out, slab, o.y, s.at);
     } else {
         ptx::named_barrier(1 + consumer, 128);
-        copy_out<T, 2>(p, s.at, tid, o.y, T::BN, slab);
+        copy_out<T>(p, s.at, tid, o.y, T::BN, slab, read);
     }
 }
 
@@ -337,14 +342,16 @@ static __device__ __forceinline__ void epilogue(float (&acc)[T::MI][4 * GROUPS],
             if (T::WHOLE || ((j + 4) % 8 != 0 && j + 4 < GROUPS)) continue;
             const int begin = j / 8 * 8;
             ptx::named_barrier(1 + consumer, 128);
-            copy_out<T, 4>(p, staging + begin * 1024, tid, o.y + first + 8 * begin,
-                           min(64, (groups - begin) * 8), out_slab);
+            copy_out<T>(p, staging + begin * 1024, tid, o.y + first + 8 * begin,
+                           min(64, (groups - begin) * 8), out_slab, [] {});
         }
-        if constexpr (T::WHOLE) leave<T>(out, p, staged, consumer, tid, o, out_slab);
+        const auto fetch_next = [&] {
+            if (T::EPI == ADD && slab + 1 < SLABS)
+                fetch_old<T>(s, out, consumer, tid, feature + (slab + 1) * 64, o.y + first);
+        };
+        if constexpr (T::WHOLE) leave<T>(out, p, staged, consumer, tid, o, out_slab, fetch_next);
         GEMM_MARK(6);
         if (T::NORM && slab == SLABS - 1 && tid == 0) ptx::mbar_arrive(s.rec_empty + 8 * buffer);
-        if (T::EPI == ADD && slab + 1 < SLABS)
-            fetch_old<T>(s, out, consumer, tid, feature + (slab + 1) * 64, o.y + first);
     }
 }
 

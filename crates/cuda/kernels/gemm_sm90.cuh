@@ -197,6 +197,10 @@ static __device__ __forceinline__ void reduce(float (&acc)[T::MI][4 * T::GROUPS]
     }
 }
 
+template <bool VALUE> struct Flag {
+    static constexpr bool value = VALUE;
+};
+
 // One consumer warpgroup: products of its 64·MI weight rows with the tile's tokens, then epilogue.
 template <class T>
 static __device__ __forceinline__ void consume(const Smem<T>& s, const Place& c,
@@ -220,7 +224,6 @@ static __device__ __forceinline__ void consume(const Smem<T>& s, const Place& c,
     const int part = T::TURNS ? 0 : consumer;  // of the tile's weight rows
     const uint64_t w = ptx::wgmma_descriptor(s.ring + part * T::MI * 8192);
     const uint64_t x = ptx::wgmma_descriptor(s.ring + T::W_BYTES);
-    float acc[T::MI][4 * T::GROUPS];
     int count = T::TURNS ? consumer : 0;  // tiles of this CTA so far
     uint32_t old_parity = 0;
     GEMM_MARK(1);
@@ -241,8 +244,10 @@ static __device__ __forceinline__ void consume(const Smem<T>& s, const Place& c,
         // parities of the ring's mbarriers tell this turn's stages from earlier ones.
         if (T::TURNS && count > 0)
             ptx::mbar_wait(s.turn + 8 * consumer, (count - 1) / T::CONSUMERS & 1);
+        // Of this tile alone: kept from tile to tile, they would be held through the epilogue.
+        float acc[T::MI][4 * T::GROUPS];
         int last = 0;
-        for (int i = 0; i < c.k_steps; i++) {
+        const auto step = [&](int i, auto first) {
             ptx::mbar_wait(s.full + 8 * slot, parity);
             if (i == 0) GEMM_MARK(3);
             ptx::wgmma_fence();
@@ -252,7 +257,7 @@ static __device__ __forceinline__ void consume(const Smem<T>& s, const Place& c,
 #pragma unroll
                 for (int mi = 0; mi < T::MI; mi++)
                     ptx::Wgmma<T::BN>::run(acc[mi], w + at + mi * 512 + kk * 2, x + at + kk * 2,
-                                           i | kk);
+                                           decltype(first)::value ? kk : 1);
             }
             ptx::wgmma_commit();
             if (T::TURNS && i == c.k_steps - 1 && tid == 0)
@@ -263,7 +268,9 @@ static __device__ __forceinline__ void consume(const Smem<T>& s, const Place& c,
             }
             last = slot;
             if (++slot == T::STAGES) slot = 0, parity ^= 1;
-        }
+        };
+        step(0, Flag<true>());
+        for (int i = 1; i < c.k_steps; i++) step(i, Flag<false>());
         ptx::wgmma_wait<0>();
         GEMM_MARK(4);
         release(last);
