@@ -30,6 +30,9 @@
 //   π0.5  h = 10: B = 16 11.8 (16.4), 64 16.8 (21.0)
 // Up to 208 rows "before" were denoise_wide.cu's kernels, which at B = 8 are nearly as fast (9.0;
 // 8.7) and stay.
+// One wave of 256 × 160 tiles for up at 640 rows instead of two of 128 × 160 that take turns (H100,
+// 2026-11-26): cold with pauses 24.7 → 22.7 µs, back to back 21.7 → 20.3, the loop of B = 64 16.6 →
+// 16.35 ms (predicted 16.3).
 // No gain: narrower tiles for fewer rows (16 and 24 tokens; 48 for up), since the weights' way from
 // memory is the limit; 48 of add at 160 rows 6.3.
 #include "gemm_sm90.cuh"
@@ -47,6 +50,7 @@
     X(gemm_loop_geglu_128x104_t_x2, 2, 2, 104, 6, 2, 1, 1, 1, LOOP_GEGLU)             \
     X(gemm_loop_geglu_128x160_t_x2, 2, 2, 160, 5, 2, 1, 1, 1, LOOP_GEGLU)             \
     X(gemm_loop_geglu_128x176_t_x2, 2, 2, 176, 4, 2, 1, 1, 1, LOOP_GEGLU)             \
+    X(gemm_loop_geglu_256x160_w2, 2, 2, 160, 3, 1, 2, 1, 0, LOOP_GEGLU)               \
     X(gemm_loop_add_128x32_k2, 2, 1, 32, 8, 1, 1, 2, 0, LOOP_ADD)                     \
     X(gemm_loop_add_128x48_k2, 2, 1, 48, 8, 1, 1, 2, 0, LOOP_ADD)                     \
     X(gemm_loop_add_128x80_k2, 2, 1, 80, 8, 1, 1, 2, 0, LOOP_ADD)                     \

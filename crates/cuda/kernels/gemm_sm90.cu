@@ -94,12 +94,21 @@
 // - The warpgroup's number by a shuffle, so that the compiler knows that it is uniform: operand
 //   descriptors in uniform registers. The main loop had four moves and five integer operations per
 //   wgmma (prefill.up executed 1.85 G instructions, cuBLAS 0.95 G).
+// - A first step that is known to start from zero: with a predicate that says so at run time, all
+//   accumulators were held through the epilogue, which had 46 registers left. With four chunks a
+//   thread read ahead and the next residual asked for early: out 295 → 276, down 5.07 → 4.97 ms,
+//   out of the prefill 760 → 750, fc1 835 → 814 (H100; of the whole B = 64 and of all cards 0.6 %).
 // - 256 × 192 tiles for prefill.down: a third fewer bytes through L2 (3.59 instead of 3.70 J). For
 //   up a gain of 0.8 %, since its epilogues are in the open then.
 // No gain: the copy engine for GEGLU (up 1.7 % slower: stores queue with the ring's loads) and for
 // ADD (out 298: the scaled copy waits for the engine to have read the staging); row sums as the
 // diagonal of x·xᵀ by mma.sync (out 295); clusters of four; other L2 promotions; 256 × 192 tiles
 // for vision's qkv and fc1, and before ADD for K of 2048 and less (epilogues in the open).
+// Neither (H100, 2026-11-26): residuals that leave by the copy engine while the consumer writes their
+// scaled copy, and all twelve chunks of a slab in registers at once (out 275 and 282 against 276);
+// eight token groups staged at a time; more token tiles side by side (`group` 4 to 16) and L2's
+// eviction hints for up, at 10.0 to 10.3 ms each; 128 × 200 tiles in turns for up (prefill 292.8
+// against 294.7 ms, the whole batch the same).
 #include "gemm_sm90.cuh"
 
 // X(name, consumers, MI, BN, stages, CM, CN, CK, turns, epilogue)

@@ -1,5 +1,6 @@
 //! A program's buffers bound to device memory: addresses, row pitches, rotation table, scratch.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use pirouette_model::BackendError;
@@ -133,6 +134,14 @@ impl Binding {
             Some(offset) => (&self.io, offset),
             None => (&self.scratch, self.scratch_offsets[id.0]),
         }
+    }
+
+    /// Where the images lie in the block of inputs.
+    pub fn images(&self) -> Option<Range<usize>> {
+        let id = self.program.buffer("images")?;
+        let start = self.io_offsets[id.0]?;
+        let buffer = &self.program.buffers[id.0];
+        Some(start..start + buffer.rows * buffer.cols * element_bytes(buffer.element))
     }
 
     /// Device address of a buffer.

@@ -81,7 +81,9 @@ impl CudaExecutable {
         plan.issue(&shared, plan.all(), |_, _, _| Ok(()))?;
         shared.stream.synchronize()?;
         let whole = Graph::capture(&shared.stream, || {
-            bound.io.copy_in(&shared.stream, 0, &host, 0, bound.io_bytes)?;
+            for part in copied_by_graph(&bound) {
+                bound.io.copy_in(&shared.stream, part.start, &host, part.start, part.len())?;
+            }
             plan.issue(&shared, plan.all(), |_, _, _| Ok(()))?;
             bound.io.copy_out(&shared.stream, 0, &host, 0, actions_bytes(&program))
         })?;
@@ -201,12 +203,25 @@ impl CudaExecutable {
             .collect())
     }
 
-    fn write_inputs(&mut self, inputs: &Inputs<'_>) {
+    /// Puts the inputs where the graph takes them from; many images also where it brings them to.
+    fn write_inputs(&mut self, inputs: &Inputs<'_>) -> Result<(), BackendError> {
         let program = &self.bound.program;
-        let slots = self.host.as_mut_slice();
-        if let Some(at) = program.buffer("images").and_then(|id| self.bound.io_offsets[id.0]) {
-            join(inputs.images.pieces(), &mut slots[at..]);
+        if let Some(images) = self.bound.images() {
+            let apart = images.len() >= APART;
+            let pieces: Vec<&[u8]> =
+                inputs.images.pieces().flat_map(|piece| piece.chunks(AT_A_TIME)).collect();
+            let mut at = images.start;
+            for pieces in pieces.chunks(PIECES) {
+                let part = at..at + pieces.iter().map(|piece| piece.len()).sum::<usize>();
+                join(pieces, &mut self.host.as_mut_slice()[part.clone()], apart);
+                if apart {
+                    let stream = &self.shared.stream;
+                    self.bound.io.copy_in(stream, at, &self.host, at, part.len())?;
+                }
+                at = part.end;
+            }
         }
+        let slots = self.host.as_mut_slice();
         let mut put = |name: &str, bytes: &[u8]| {
             if let Some(at) = program.buffer(name).and_then(|id| self.bound.io_offsets[id.0]) {
                 slots[at..at + bytes.len()].copy_from_slice(bytes);
@@ -227,6 +242,7 @@ impl CudaExecutable {
             .flat_map(|(&cameras, &prompt)| [cameras, prompt])
             .collect();
         put("lengths", bytemuck::cast_slice(&lengths));
+        Ok(())
     }
 }
 
@@ -248,7 +264,7 @@ impl Executable for CudaExecutable {
         }
         self.shared.context.make_current()?;
         let begin = Instant::now();
-        self.write_inputs(inputs);
+        self.write_inputs(inputs)?;
         self.whole.launch(&self.shared.stream)?;
         self.shared.stream.synchronize()?;
         let bytes = &self.host.as_slice()[..want * 4];
@@ -307,25 +323,34 @@ impl Plan {
     }
 }
 
-/// Bytes from which one core is no longer enough: 64 samples are 29 MB, 4 ms of one core's time.
-const BY_ALL_CORES: usize = 2 << 20;
-/// Bytes a core copies at a time.
+/// Bytes of images from which one core would keep the GPU waiting (64 samples are 29 MB, 4 ms of a
+/// core's time): all cores put them together, and each part goes to the device while they are at
+/// the next.
+const APART: usize = 2 << 20;
+/// Bytes a core copies at a time, and how many times that a part is.
 const AT_A_TIME: usize = 256 << 10;
+const PIECES: usize = 32;
 
-/// Copies pieces one behind the other to the front of `to`, which must have room for them.
-fn join<'a>(pieces: impl Iterator<Item = &'a [u8]>, mut to: &mut [u8]) {
-    let (mut copies, mut bytes) = (Vec::new(), 0);
-    for from in pieces.flat_map(|piece| piece.chunks(AT_A_TIME)) {
+/// Parts of the block of inputs that a graph brings to the device: all but many images.
+fn copied_by_graph(bound: &Binding) -> impl Iterator<Item = Range<usize>> + use<> {
+    let end = bound.io_bytes;
+    let apart = bound.images().filter(|images| images.len() >= APART).unwrap_or(end..end);
+    [0..apart.start, apart.end..end].into_iter().filter(|part| !part.is_empty())
+}
+
+/// Copies pieces one behind the other to `to`, which has room for exactly them.
+fn join(pieces: &[&[u8]], mut to: &mut [u8], by_all_cores: bool) {
+    let mut copies = Vec::with_capacity(pieces.len());
+    for from in pieces {
         let (part, rest) = to.split_at_mut(from.len());
-        copies.push((part, from));
-        bytes += from.len();
+        copies.push((part, *from));
         to = rest;
     }
     let copy = |(part, from): (&mut [u8], &[u8])| part.copy_from_slice(from);
-    if bytes < BY_ALL_CORES {
-        copies.into_iter().for_each(copy);
-    } else {
+    if by_all_cores {
         copies.into_par_iter().for_each(copy);
+    } else {
+        copies.into_iter().for_each(copy);
     }
 }
 
@@ -429,20 +454,14 @@ mod tests {
 
     #[test]
     fn pieces_follow_each_other() {
-        for sizes in [vec![3, 0, 5], vec![150_528; 40], vec![6_000_001]] {
-            let byte = |i: usize| (i * 31 % 251) as u8;
-            let mut first = 0;
-            let pieces: Vec<Vec<u8>> = sizes
-                .iter()
-                .map(|&size| {
-                    first += size;
-                    (first - size..first).map(byte).collect()
-                })
-                .collect();
-            let mut to = vec![255; first + 7];
-            join(pieces.iter().map(Vec::as_slice), &mut to);
-            assert!(to[..first].iter().enumerate().all(|(i, &b)| b == byte(i)));
-            assert_eq!(to[first..], [255; 7]);
+        let all: Vec<u8> = (0..6_000_001).map(|i| (i * 31 % 251) as u8).collect();
+        for size in [3, 150_528, 256 << 10, 7_000_000] {
+            for by_all_cores in [false, true] {
+                let pieces: Vec<&[u8]> = all.chunks(size).collect();
+                let mut to = vec![255; all.len()];
+                join(&pieces, &mut to, by_all_cores);
+                assert_eq!(to, all);
+            }
         }
     }
 }

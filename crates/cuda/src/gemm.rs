@@ -202,6 +202,7 @@ const TILES: &[Tile] = {
         tile("gemm_loop_geglu_128x104_t_x2", [2, 2, 104, 6], [2, 1, 1], true, LoopGeGlu),
         tile("gemm_loop_geglu_128x160_t_x2", [2, 2, 160, 5], [2, 1, 1], true, LoopGeGlu),
         tile("gemm_loop_geglu_128x176_t_x2", [2, 2, 176, 4], [2, 1, 1], true, LoopGeGlu),
+        tile("gemm_loop_geglu_256x160_w2", [2, 2, 160, 3], [1, 2, 1], false, LoopGeGlu),
         tile("gemm_loop_add_128x32_k2", [2, 1, 32, 8], [1, 1, 2], false, LoopAdd),
         tile("gemm_loop_add_128x48_k2", [2, 1, 48, 8], [1, 1, 2], false, LoopAdd),
         tile("gemm_loop_add_128x80_k2", [2, 1, 80, 8], [1, 1, 2], false, LoopAdd),
@@ -288,6 +289,7 @@ const MEASURED: &[(GemmEpilogue, RangeInclusive<u32>, [u32; 2], &str)] = &[
     (GemmEpilogue::Add, 512..=512, [1152, 1152], "gemm_add_128x64"),
     (GemmEpilogue::Add, 3073..=3200, [2048, 16384], "gemm_add_256x200_w2"),
     (GemmEpilogue::GeGlu, 50_000..=u32::MAX, [32768, 2048], "gemm_geglu_256x192_w2"),
+    (GemmEpilogue::LoopGeGlu, 609..=640, [8192, 1024], "gemm_loop_geglu_256x160_w2"),
 ];
 
 /// The instance for a product of `rows` × `n` × `k`.

@@ -118,7 +118,8 @@ impl CudaExecutable {
         Ok(trace)
     }
 
-    /// The graph that serves requests, captured once more, with CUPTI's numbers of its nodes.
+    /// The graph that serves requests, captured once more, with CUPTI's numbers of its nodes. All
+    /// inputs are copied by it, many images, too.
     fn capture_for(&self, tracing: &Tracing) -> Result<(Graph, Vec<Expected>), BackendError> {
         let (stream, bound, host) = (&self.shared.stream, &self.bound, &self.host);
         let mut kernels = Vec::with_capacity(self.kernel_count());
