@@ -1,5 +1,5 @@
-// What attention_prefill_sm90.cu takes and how keys, values and queries come into shared memory: its
-// parameters, the barriers, the walk over a sample's keys and the producer thread.
+// What attention_prefill_sm90.cu takes, and how keys, values and queries come into shared memory:
+// its parameters, the barriers, the walk over a sample's keys and the producer thread.
 #pragma once
 #include "attention_ptx.cuh"
 

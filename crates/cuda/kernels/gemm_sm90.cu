@@ -104,8 +104,8 @@
 // ADD (out 298: the scaled copy waits for the engine to have read the staging); row sums as the
 // diagonal of x·xᵀ by mma.sync (out 295); clusters of four; other L2 promotions; 256 × 192 tiles
 // for vision's qkv and fc1, and before ADD for K of 2048 and less (epilogues in the open).
-// Neither (H100, 2026-11-26): residuals that leave by the copy engine while the consumer writes their
-// scaled copy, and all twelve chunks of a slab in registers at once (out 275 and 282 against 276);
+// Neither (H100, 2026-11-26): residuals that leave by the copy engine while the consumer writes
+// their scaled copy, and all twelve chunks of a slab in registers (out 275 and 282 against 276);
 // eight token groups staged at a time; more token tiles side by side (`group` 4 to 16) and L2's
 // eviction hints for up, at 10.0 to 10.3 ms each; 128 × 200 tiles in turns for up (prefill 292.8
 // against 294.7 ms, the whole batch the same).
