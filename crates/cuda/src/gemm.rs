@@ -461,7 +461,7 @@ mod tests {
             (LoopAdd, [320, 1024, 4096], "gemm_loop_add_128x48_k2"),
             (LoopAdd, [800, 1024, 2048], "gemm_loop_add_128x104_k2"),
             (LoopStore, [640, 1024, 2048], "gemm_loop_store_128x80_k2"),
-            (LoopGeGlu, [640, 8192, 1024], "gemm_loop_geglu_128x160_t_x2"),
+            (LoopGeGlu, [640, 8192, 1024], "gemm_loop_geglu_256x160_w2"),
             (LoopGeGlu, [704, 8192, 1024], "gemm_loop_geglu_128x176_t_x2"),
         ] {
             let chosen = choose(epilogue, size, 132).map(|(_, tile)| tile.name);
