@@ -93,13 +93,15 @@ async fn stats_tell_what_happened() {
     let recent = stats["requests"]["recent"].as_array().unwrap();
     assert_eq!((recent.len(), &recent[13]["outcome"]), (14, &"deadline".into()));
     assert_eq!(recent.iter().filter(|r| r["outcome"] == "ok").count(), 12);
-    let parts = &recent[11]["parts_ms"];
+    // The other connection's request may be told of before the one that was answered before it.
+    let last = recent.iter().rfind(|r| r["outcome"] == "ok").unwrap();
+    let parts = &last["parts_ms"];
     assert!(parts["device"].as_f64().unwrap() >= 2.0, "{parts}");
     let sum: f64 = ["decode", "prepare", "queue", "device", "encode"]
         .map(|part| parts[part].as_f64().unwrap())
         .iter()
         .sum();
-    assert!(sum <= recent[11]["total_ms"].as_f64().unwrap() + 0.5, "{}", recent[11]);
+    assert!(sum <= last["total_ms"].as_f64().unwrap() + 0.5, "{last}");
     let engine = &stats["engine"];
     assert_eq!(engine["batch_sizes"], serde_json::json!([{ "size": 1, "batches": 30 }]));
     assert_eq!(engine["batches"].as_array().unwrap().len(), 30);
