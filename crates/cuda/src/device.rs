@@ -23,6 +23,24 @@ pub enum Tier {
     Portable,
 }
 
+/// What makes the fast kernels' graph faster; each can be left out to see what it is worth.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Choices {
+    /// Attention of vision and prefill by kernels of its own; else by the portable ones, which
+    /// take the same memory.
+    pub attention: bool,
+    /// Kernels may start before the one in front has ended (programmatic dependent launch).
+    pub dependent: bool,
+    /// A part of the first Euler step may run beside the prefill.
+    pub beside: bool,
+}
+
+impl Default for Choices {
+    fn default() -> Self {
+        Choices { attention: true, dependent: true, beside: true }
+    }
+}
+
 /// What executables of one device share.
 pub(crate) struct Shared {
     pub(crate) context: Arc<Context>,
@@ -38,7 +56,7 @@ pub(crate) struct Shared {
 pub struct CudaDevice {
     shared: Arc<Shared>,
     tier: Tier,
-    beside: bool,
+    choices: Choices,
 }
 
 impl CudaDevice {
@@ -76,7 +94,7 @@ impl CudaDevice {
         let hopper = if fits { Some(Hopper::load(&context)?) } else { None };
         let weights = Weights::load(&context, &stream, program, source)?;
         let shared = Arc::new(Shared { context, stream, side, weights, portable, hopper });
-        Ok(CudaDevice { shared, tier: Tier::Auto, beside: true })
+        Ok(CudaDevice { shared, tier: Tier::Auto, choices: Choices::default() })
     }
 
     /// Chooses the kernels of programs compiled from now on.
@@ -84,15 +102,14 @@ impl CudaDevice {
         self.tier = tier;
     }
 
-    /// Whether programs compiled from now on may run a part of the first Euler step beside the
-    /// prefill; they may, unless told otherwise.
-    pub fn set_beside(&mut self, beside: bool) {
-        self.beside = beside;
+    /// What programs compiled from now on make use of: all of it, unless told otherwise.
+    pub fn set_choices(&mut self, choices: Choices) {
+        self.choices = choices;
     }
 
     /// The same as [`Device::compile`], with the GPU's own methods on the result.
     pub fn compile_cuda(&mut self, program: Arc<Program>) -> Result<CudaExecutable, BackendError> {
-        CudaExecutable::compile(self.shared.clone(), program, self.tier, self.beside)
+        CudaExecutable::compile(self.shared.clone(), program, self.tier, self.choices)
     }
 
     /// Bytes of device memory free and in total.

@@ -4,13 +4,13 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use pirouette_model::program::{Program, Stage};
+use pirouette_model::program::{Op, Program, Stage};
 use pirouette_model::{BackendError, Executable, Inputs, Rtc, StageTimes};
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
 use crate::bind::{Binding, InBlocks};
 use crate::denoise::Denoise;
-use crate::device::{Shared, Tier};
+use crate::device::{Choices, Shared, Tier};
 use crate::driver::{Event, Graph, Launch, Pinned, Stream};
 use crate::tier_beside::Beside;
 use crate::{tier_loop, tier_portable};
@@ -27,6 +27,8 @@ pub(crate) struct Plan {
     pub(crate) first_launch: Vec<usize>,
     /// What graphs do beside the chain instead of in it.
     beside: Option<BesidePlan>,
+    /// Whether a launch may start before its predecessor ends.
+    dependent: bool,
 }
 
 /// Launches on a stream of their own instead of a stretch of the chain, which goes on after them.
@@ -60,7 +62,7 @@ impl CudaExecutable {
         shared: Arc<Shared>,
         program: Arc<Program>,
         tier: Tier,
-        beside: bool,
+        choices: Choices,
     ) -> Result<Self, BackendError> {
         check_weights(&shared, &program)?;
         if program.shape.rtc == Rtc::Trained {
@@ -70,12 +72,12 @@ impl CudaExecutable {
         let hopper = shared.hopper.as_ref().filter(|_| tier == Tier::Auto);
         let in_blocks = hopper.map_or_else(InBlocks::default, |_| tier_loop::in_blocks(&program));
         let sms = shared.context.properties.sms;
-        let beside = hopper.filter(|_| beside).and_then(|_| Beside::of(&program, sms));
+        let beside = hopper.filter(|_| choices.beside).and_then(|_| Beside::of(&program, sms));
         let (context, stream) = (&shared.context, &shared.stream);
         let bound = Binding::new(context, stream, program.clone(), in_blocks, beside)?;
         let mut host = Pinned::new(&shared.context, bound.io_bytes)?;
         full_lengths(&bound, &mut host);
-        let plan = plan(&shared, &bound, tier)?;
+        let plan = plan(&shared, &bound, tier, choices)?;
         // Once outside a capture: whatever the driver sets up lazily happens here.
         bound.io.copy_in(&shared.stream, 0, &host, 0, bound.io_bytes)?;
         plan.issue(&shared, plan.all(), |_, _, _| Ok(()))?;
@@ -304,14 +306,14 @@ impl Plan {
                 stream.wait_for(side, mark)?;
                 (fresh, forked) = (true, false);
             }
-            stream.launch(&self.launches[at], !fresh)?;
+            stream.launch(&self.launches[at], self.dependent && !fresh)?;
             queued(stream, at, &self.launches[at])?;
             fresh = false;
             for (i, beside) in aside.iter().filter(|b| b.after == at).enumerate() {
                 if i == 0 {
                     side.wait_for(stream, mark)?;
                 }
-                side.launch(&beside.launch, !side_fresh)?;
+                side.launch(&beside.launch, self.dependent && !side_fresh)?;
                 queued(side, beside.at, &beside.launch)?;
                 (side_fresh, forked) = (false, true);
             }
@@ -355,7 +357,12 @@ fn join(pieces: &[&[u8]], mut to: &mut [u8], by_all_cores: bool) {
 }
 
 /// Launches of all steps, and what runs beside them.
-fn plan(shared: &Shared, bound: &Binding, tier: Tier) -> Result<Plan, BackendError> {
+fn plan(
+    shared: &Shared,
+    bound: &Binding,
+    tier: Tier,
+    choices: Choices,
+) -> Result<Plan, BackendError> {
     let program = &bound.program;
     let hopper = shared.hopper.as_ref().filter(|_| tier == Tier::Auto);
     if let Some(hopper) = hopper {
@@ -366,7 +373,10 @@ fn plan(shared: &Shared, bound: &Binding, tier: Tier) -> Result<Plan, BackendErr
     for (at, step) in program.steps.iter().enumerate() {
         first_launch.push(launches.len());
         let (portable, weights) = (&shared.portable, &shared.weights);
-        let fast = match hopper {
+        let plain = !choices.attention
+            && step.stage() != Stage::Denoise
+            && matches!(step.op, Op::Attention(_));
+        let fast = match hopper.filter(|_| !plain) {
             Some(hopper) => hopper.plan(portable, weights, bound, at)?,
             None => None,
         };
@@ -376,7 +386,7 @@ fn plan(shared: &Shared, bound: &Binding, tier: Tier) -> Result<Plan, BackendErr
         }
     }
     first_launch.push(launches.len());
-    let mut plan = Plan { launches, first_launch, beside: None };
+    let mut plan = Plan { launches, first_launch, beside: None, dependent: choices.dependent };
     if let (Some(hopper), Some(beside)) = (hopper, bound.beside())
         && let Some(layers) =
             hopper.plan_beside(&shared.portable, &shared.weights, bound, beside)?

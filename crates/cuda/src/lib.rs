@@ -24,6 +24,6 @@ mod tier_portable;
 mod trace;
 mod trace_order;
 
-pub use device::{CudaDevice, Tier};
+pub use device::{Choices, CudaDevice, Tier};
 pub use executable::CudaExecutable;
 pub use trace::{ReplayTrace, TracedNode};

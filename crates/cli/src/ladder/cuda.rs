@@ -1,10 +1,11 @@
-//! A GPU's ladder: portable kernels launched one by one → hand-written kernels → one graph.
+//! A GPU's ladder: portable kernels launched one by one → hand-written ones → one graph → what it
+//! overlaps.
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Result;
-use pirouette_cuda::{CudaDevice, CudaExecutable, Tier};
+use pirouette_cuda::{Choices, CudaDevice, CudaExecutable, Tier};
 use pirouette_model::{Config, Executable, Program, Shape, WeightTable, record_with};
 
 use super::{Ladder, Rung};
@@ -23,33 +24,56 @@ pub fn choices(
     device.set_tier(Tier::Portable);
     let portable = device.compile_cuda(program.clone());
     device.set_tier(Tier::Auto);
-    let mut whole = device.compile_cuda(program.clone())?;
-    device.set_beside(false);
-    let chain = device.compile_cuda(program);
-    device.set_beside(true);
-    let (mut portable, mut auto) = (portable?, chain?);
+    let mut portable = portable?;
     let kernels = |e: &CudaExecutable| format!("{} kernels", e.kernel_count());
     let mut rungs = vec![Rung {
         name: "portable, launched one by one".into(),
         change: format!("portable kernels, {} queued each by itself", kernels(&portable)),
         timing: one_by_one(&mut portable, config, repeats)?,
     }];
-    // Where there are no others for this GPU or these sizes, both tiers plan the same launches.
-    let others = auto.kernel_count() != portable.kernel_count();
+    let portable_kernels = portable.kernel_count();
     drop(portable);
+    let mut compile = |attention, dependent, beside| {
+        device.set_choices(Choices { attention, dependent, beside });
+        let compiled = device.compile_cuda(program.clone());
+        device.set_choices(Choices::default());
+        compiled
+    };
+    let mut plain = compile(true, false, false)?;
+    // Where there are no others for this GPU or these sizes, both tiers plan the same launches.
+    let others = plain.kernel_count() != portable_kernels;
     if others {
+        let mut products = compile(false, false, false)?;
         rungs.push(Rung {
-            name: "hand-written kernels".into(),
-            change: format!("kernels for this GPU, {} queued each by itself", kernels(&auto)),
-            timing: one_by_one(&mut auto, config, repeats)?,
+            name: "hand-written kernels, but for attention".into(),
+            change: format!(
+                "kernels for this GPU, {} queued each by itself; attention of vision and prefill \
+                 as before",
+                kernels(&products)
+            ),
+            timing: one_by_one(&mut products, config, repeats)?,
+        });
+        drop(products);
+        rungs.push(Rung {
+            name: "hand-written attention".into(),
+            change: format!("{}, all for this GPU", kernels(&plain)),
+            timing: one_by_one(&mut plain, config, repeats)?,
         });
     }
     rungs.push(Rung {
         name: "one graph".into(),
         change: "the same kernels captured once and launched as one graph".into(),
-        timing: graph(&mut auto, config, repeats)?,
+        timing: graph(&mut plain, config, repeats)?,
     });
-    drop(auto);
+    drop(plain);
+    if others {
+        rungs.push(Rung {
+            name: "dependent launch".into(),
+            change: "each kernel starts before the one in front of it has ended".into(),
+            timing: graph(&mut compile(true, true, false)?, config, repeats)?,
+        });
+    }
+    let mut whole = compile(true, true, true)?;
     let beside = whole.kernels_beside();
     if beside > 0 {
         rungs.push(Rung {

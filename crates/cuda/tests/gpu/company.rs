@@ -11,13 +11,13 @@ use crate::fixture::OwnedInputs;
 use crate::limits::shallow;
 use crate::{Random, has_gpu, quick};
 
-const CAMERAS: usize = 2;
-const PROMPT_TOKENS: usize = 12;
+pub const CAMERAS: usize = 2;
+pub const PROMPT_TOKENS: usize = 12;
 /// (real cameras, real prompt tokens) of each sample.
 const LENGTHS: [(u32, u32); 3] = [(2, 12), (1, 5), (2, 1)];
 
 /// Three requests that differ in everything.
-fn samples(config: &Config, horizon: usize) -> Vec<OwnedInputs> {
+pub fn samples(config: &Config, horizon: usize) -> Vec<OwnedInputs> {
     let mut random = Random(17);
     let sample = |(cameras, prompt_len): (u32, u32)| OwnedInputs {
         images: (0..CAMERAS * 224 * 224 * 3).map(|_| random.below(256) as u8).collect(),
@@ -30,7 +30,7 @@ fn samples(config: &Config, horizon: usize) -> Vec<OwnedInputs> {
     LENGTHS.into_iter().map(sample).collect()
 }
 
-fn batch(samples: &[OwnedInputs], order: &[usize]) -> OwnedInputs {
+pub fn batch(samples: &[OwnedInputs], order: &[usize]) -> OwnedInputs {
     let mut all = OwnedInputs::default();
     for sample in order.iter().map(|&at| &samples[at]) {
         all.images.extend(&sample.images);

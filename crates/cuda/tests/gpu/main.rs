@@ -7,6 +7,7 @@ mod fixture;
 mod reference;
 
 mod beside;
+mod choices;
 mod company;
 mod conformance;
 #[cfg(feature = "fault-injection")]
