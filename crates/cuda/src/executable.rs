@@ -28,7 +28,7 @@ pub(crate) struct Plan {
     /// What graphs do beside the chain instead of in it.
     beside: Option<BesidePlan>,
     /// Whether a launch may start before its predecessor ends.
-    dependent: bool,
+    pub(crate) dependent: bool,
 }
 
 /// Launches on a stream of their own instead of a stretch of the chain, which goes on after them.

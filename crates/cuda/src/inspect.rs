@@ -77,7 +77,7 @@ impl CudaExecutable {
     pub fn run_steps(&mut self, steps: Range<usize>) -> Result<(), BackendError> {
         self.shared.context.make_current()?;
         for (i, launch) in self.plan.launches[self.plan.of_steps(steps)].iter().enumerate() {
-            self.shared.stream.launch(launch, i > 0)?;
+            self.shared.stream.launch(launch, self.plan.dependent && i > 0)?;
         }
         self.shared.stream.synchronize()
     }
