@@ -97,7 +97,7 @@
 // - A first step that is known to start from zero: with a predicate that says so at run time, all
 //   accumulators were held through the epilogue, which had 46 registers left. With four chunks a
 //   thread read ahead and the next residual asked for early: out 295 → 276, down 5.07 → 4.97 ms,
-//   out of the prefill 760 → 750, fc1 835 → 814 (H100; of the whole B = 64 and of all cards 0.6 %).
+//   out of the prefill 760 → 750, fc1 0 to 3 % less (H100, in turn, at the power limit).
 // - 256 × 192 tiles for prefill.down: a third fewer bytes through L2 (3.59 instead of 3.70 J). For
 //   up a gain of 0.8 %, since its epilogues are in the open then.
 // No gain: the copy engine for GEGLU (up 1.7 % slower: stores queue with the ring's loads) and for
