@@ -19,7 +19,7 @@ use pirouette_server::{
 
 use crate::args::DeviceArgs;
 use crate::descriptors;
-use crate::device;
+use crate::device::{self, Target};
 use crate::log::{self, LogFormat};
 use crate::model::{Isolate, ModelPlan, Served};
 use crate::service::PolicyService;
@@ -126,11 +126,14 @@ pub struct ServeArgs {
     /// full.
     #[arg(long, default_value_t = 0.0, value_parser = window)]
     pub window_ms: f64,
-    /// For the shortest latency, where cores are to spare (at least two for each GPU and two more):
-    /// one thread for the first 16 connections without TLS, and one for each device, stay awake for
-    /// the next request for a second after each, instead of sleeping.
-    #[arg(long)]
-    pub busy_poll: bool,
+    /// Milliseconds after each answer for which one thread for the first 16 connections without
+    /// TLS, and one for each device, stay awake for the next request; the former is awake while it
+    /// answers, too. 0: threads sleep. Default: 1 on GPUs with cores to spare, at least two for
+    /// each device and two more, otherwise 0. Without a value 1000: the next request of any robot
+    /// comes in that time.
+    #[arg(long, value_name = "MS", num_args = 0..=1, require_equals = true,
+        default_missing_value = "1000", value_parser = patience)]
+    pub busy_poll: Option<f64>,
     /// Form of the log on standard error; PIROUETTE_LOG chooses what is told (default `info`;
     /// `info,pirouette::request=debug` for every request).
     #[arg(long, value_enum, default_value = "text")]
@@ -163,6 +166,12 @@ fn typed(args: &ServeArgs) -> (Option<&str>, Option<&Path>) {
 fn window(text: &str) -> Result<f64, String> {
     let ms = text.parse().map_err(|_| format!("`{text}` is no number of milliseconds"))?;
     if (0.0..=1000.0).contains(&ms) { Ok(ms) } else { Err("it must be from 0 to 1000".into()) }
+}
+
+/// Reads `--busy-poll`.
+fn patience(text: &str) -> Result<f64, String> {
+    let ms = text.parse().map_err(|_| format!("`{text}` is no number of milliseconds"))?;
+    if (0.0..=60_000.0).contains(&ms) { Ok(ms) } else { Err("it must be from 0 to 60000".into()) }
 }
 
 /// Reads `--lerobot-fps`.
@@ -199,13 +208,12 @@ pub fn load(args: &ServeArgs) -> Result<PolicyService> {
         deterministic: args.deterministic,
         rtc: args.rtc,
         window: Duration::from_secs_f64(args.window_ms / 1e3),
-        busy_poll: busy_poll(args),
+        busy_poll: busy_poll(args)?,
         isolate: args.isolate,
         log: args.log_format,
     };
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    if args.busy_poll
-        && let Some(warning) = few_cores(plan.devices.len(), cores)
+    if args.busy_poll.is_some_and(|ms| ms > 0.0)
+        && let Some(warning) = few_cores(plan.devices.len(), cores())
     {
         tracing::warn!("{warning}");
     }
@@ -231,9 +239,17 @@ pub fn load(args: &ServeArgs) -> Result<PolicyService> {
     PolicyService::new(Served::new(plan, checkpoint, parts.start()?))
 }
 
-/// How long threads stay awake after each request: a robot's next comes within a second.
-fn busy_poll(args: &ServeArgs) -> Duration {
-    if args.busy_poll { Duration::from_secs(1) } else { Duration::ZERO }
+/// How long threads stay awake after each answer. If not said otherwise, as long as a client that
+/// asks again at once needs; a CPU that runs the model has better things to do.
+fn busy_poll(args: &ServeArgs) -> Result<Duration> {
+    let devices = device::targets(&args.device, args.gpus.as_deref(), args.replicas.into())?;
+    let on_cpu = devices.iter().any(|d| matches!(device::target(d), Ok(Target::Cpu)));
+    let usual = if on_cpu || few_cores(devices.len(), cores()).is_some() { 0.0 } else { 1.0 };
+    Ok(Duration::from_secs_f64(args.busy_poll.unwrap_or(usual) / 1e3))
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// What to say where threads that stay awake leave fewer cores than they take.
@@ -295,7 +311,7 @@ fn serve_options(args: &ServeArgs, doors: &Doors<SocketAddr>) -> Result<ServeOpt
         api_keys,
         admin_keys,
         tls,
-        busy_poll: busy_poll(args),
+        busy_poll: busy_poll(args)?,
         ..ServeOptions::default()
     })
 }
@@ -443,8 +459,13 @@ mod tests {
         let warning = few_cores(1, 2).unwrap();
         assert!(warning.contains("2 threads awake and wants 4 cores, here are 2"), "{warning}");
         assert!(few_cores(8, 16).is_some());
-        assert_eq!(busy_poll(&serve("pi05_droid")), Duration::ZERO);
-        assert!(busy_poll(&serve("pi05_droid --busy-poll")) > Duration::ZERO);
+        let patience =
+            |flag: &str| busy_poll(&serve(&format!("--device null:1:9 {flag}"))).unwrap();
+        let usual = if cores() < 4 { Duration::ZERO } else { Duration::from_millis(1) };
+        assert_eq!(patience("pi05_droid"), usual);
+        assert_eq!(patience("--busy-poll pi05_droid"), Duration::from_secs(1));
+        assert_eq!(patience("pi05_droid --busy-poll=0.5"), Duration::from_micros(500));
+        assert_eq!(patience("pi05_droid --busy-poll=0"), Duration::ZERO);
     }
 
     #[test]

@@ -118,7 +118,7 @@ impl Robot {
                 self.schema(),
             ));
         }
-        let reader = Reader { observation, schema: self.schema(), processing };
+        let reader = Reader { observation, robot: self, processing };
         match self {
             Robot::Aloha { adapt_to_pi } => aloha::read(&reader, *adapt_to_pi),
             Robot::Droid => droid::read(&reader),
@@ -160,7 +160,7 @@ impl Robot {
 /// Looks keys of one observation up.
 pub(crate) struct Reader<'a> {
     pub observation: &'a Value,
-    pub schema: String,
+    pub robot: &'a Robot,
     pub processing: Processing,
 }
 
@@ -170,7 +170,7 @@ impl<'a> Reader<'a> {
     }
 
     pub fn missing(&self, key: &str) -> PolicyError {
-        PolicyError::Key { key: key.into(), remedy: self.schema.clone() }
+        PolicyError::Key { key: key.into(), remedy: self.robot.schema() }
     }
 
     pub fn camera(&self, key: &str, layout: Layout) -> Result<Seen, PolicyError> {
@@ -189,7 +189,7 @@ impl<'a> Reader<'a> {
         let Some((shape, numbers)) = read else {
             return Err(PolicyError::wrong_type(
                 format!("'{key}' is no array of numbers but {}", value.python_type()),
-                self.schema.clone(),
+                self.robot.schema(),
             ));
         };
         if let Some((index, number)) = numbers.iter().enumerate().find(|(_, n)| !n.is_finite()) {

@@ -155,17 +155,19 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
             record.decoded = Some(turn + Duration::from_secs_f64(decoding / 1e3));
             let mut exchange = Exchange { record, outcome: "", reply: Bytes::new() };
             let running = Running::begin(self.shared.clone());
+            let busy = self.place.as_ref().map(Place::busy);
             let ended = match request {
                 Request::Openpi(request) => self.answer(request, &mut exchange, previous_ms).await,
                 Request::VlaEval(envelope) => self.act(envelope, &mut exchange, decode_ms).await,
             };
-            if !exchange.outcome.is_empty() {
-                let Exchange { record, outcome, reply } = exchange;
-                self.shared.finished(record, outcome, message, reply);
-            }
-            drop(running);
+            let Exchange { mut record, outcome, reply } = exchange;
+            (record.sent, record.outcome) = (Instant::now(), outcome);
+            drop((running, busy));
             previous_ms = Some(ms(began));
             carry::hand_back().await;
+            if !outcome.is_empty() {
+                self.shared.finished(record, message, reply);
+            }
             ended?;
         }
     }
@@ -289,9 +291,6 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
             Ok(Message::Close) => return Err(End::Close(0, "")),
             Err(fault) => return Err(self.broken(fault)),
         };
-        if let Some(place) = &self.place {
-            place.heard();
-        }
         let incoming = self.read(frame, now);
         self.inbox.push_back(incoming);
         Ok(())

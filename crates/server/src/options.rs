@@ -61,8 +61,9 @@ pub struct ServeOptions {
     /// How often key files and certificates are looked at (default 3 s). A change is acted upon
     /// at the second look, or at SIGHUP.
     pub reload_interval: Duration,
-    /// Time after each request for which a thread of its own stays awake for the next frame of the
-    /// first few plain TCP connections (default zero: threads sleep). Takes a core meanwhile.
+    /// A thread of its own stays awake for the first few plain TCP connections while it answers
+    /// their requests, and for this time after each answer (default zero: there is no such thread).
+    /// Takes a core meanwhile.
     pub busy_poll: Duration,
     /// Writes every request and answer down (default none).
     pub recorder: Option<Arc<Recorder>>,

@@ -80,9 +80,8 @@ impl Default for Recent {
 
 impl Recent {
     /// Takes in a request that is over, and gives it its number.
-    pub(crate) fn finished(&self, record: RequestRecord, outcome: &'static str) -> RequestRecord {
-        let record = RequestRecord { sent: Instant::now(), outcome, ..record };
-        if outcome == "ok" {
+    pub(crate) fn finished(&self, record: RequestRecord) -> RequestRecord {
+        if record.outcome == "ok" {
             let second = record.sent.duration_since(self.started).as_secs();
             let mut minute = self.minute.lock().unwrap_or_else(PoisonError::into_inner);
             minute.record(second, record.total_ms() as f32);

@@ -53,14 +53,8 @@ pub(crate) struct Shared {
 
 impl Shared {
     /// Remembers a request that is over; queues it with its frames where requests are recorded.
-    pub(crate) fn finished(
-        &self,
-        record: RequestRecord,
-        outcome: &'static str,
-        request: Bytes,
-        reply: Bytes,
-    ) {
-        let record = self.recent.finished(record, outcome);
+    pub(crate) fn finished(&self, record: RequestRecord, request: Bytes, reply: Bytes) {
+        let record = self.recent.finished(record);
         if let Some(recorder) = &self.options.recorder {
             recorder.offer(record::Entry { record, request, reply });
         }

@@ -32,8 +32,14 @@ pub struct Overhead {
     pub over_server: Percentiles,
 }
 
-/// Asks in a closed loop for as long as `lasts`.
-pub fn ask(address: &Address, observation: &Value, lasts: Duration) -> Result<Overhead> {
+/// Asks for as long as `lasts`, at once after each answer but no sooner than `every` after the
+/// request before.
+pub fn ask(
+    address: &Address,
+    observation: &Value,
+    lasts: Duration,
+    every: Duration,
+) -> Result<Overhead> {
     let request = frame(2, &msgpack::encode(observation)?, [0x5a, 0x17, 0xc3, 0x81]);
     let mut socket = TcpStream::connect(&address.authority)?;
     socket.set_nodelay(true)?;
@@ -59,6 +65,7 @@ pub fn ask(address: &Address, observation: &Value, lasts: Duration) -> Result<Ov
         if began.elapsed() > lasts {
             break;
         }
+        std::thread::sleep(every.saturating_sub(asked.elapsed()));
     }
     let (over_model, over_server) = (Percentiles::of(over_model), Percentiles::of(over_server));
     Ok(Overhead { over_model, over_server })

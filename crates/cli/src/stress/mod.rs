@@ -30,9 +30,9 @@ pub struct StressArgs {
     /// Only these rows.
     #[arg(long, value_delimiter = ',')]
     pub only: Vec<String>,
-    /// The server of `overhead` with `serve --busy-poll`.
-    #[arg(long)]
-    pub busy_poll: bool,
+    /// The server of `overhead` with `serve --busy-poll=MS`.
+    #[arg(long, value_name = "MS")]
+    pub busy_poll: Option<f64>,
     /// Seconds of overload (default 600; 10 in the short form).
     #[arg(long)]
     pub overload_seconds: Option<u64>,
@@ -46,8 +46,8 @@ pub struct Scale {
     /// The short form.
     pub short: bool,
     overload_seconds: Option<u64>,
-    /// Whether the server of `overhead` stays awake.
-    pub busy_poll: bool,
+    /// Milliseconds the server of `overhead` stays awake; `None`: as it does by itself.
+    pub busy_poll: Option<f64>,
     /// Milliseconds of a batch as measured on an H200.
     pub times: NullTimes,
 }
@@ -125,7 +125,7 @@ struct Report {
     provenance: Provenance,
     optimised: bool,
     short: bool,
-    busy_poll: bool,
+    busy_poll: Option<f64>,
     batch_ms: Vec<(usize, f64)>,
     rows: Vec<Row>,
 }

@@ -41,12 +41,18 @@ pub async fn throughput(scale: &Scale) -> Outcome {
 
 /// One client at the speed of the model.
 pub async fn overhead(scale: &Scale) -> Outcome {
-    let flags: &[&str] = if scale.busy_poll { &["--busy-poll"] } else { &[] };
-    let server = Server::start(&scale.times, 1, flags).await?;
+    let flag = scale.busy_poll.map(|ms| format!("--busy-poll={ms}"));
+    let flags: Vec<&str> = flag.iter().map(String::as_str).collect();
+    let server = Server::start(&scale.times, 1, &flags).await?;
     let (address, observation) = (server.address()?, server.observation(224).await?);
     let lasts = Duration::from_secs(scale.of(20, 2));
-    let plain = move || super::client::ask(&address, &observation, lasts);
-    let plain = tokio::task::spawn_blocking(plain).await??;
+    let plain = move || {
+        let at_once = super::client::ask(&address, &observation, lasts, Duration::ZERO)?;
+        // A robot's 20 a second: everything has gone to sleep in between.
+        let paced = super::client::ask(&address, &observation, lasts, Duration::from_millis(50))?;
+        anyhow::Ok((at_once, paced))
+    };
+    let (plain, paced) = tokio::task::spawn_blocking(plain).await??;
     // The same through the load generator's client, whose own tasks and threads are in it too.
     let mut options = server.load(1, scale.of(15.0, 2.0)).await?;
     options.warm_up = 20;
@@ -54,7 +60,7 @@ pub async fn overhead(scale: &Scale) -> Outcome {
     // Three images and some more: what the same bytes take without any server in between.
     let (bytes, pause) = (3 * 224 * 224 * 3 + 500, scale.times.of(1));
     let count = scale.of(1000, 100);
-    let awake = scale.busy_poll;
+    let awake = scale.busy_poll.is_some_and(|ms| ms > 0.0);
     let bare = move || super::bare::exchange(bytes, pause, count, awake);
     let bare = tokio::task::spawn_blocking(bare).await??;
     let (over, socket) = (plain.over_model, plain.over_server);
@@ -62,6 +68,8 @@ pub async fn overhead(scale: &Scale) -> Outcome {
         Check::at_most("p50, ms", scale.of(0.3, 10.0), over.p50_ms),
         Check::at_most("p99, ms", scale.of(1.0, 100.0), over.p99_ms),
         Check::told("of that outside the service (socket, codec), p50, ms", socket.p50_ms),
+        Check::told("at 20 requests a second, p50, ms", paced.over_model.p50_ms),
+        Check::told("at 20 requests a second, p99, ms", paced.over_model.p99_ms),
         Check::told("through the load generator's client, p50, ms", load.p50_ms),
         Check::told("through the load generator's client, p99, ms", load.p99_ms),
         Check::told("the same bytes over a bare socket, p50, ms", bare.p50_ms),

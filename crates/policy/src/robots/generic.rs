@@ -76,11 +76,11 @@ impl GenericRobot {
         let mut state = Vec::new();
         for part in &self.state {
             let (shape, numbers) = reader.numbers(&part.key)?;
-            let expected = match part.dims {
-                Some(dims) => format!("[{dims}] numbers"),
-                None => "a vector of numbers".into(),
-            };
             if shape.len() > 1 || part.dims.is_some_and(|dims| dims != numbers.len()) {
+                let expected = match part.dims {
+                    Some(dims) => format!("[{dims}] numbers"),
+                    None => "a vector of numbers".into(),
+                };
                 return Err(wrong_shape(&part.key, &shape, &expected));
             }
             state.extend(numbers);

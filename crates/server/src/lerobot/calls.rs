@@ -221,7 +221,8 @@ impl Robot {
             outcome,
             ms = (ms(received) * 1e3).round() / 1e3,
         );
-        self.shared.finished(record, outcome, request, reply);
+        let record = RequestRecord { sent: Instant::now(), outcome, ..record };
+        self.shared.finished(record, request, reply);
         let pickle = pickle?;
         taken.answered();
         Ok(wire::actions(&pickle))
