@@ -8,8 +8,9 @@ use pirouette_policy::sample_observation;
 use pirouette_server::load::{self, LoadOptions, LoadReport, Percentiles};
 use serde::Serialize;
 
+use crate::provenance::Provenance;
 use crate::setup;
-use crate::text::{table, today, write_json};
+use crate::text::{table, write_json};
 
 /// Arguments of `load`.
 #[derive(clap::Args)]
@@ -58,8 +59,8 @@ pub struct LoadArgs {
 
 #[derive(Serialize)]
 struct Report<'a> {
-    version: &'static str,
-    date: String,
+    #[serde(flatten)]
+    provenance: Provenance,
     url: &'a str,
     clients: u16,
     rate: Option<f64>,
@@ -83,8 +84,7 @@ async fn measure(args: &LoadArgs) -> Result<()> {
     let measured = load::run(&options).await?;
     if let Some(path) = &args.json {
         let report = Report {
-            version: env!("CARGO_PKG_VERSION"),
-            date: today(),
+            provenance: Provenance::here(),
             url: &args.url,
             clients: args.clients,
             rate: args.rate,

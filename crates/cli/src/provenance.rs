@@ -1,21 +1,27 @@
 //! This process → where its measurements come from: program, date, commit, machine, command.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::text::today;
 
-/// What stands at the head of a file of measurements.
-#[derive(Clone, Debug, Serialize)]
+/// What stands at the head of a file of measurements. Of older files version and date alone.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Provenance {
-    version: &'static str,
-    date: String,
+    /// Of this program.
+    pub version: String,
+    /// Day of the measurement, UTC.
+    pub date: String,
     /// Of the working tree that the command ran in, where that is a git one.
+    #[serde(default)]
     commit: Option<String>,
+    #[serde(default)]
     machine: Machine,
+    #[serde(default)]
     command: String,
 }
 
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 struct Machine {
     cpu: Option<String>,
     /// That this process may use.
@@ -30,7 +36,7 @@ impl Provenance {
         let arguments = std::env::args().skip(1);
         let words: Vec<String> = std::iter::once("pirouette".into()).chain(arguments).collect();
         Provenance {
-            version: env!("CARGO_PKG_VERSION"),
+            version: env!("CARGO_PKG_VERSION").into(),
             date: today(),
             commit: commit(),
             machine: Machine::here(),

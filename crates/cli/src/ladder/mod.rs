@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 use crate::args::{DeviceArgs, LadderArgs};
 use crate::device::{self, Opened};
 use crate::profile::{Repeats, Timing, compile, milliseconds, time};
-use crate::text::{table, today, write_json};
+use crate::provenance::Provenance;
+use crate::text::{table, write_json};
 use crate::weights::Weights;
 
 /// One measurement.
@@ -41,8 +42,8 @@ pub struct Ladder {
 
 #[derive(Serialize)]
 struct Output {
-    version: &'static str,
-    date: String,
+    #[serde(flatten)]
+    provenance: Provenance,
     weights: String,
     model: &'static str,
     precision: &'static str,
@@ -60,9 +61,8 @@ pub fn run(args: &LadderArgs) -> Result<()> {
     let (model, precision) = (weights.config.family.name(), args.device.precision.name());
     match &args.json {
         Some(path) => {
-            let (version, date) = (env!("CARGO_PKG_VERSION"), today());
-            let weights = weights.origin;
-            write_json(path, &Output { version, date, weights, model, precision, ladders })
+            let (provenance, weights) = (Provenance::here(), weights.origin);
+            write_json(path, &Output { provenance, weights, model, precision, ladders })
         }
         None => {
             println!("{model} · {precision} · {}", weights.origin);

@@ -27,7 +27,8 @@ pub use timing::{Repeats, Timing, Workload, summary, time};
 use crate::args::{ProfileArgs, TracingArgs};
 use crate::bench::RandomInputs;
 use crate::device;
-use crate::text::{scaled, table, today, write_json};
+use crate::provenance::Provenance;
+use crate::text::{scaled, table, write_json};
 use crate::weights::Weights;
 
 /// Where the milliseconds of one run go.
@@ -61,8 +62,8 @@ pub struct Profile {
 
 #[derive(Serialize)]
 struct Output<'a> {
-    version: &'static str,
-    date: String,
+    #[serde(flatten)]
+    provenance: Provenance,
     device: String,
     weights: &'a str,
     model: &'static str,
@@ -110,8 +111,7 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     match &args.json {
         Some(path) => {
             let output = Output {
-                version: env!("CARGO_PKG_VERSION"),
-                date: today(),
+                provenance: Provenance::here(),
                 device: name,
                 weights: &weights.origin,
                 model: config.family.name(),

@@ -10,8 +10,8 @@ pub fn page(a: &Report, b: &Report, names: [&str; 2]) -> Vec<Block> {
     let mut blocks = vec![
         Block::Heading(1, "Pirouette comparison".into()),
         Block::List(vec![
-            format!("A: {} (Pirouette {}, {})", names[0], a.version, a.date),
-            format!("B: {} (Pirouette {}, {})", names[1], b.version, b.date),
+            format!("A: {} (Pirouette {}, {})", names[0], a.provenance.version, a.provenance.date),
+            format!("B: {} (Pirouette {}, {})", names[1], b.provenance.version, b.provenance.date),
         ]),
         Block::Text("A / B above 1: B is that many times faster.".into()),
     ];

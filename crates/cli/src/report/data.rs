@@ -8,14 +8,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::ladder::Ladder;
 use crate::profile::{Profile, Timing};
+use crate::provenance::Provenance;
 
 /// Measurements of one or more models.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
-    /// Version of this program.
-    pub version: String,
-    /// Day of the measurement, UTC.
-    pub date: String,
+    /// Where it was measured, and when.
+    #[serde(flatten)]
+    pub provenance: Provenance,
     /// What the milliseconds of a whole run cover.
     pub clock: String,
     /// One entry per model and device.

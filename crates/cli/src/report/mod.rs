@@ -18,7 +18,8 @@ use crate::ladder::{self, WHOLE};
 use crate::profile::{
     Limits, Meter, Repeats, Workload, compile, limits, measure, step_times, time,
 };
-use crate::text::{today, write_json};
+use crate::provenance::Provenance;
+use crate::text::write_json;
 use crate::weights::Weights;
 use data::{ModelReport, Published, Report, read};
 use html::{Block, html, markdown};
@@ -63,9 +64,9 @@ fn merge(files: &[std::path::PathBuf]) -> Result<Report> {
         if whole.models.is_empty() {
             whole = part;
         } else {
-            if part.version != whole.version || part.date != whole.date {
-                whole.date =
-                    format!("{} and {} (Pirouette {})", whole.date, part.date, part.version);
+            let (all, one) = (&mut whole.provenance, &part.provenance);
+            if one.version != all.version || one.date != all.date {
+                all.date = format!("{} and {} (Pirouette {})", all.date, one.date, one.version);
             }
             whole.models.extend(part.models);
         }
@@ -74,12 +75,7 @@ fn merge(files: &[std::path::PathBuf]) -> Result<Report> {
 }
 
 fn measure_all(args: &ReportArgs) -> Result<Report> {
-    let mut report = Report {
-        version: env!("CARGO_PKG_VERSION").into(),
-        date: today(),
-        clock: WHOLE.into(),
-        models: vec![],
-    };
+    let mut report = Report { provenance: Provenance::here(), clock: WHOLE.into(), models: vec![] };
     // A checkpoint says itself which model it is.
     let count = if args.checkpoint.is_some() { 1 } else { args.models.len() };
     let models: Vec<WeightArgs> = args.models[..count.min(args.models.len())]

@@ -14,7 +14,10 @@ use crate::text::scaled;
 pub fn page(report: &Report, published: Option<&Published>) -> Vec<Block> {
     let mut page = vec![
         Block::Heading(1, "Pirouette report".into()),
-        Block::Text(format!("Pirouette {} · {}", report.version, report.date)),
+        Block::Text(format!(
+            "Pirouette {} · {}",
+            report.provenance.version, report.provenance.date
+        )),
         Block::Text(format!(
             "Milliseconds of a run: {}, unless a column says otherwise.",
             report.clock

@@ -20,9 +20,10 @@ pub fn exchange(bytes: usize, pause: Duration, count: usize, awake: bool) -> Res
     let server = std::thread::spawn(move || serve(&listener, bytes, pause, count, awake));
     let mut socket = TcpStream::connect(address)?;
     socket.set_nodelay(true)?;
-    let (request, mut reply) = (vec![1; bytes], [0; REPLY]);
+    let (mut request, mut reply) = (vec![1; bytes], [0; REPLY]);
     let mut measured = Vec::with_capacity(count);
-    for _ in 0..count {
+    for turn in 0..count {
+        request.fill(turn as u8); // fresh, as a client's frame is
         let began = Instant::now();
         socket.write_all(&request)?;
         socket.read_exact(&mut reply)?;

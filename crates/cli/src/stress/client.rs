@@ -2,7 +2,8 @@
 //!
 //! The clock starts before the first byte of a ready frame is given to the kernel and stops when
 //! the last byte of the answer's frame was read: encoding the request and decoding the answer are
-//! the client's own affair. What the answer tells of the model's time is taken off.
+//! the client's own affair. Each frame is made anew right before, as every client must, since its
+//! mask has to be. What the answer tells of the model's time is taken off.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -16,7 +17,7 @@ use pirouette_server::load::{Percentiles, timings};
 use pirouette_server::msgpack;
 
 /// Requests before the clock counts.
-const WARM_UP: usize = 20;
+const WARM_UP: u32 = 20;
 
 /// A server that takes longer for one answer has failed.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -40,7 +41,7 @@ pub fn ask(
     lasts: Duration,
     every: Duration,
 ) -> Result<Overhead> {
-    let request = frame(2, &msgpack::encode(observation)?, [0x5a, 0x17, 0xc3, 0x81]);
+    let payload = msgpack::encode(observation)?;
     let mut socket = TcpStream::connect(&address.authority)?;
     socket.set_nodelay(true)?;
     socket.set_read_timeout(Some(PATIENCE))?;
@@ -50,7 +51,8 @@ pub fn ask(
     client.answer().context("no metadata")?;
     let (mut over_model, mut over_server) = (Vec::new(), Vec::new());
     let began = Instant::now();
-    for turn in 0.. {
+    for turn in 0u32.. {
+        let request = frame(2, &payload, turn.wrapping_mul(0x9e37_79b9).to_le_bytes());
         let asked = Instant::now();
         client.socket.write_all(&request)?;
         let answer = client.answer()?;
