@@ -25,8 +25,12 @@ const GLANCE: Duration = Duration::from_millis(1);
 
 /// How long a device thread looks out for an announced request, if not said otherwise.
 pub(crate) fn usual() -> Duration {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    if cores < CORES { Duration::ZERO } else { PREPARATION }
+    if spare_cores() { PREPARATION } else { Duration::ZERO }
+}
+
+/// Whether there are cores for threads that stay awake.
+pub(crate) fn spare_cores() -> bool {
+    std::thread::available_parallelism().map_or(1, usize::from) >= CORES
 }
 
 /// Counts requests as they enter the queue, for those who look out for one without the lock; and
