@@ -19,7 +19,19 @@ struct Rows {
     float turns_hi, turns_lo;
     float scale;   // STORE_POSITION: of the product
     float g0, g1;  // ADD of the loop: of the features' products
+    float next[8];  // scale of the next norm, of the thread's chunk in copy_out
 };
+
+// Learned scales of the next norm for the lane's eight of a slab's features.
+static __device__ __forceinline__ void next_scale_of(float (&to)[8], const GemmParams& p, int slab,
+                                                     int lane) {
+    const int first = slab + lane % 8 * 8;
+    if (first >= (int)p.n) return;
+    const float4* from = reinterpret_cast<const float4*>(p.next_scale + first);
+    const float4 a = __ldg(from), b = __ldg(from + 1);
+    to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w;
+    to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+}
 
 template <class T>
 static __device__ __forceinline__ Rows rows_of(const GemmParams& p, int block, int warp, int lane) {
@@ -36,6 +48,7 @@ static __device__ __forceinline__ Rows rows_of(const GemmParams& p, int block, i
         r.g0 = gate != nullptr && f < (int)p.n ? gate[f] : 1.f;
         r.g1 = gate != nullptr && f + 8 < (int)p.n ? gate[f + 8] : 1.f;
     }
+    if (T::SCALES && p.scaled != nullptr) next_scale_of(r.next, p, block, lane);
     if (T::EPI == ROPE && f < (int)p.q_cols + HEAD) {  // else no turn: cos 1, sin 0
         const float2 turns = static_cast<const float2*>(p.aux)[f % HEAD / 16 * 8 + lane / 4];
         r.turns_hi = turns.x, r.turns_lo = turns.y;
@@ -121,7 +134,8 @@ static __device__ __forceinline__ float row_sum(const float2 (&sums)[CHUNKS], in
 // has read all of them.
 template <class T, class Read>
 static __device__ __forceinline__ void copy_out(const GemmParams& p, uint32_t staging, int tid,
-                                                int first_row, int tokens, int slab, Read read) {
+                                                int first_row, int tokens, int slab, const Rows& r,
+                                                Read read) {
     const int chunk = tid & 7;
     const int width = T::EPI == GEGLU ? p.n / 2 : p.n;
     const bool in_width = slab + chunk * 8 < width;
@@ -133,15 +147,10 @@ static __device__ __forceinline__ void copy_out(const GemmParams& p, uint32_t st
         ld = p.kv_ld, stride = p.kv_stride;
     }
     out += chunk * 8;
-    constexpr bool STATS = T::EPI == ADD || T::EPI == STORE_POSITION || T::EPI == STORE;
-    const bool scaling = STATS && p.scaled != nullptr && in_width;
+    const bool scaling = T::STATS && p.scaled != nullptr && in_width;
     float next_scale[8] = {};
-    if (scaling) {
-        const float4* from = reinterpret_cast<const float4*>(p.next_scale + slab + chunk * 8);
-        const float4 a = __ldg(from), b = __ldg(from + 1);
-        next_scale[0] = a.x, next_scale[1] = a.y, next_scale[2] = a.z, next_scale[3] = a.w;
-        next_scale[4] = b.x, next_scale[5] = b.y, next_scale[6] = b.z, next_scale[7] = b.w;
-    }
+    if (scaling && !T::SCALES) next_scale_of(next_scale, p, slab, chunk);
+    for (int i = 0; T::SCALES && i < 8; i++) next_scale[i] = r.next[i];
     uint4 v[CHUNKS], ahead[CHUNKS];
     const auto load = [&](uint4(&to)[CHUNKS], int t) {
 #pragma unroll
@@ -171,7 +180,7 @@ static __device__ __forceinline__ void copy_out(const GemmParams& p, uint32_t st
                                              ptx::bf16_hi(word[i]) + table[2 * i + 1]);
             }
         }
-        if (STATS && p.stats_out != nullptr) {
+        if (T::STATS && p.stats_out != nullptr) {
             float2 sums[CHUNKS];
 #pragma unroll
             for (int u = 0; u < CHUNKS; u++) {
@@ -290,7 +299,7 @@ static __device__ __forceinline__ void stage(float (&acc)[T::MI][4 * GROUPS], in
 template <class T, class Read>
 static __device__ __forceinline__ void leave(const TensorMap* out, const GemmParams& p,
                                              const Staged& s, int consumer, int tid, int2 o,
-                                             int slab, Read read) {
+                                             int slab, int tokens, const Rows& r, Read read) {
     const bool whole = T::EPI == ROPE ? slab < (int)p.q_cols
                                       : p.out_stride == p.period && p.stats_out == nullptr &&
                                             p.scaled == nullptr;
@@ -300,7 +309,7 @@ static __device__ __forceinline__ void leave(const TensorMap* out, const GemmPar
         if (tid == 0) ptx::tma_store(out, slab, o.y, s.at);
     } else {
         ptx::named_barrier(1 + consumer, 128);
-        copy_out<T>(p, s.at, tid, o.y, T::BN, slab, read);
+        copy_out<T>(p, s.at, tid, o.y, tokens, slab, r, read);
     }
 }
 
@@ -343,16 +352,73 @@ static __device__ __forceinline__ void epilogue(float (&acc)[T::MI][4 * GROUPS],
             const int begin = j / 8 * 8;
             ptx::named_barrier(1 + consumer, 128);
             copy_out<T>(p, staging + begin * 1024, tid, o.y + first + 8 * begin,
-                           min(64, (groups - begin) * 8), out_slab, [] {});
+                           min(64, (groups - begin) * 8), out_slab, r, [] {});
         }
         const auto fetch_next = [&] {
             if (T::EPI == ADD && slab + 1 < SLABS)
                 fetch_old<T>(s, out, consumer, tid, feature + (slab + 1) * 64, o.y + first);
         };
-        if constexpr (T::WHOLE) leave<T>(out, p, staged, consumer, tid, o, out_slab, fetch_next);
+        if constexpr (T::WHOLE)
+            leave<T>(out, p, staged, consumer, tid, make_int2(o.x, o.y + first), out_slab,
+                     groups * 8, r, fetch_next);
         GEMM_MARK(6);
         if (T::NORM && slab == SLABS - 1 && tid == 0) ptx::mbar_arrive(s.rec_empty + 8 * buffer);
     }
+}
+
+// UPRIGHT: the same for one consumer's 64 tokens × BN features. Its accumulators lie as the rows of
+// the destination do; each warp stages its 16 tokens and takes them away, 16 bytes a thread.
+template <class T>
+static __device__ __forceinline__ void upright(float (&acc)[4 * T::GROUPS], const Smem<T>& s,
+                                               const GemmParams& p, int consumer, int tid, int2 o,
+                                               int buffer) {
+    constexpr int BLOCK = 8;  // chunks of 8 features, staged and taken away at a time
+    const int warp = tid / 32, lane = tid % 32, first = consumer * 64 + warp * 16;
+    const uint32_t records = s.records + buffer * T::RECORDS + 8 * (first + lane / 4);
+    const float2 low = ptx::ld_shared_f2(records), high = ptx::ld_shared_f2(records + 64);
+    const uint32_t columns = s.columns + buffer * T::COLUMNS + 16 * (lane % 4);
+    // Matrix q = lane / 8 of a store: q & 1 picks the 8 tokens, q >> 1 the chunk.
+    const uint32_t staged = s.staging + consumer * T::STAGING + warp * 16 * T::PITCH;
+    const uint32_t to = staged + (lane % 16) * T::PITCH + (lane / 16) * 16;
+    __syncwarp();  // the staging's last readers are done
+#pragma unroll
+    for (int j = 0; j < T::GROUPS; j += BLOCK) {
+        uint32_t word[2 * BLOCK];
+#pragma unroll
+        for (int i = 0; i < BLOCK; i++) {
+            if (j + i >= T::GROUPS) break;
+            const float* a = &acc[4 * (j + i)];
+            const float4 c = ptx::ld_shared_f4(columns + 64 * (j + i));  // bias, colsum, twice
+            float v[4] = {fmaf(a[0], low.x, fmaf(-low.y, c.y, c.x)),
+                          fmaf(a[1], low.x, fmaf(-low.y, c.w, c.z)),
+                          fmaf(a[2], high.x, fmaf(-high.y, c.y, c.x)),
+                          fmaf(a[3], high.x, fmaf(-high.y, c.w, c.z))};
+            for (int e = 0; T::EPI == GELU && e < 4; e++) v[e] = gelu_tanh(v[e]);
+            word[2 * i] = ptx::pack_bf16(v[0], v[1]);
+            word[2 * i + 1] = ptx::pack_bf16(v[2], v[3]);
+        }
+#pragma unroll
+        for (int i = 0; i < BLOCK; i += 2) {
+            if (j + i >= T::GROUPS) break;
+            const uint32_t* w = word + 2 * i;
+            if (j + i + 1 < T::GROUPS)
+                ptx::store_matrix_x4(to + (j + i) * 16, w[0], w[1], w[2], w[3]);
+            else ptx::store_matrix_x2(to + (j + i) * 16, w[0], w[1]);
+        }
+        __syncwarp();
+        const int chunks = min(BLOCK, T::GROUPS - j);  // eight lanes a token, or all a chunk
+#pragma unroll
+        for (int i = 0; i < 16 * chunks; i += 32) {
+            const int token = (i + lane) / chunks, chunk = j + (i + lane) % chunks;
+            const int row = o.y + first + token, feature = o.x + 8 * chunk;
+            if (i + lane >= 16 * chunks || row >= (int)p.rows || feature >= (int)p.n) continue;
+            const uint4 v = ptx::ld_shared_u4(staged + token * T::PITCH + chunk * 16);
+            *reinterpret_cast<uint4*>(
+                p.out + (size_t)row_in(p, row, p.out_stride) * p.out_ld + feature) = v;
+        }
+    }
+    ptx::named_barrier(1 + consumer, 128);
+    if (tid == 0) ptx::mbar_arrive(s.rec_empty + 8 * buffer);
 }
 
 }  // namespace gemm

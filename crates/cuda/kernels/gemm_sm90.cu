@@ -3,7 +3,9 @@
 // src/gemm.rs; checked and timed by lab/gemm.cu.
 //
 // How: the operands are swapped, weight rows are wgmma's M and tokens its N, so that a tile is as
-// wide as the tokens need (any multiple of 8). One warp fills a ring of stages (64 columns of a
+// wide as the tokens need (any multiple of 8). UPRIGHT instances have tokens as M: 768 rows are six
+// times 128, and features in tiles of 200 make one wave of 132 where weights in tiles of 192 made
+// 115 larger ones. One warp fills a ring of stages (64 columns of a
 // weight tile and of a token tile, 128-byte swizzle) by TMA, weights before the kernels in front
 // have finished; 2 to 4 warpgroups multiply; three spare warps turn row statistics into rstd and
 // mean. Accumulators pass through shared memory and leave as 16-byte stores, row-major.
@@ -24,14 +26,14 @@
 // memory = smem (raise the limit once), attribute PROGRAMMATIC_STREAM_SERIALIZATION. Each kernel
 // lets its successor start at once, so the successor must wait (griddepcontrol.wait) before its
 // first read of, or write to, anything but weights.
-//   tiles = ⌈n / (BM·CM)⌉ · ⌈rows / (BN·CN)⌉ clusters
+//   tiles = ⌈n / (BM·CM)⌉ · ⌈rows / (BN·CN)⌉ clusters (UPRIGHT: n and rows change places)
 //   grid  = cluster · (CK > 1 ? tiles : min(tiles, cuOccupancyMaxActiveClusters)); four
 //   multiprocessors fewer where the first Euler step runs beside (denoise_beside.cu)
 // Tensor maps: bf16, 2-D, inner box 64 columns, SWIZZLE_128B, L2_PROMOTION_256B, no interleave, OOB
-// zeros, element strides 1: w [n, k] box BM rows; x [rows, k] box BN rows; out [rows, features that
-// go there] box ⌈BN / 8 / CK⌉ · 8 rows, any valid map if there are none. ADD reads the residual by
-// it, consumers that take turns write by it where rows follow each other. K needs row strides of 16
-// bytes (patch: 588 columns padded to 640 with zeros).
+// zeros, element strides 1: w [n, k] box BM rows; x [rows, k] box BN rows (UPRIGHT: BN, BM); out
+// [rows, features that go there] box ⌈BN / 8 / CK⌉ · 8 rows, any valid map if there are none. ADD
+// reads the residual by it, what is BULK (gemm_tile_sm90.cuh) leaves by it where rows follow each
+// other. K needs row strides of 16 bytes (patch: 588 columns padded to 640 with zeros).
 //
 // Choice: among the instances of an epilogue, the host takes the least of
 //   3000 + waves · main + (turns ? 1 : waves) · 30 · BN · BM / 128 + (CK > 1 ? 1250 · CK : 0),
@@ -76,6 +78,16 @@
 // 128x152_t_x2 99 (146), 532 128x184_t_x2 108 (129), 712 128x184_t_w2 152 (165); prefill.down 276
 // 128x72_k2 49 (57), 456 128x120_k2 58 (76), 712 128x184_k2 71; vision.fc1 256 128x88 8.5 (12.2);
 // vision.fc2 256 128x48_k2 12.2 (15.2). Of 788 rows, same card: prefill.out 128x104 14.1.
+// H100, 2026-11-26, 768 / 788 rows, back to back, what the tables above have → now: vision.qkv
+// 192x112 11.8 → u128x160_x2 10.9; fc1 192x160 15.7 → u128x200_x2 13.5 (1536 rows 31.0 → 25.4; qkv
+// 21.7 → 20.4, 3072 rows 42.0 → 39.7); fc2 16.4 → 16.0; prefill.out 128x104 14.9 → with pairs that
+// share weights (w2) 14.1. Stamps of the clock had shown where the rest of these products goes: a
+// CTA began 0.5 µs after the last one in front of it had ended, took 0.9 µs to get to its first
+// request for tokens, and those waited behind all the weights it had asked for. So another thread
+// asks for the weights, UPRIGHT for 60 KB of them at first, and mbarriers are made by two threads
+// (by a lane each they cost 1000 clocks: the compiler makes a loop of it). No gain: the first
+// columns of the next product's weights brought into L2 while this one ends; 192x136 and 256x104
+// UPRIGHT tiles; 128x128 in pairs for 512 rows.
 // The tables are of products whose every tile read its rows' statistics anew, one thread a row:
 // 3.4 million requests to L2 in prefill.up of 788 rows, and tiles that waited for them. By eight
 // lanes a row, and kept from tile to tile, it takes 137 instead of 154 µs inside the whole
@@ -130,7 +142,7 @@
     X(gemm_geglu_256x192_w2, 2, 2, 192, 3, 1, 2, 1, 0, GEGLU)                         \
     X(gemm_add_128x64, 2, 1, 64, 8, 1, 1, 1, 0, ADD)                                  \
     X(gemm_add_128x72, 2, 1, 72, 8, 1, 1, 1, 0, ADD)                                  \
-    X(gemm_add_128x104, 2, 1, 104, 6, 1, 1, 1, 0, ADD)                                \
+    X(gemm_add_128x104_w2, 2, 1, 104, 6, 1, 2, 1, 0, ADD)                             \
     X(gemm_add_128x128, 2, 1, 128, 6, 1, 1, 1, 0, ADD)                                \
     X(gemm_add_128x216, 2, 1, 216, 4, 1, 1, 1, 0, ADD)                                \
     X(gemm_add_128x48_k2, 2, 1, 48, 8, 1, 1, 2, 0, ADD)                               \
@@ -161,13 +173,13 @@
     X(gemm_rope_128x192_t_x2, 2, 2, 192, 4, 2, 1, 1, 1, ROPE)                         \
     X(gemm_store_128x64, 2, 1, 64, 8, 1, 1, 1, 0, STORE)                              \
     X(gemm_store_128x96, 2, 1, 96, 7, 1, 1, 1, 0, STORE)                              \
-    X(gemm_store_192x112, 3, 1, 112, 4, 1, 1, 1, 0, STORE)                            \
     X(gemm_store_128x128, 2, 1, 128, 6, 1, 1, 1, 0, STORE)                            \
     X(gemm_store_128x192_t_w2, 2, 2, 192, 4, 1, 2, 1, 1, STORE)                       \
+    X(gemm_store_u128x160_x2, 2, 1, 160, 5, 2, 1, 1, 0, UPRIGHT_STORE)                \
     X(gemm_gelu_128x88, 2, 1, 88, 7, 1, 1, 1, 0, GELU)                                \
     X(gemm_gelu_192x104, 3, 1, 104, 5, 1, 1, 1, 0, GELU)                              \
-    X(gemm_gelu_192x160, 3, 1, 160, 3, 1, 1, 1, 0, GELU)                              \
     X(gemm_gelu_128x192_t_x2, 2, 2, 192, 4, 2, 1, 1, 1, GELU)                         \
+    X(gemm_gelu_u128x200_x2, 2, 1, 200, 4, 2, 1, 1, 0, UPRIGHT_GELU)                  \
     X(gemm_store_position_128x40, 2, 1, 40, 8, 1, 1, 1, 0, STORE_POSITION)            \
     X(gemm_store_position_128x64, 2, 1, 64, 8, 1, 1, 1, 0, STORE_POSITION)            \
     X(gemm_store_position_128x192_t_w2, 2, 2, 192, 4, 1, 2, 1, 1, STORE_POSITION)

@@ -7,11 +7,11 @@
 
 namespace gemm {
 
-// Requests the weights (tokens) of stage `fill` at column k, for all CTAs that share the tile if it
-// is this one's turn.
+// Requests what is wgmma's M (N) of stage `fill` at column k, for all CTAs that share the tile if
+// it is this one's turn.
 template <class T>
-static __device__ __forceinline__ void load_weights(const Smem<T>& s, const Place& c,
-                                                    const TensorMap* w, int fill, int k, int m) {
+static __device__ __forceinline__ void load_m(const Smem<T>& s, const Place& c, const TensorMap* w,
+                                              int fill, int k, int m) {
     const int slot = fill % T::STAGES;
     const uint32_t dst = s.ring + slot * T::STAGE, bar = s.full + 8 * slot;
     uint16_t mask = 0;
@@ -20,8 +20,8 @@ static __device__ __forceinline__ void load_weights(const Smem<T>& s, const Plac
     else if (fill % T::CN == c.cn) ptx::tma_load_multicast(dst, w, k, m, bar, mask);
 }
 template <class T>
-static __device__ __forceinline__ void load_tokens(const Smem<T>& s, const Place& c,
-                                                   const TensorMap* x, int fill, int k, int n) {
+static __device__ __forceinline__ void load_n(const Smem<T>& s, const Place& c, const TensorMap* x,
+                                              int fill, int k, int n) {
     const int slot = fill % T::STAGES;
     const uint32_t dst = s.ring + slot * T::STAGE + T::W_BYTES, bar = s.full + 8 * slot;
     uint16_t mask = 0;
@@ -30,9 +30,24 @@ static __device__ __forceinline__ void load_tokens(const Smem<T>& s, const Place
     else if (fill % T::CM == c.cm) ptx::tma_load_multicast(dst, x, k, n, bar, mask);
 }
 
-// Stages whose weights are requested before the kernels in front have finished.
+template <class T>
+static __device__ __forceinline__ void load_weights(const Smem<T>& s, const Place& c,
+                                                    const TensorMap* w, int fill, int k, int at) {
+    if (T::UPRIGHT) load_n<T>(s, c, w, fill, k, at);
+    else load_m<T>(s, c, w, fill, k, at);
+}
+template <class T>
+static __device__ __forceinline__ void load_tokens(const Smem<T>& s, const Place& c,
+                                                   const TensorMap* x, int fill, int k, int at) {
+    if (T::UPRIGHT) load_m<T>(s, c, x, fill, k, at);
+    else load_n<T>(s, c, x, fill, k, at);
+}
+
+// Stages whose weights are requested before the kernels in front have finished. CTAs that fill the
+// processors begin when those end, and the first tokens would queue behind all these weights.
 template <class T> static __device__ __forceinline__ int early_stages(const Place& c) {
-    return min(T::STAGES, c.k_steps);
+    constexpr int MOST = T::UPRIGHT ? 60 * 1024 / (T::FEATURES * 128) : T::STAGES;
+    return min(min(T::STAGES, MOST), c.k_steps);
 }
 template <class T>
 static __device__ __forceinline__ void load_early(const Smem<T>& s, const Place& c,
@@ -121,16 +136,25 @@ template <class T>
 static __device__ __forceinline__ void normalise(const Smem<T>& s, const Place& c,
                                                  const GemmParams& p, int tid) {
     constexpr int LANES = T::RMS ? 8 : 1;  // of a row
-    ptx::grid_dependency_wait();
+    if (!T::UPRIGHT) ptx::grid_dependency_wait();
     int count = 0, before = -1, last = -1;  // first rows of the two tiles before
     for (int t = c.cluster; t < c.tiles_m * c.tiles_n; t += c.clusters, count++) {
-        const int first = origin<T>(c, t, p.group).y;
-        const int buffer = count & 1;
+        const int2 o = origin<T>(c, t, p.group);
+        const int first = o.y, buffer = count & 1;
         if (count >= 2) ptx::mbar_wait(s.rec_empty + 8 * buffer, (count / 2 - 1) & 1);
+        if (T::UPRIGHT) {  // what belongs to features, before the kernels in front have finished
+            for (int i = tid; i < T::FEATURES; i += 96) {
+                const bool there = o.x + i < (int)p.n;
+                const float2 column = {there && p.bias != nullptr ? p.bias[o.x + i] : 0.f,
+                                       there && p.colsum != nullptr ? p.colsum[o.x + i] : 0.f};
+                ptx::st_shared(s.columns + buffer * T::COLUMNS + 8 * i, column);
+            }
+            if (count == 0) ptx::grid_dependency_wait();
+        }
         const bool there = T::RMS && first == before;
         if (T::RMS) before = last, last = first;
 #pragma unroll(T::RMS ? 2 : 1)
-        for (int i = tid / LANES; !there && i < T::BN; i += 96 / LANES) {
+        for (int i = tid / LANES; !there && i < T::TOKENS; i += 96 / LANES) {
             const uint32_t row = T::RMS ? min((uint32_t)(first + i), p.rows - 1) : first + i;
             float2 rec = make_float2(1.f, 0.f);
             if (p.stats_in != nullptr && row < p.rows) rec = read_record<T>(p, row, tid % LANES);
@@ -239,7 +263,7 @@ static __device__ __forceinline__ void consume(const Smem<T>& s, const Place& c,
         if (T::EPI == ADD)
             fetch_old<T>(s, out, consumer, tid, o.x + part * 64 * T::MI, o.y + 8 * first);
         Rows rows = {};
-        if (T::MI == 1) rows = rows_of<T>(p, o.x + part * 64, tid / 32, tid % 32);
+        if (T::MI == 1 && !T::UPRIGHT) rows = rows_of<T>(p, o.x + part * 64, tid / 32, tid % 32);
         // A turn starts when the other consumer has seen its last stage arrive: only then do the
         // parities of the ring's mbarriers tell this turn's stages from earlier ones.
         if (T::TURNS && count > 0)
@@ -275,7 +299,11 @@ static __device__ __forceinline__ void consume(const Smem<T>& s, const Place& c,
         GEMM_MARK(4);
         release(last);
         const int buffer = count & 1;
-        if constexpr (T::CK == 1) {
+        if constexpr (T::UPRIGHT) {
+            ptx::mbar_wait(s.rec_full + 8 * buffer, (count / 2) & 1);
+            GEMM_MARK(5);
+            upright<T>(acc[0], s, p, consumer, tid, o, buffer);
+        } else if constexpr (T::CK == 1) {
             if (T::NORM) ptx::mbar_wait(s.rec_full + 8 * buffer, (count / 2) & 1);
             GEMM_MARK(5);
             epilogue<T, T::GROUPS>(acc, s, out, p, consumer, tid, o, 0, T::GROUPS, buffer,
@@ -303,13 +331,16 @@ static __device__ __forceinline__ void run(const TensorMap& w, const TensorMap& 
     // Multicasts need the peers' mbarriers at once, K-parts only when they are exchanged.
     constexpr bool SHARING = T::CM * T::CN > 1, SPLIT = T::CK > 1;
     if (threadIdx.x == 0) {
-        ptx::prefetch_tensor_map(&w);
-        ptx::prefetch_tensor_map(&x);
-        if (T::EPI == ADD || T::BULK) ptx::prefetch_tensor_map(&out);
         for (int i = 0; i < T::STAGES; i++) {
             ptx::mbar_init(s.full + 8 * i, 1);
             ptx::mbar_init(s.empty + 8 * i, T::SHARERS * (T::CM + T::CN - 1));
         }
+        ptx::mbar_init_fence();
+    } else if (threadIdx.x == 32) {
+        ptx::prefetch_tensor_map(&w);
+        ptx::prefetch_tensor_map(&x);
+        if (T::EPI == ADD || T::BULK) ptx::prefetch_tensor_map(&out);
+    } else if (threadIdx.x == 64) {
         for (int i = 0; i < 2; i++) {
             ptx::mbar_init(s.rec_full + 8 * i, 96);
             ptx::mbar_init(s.rec_empty + 8 * i, T::SHARERS);
@@ -321,18 +352,20 @@ static __device__ __forceinline__ void run(const TensorMap& w, const TensorMap& 
         }
         ptx::mbar_init(s.drained, T::CONSUMERS * (T::CK - 1));
         ptx::mbar_init_fence();
-        if (!SHARING) load_early<T>(s, c, &w, p);
     }
     __syncthreads();
     if (SHARING || SPLIT) ptx::cluster_arrive_relaxed();
     if (SHARING) ptx::cluster_wait();
-    if (SHARING && threadIdx.x == 0) load_early<T>(s, c, &w, p);
+    // Not by the thread that asks for tokens: a request takes it 150 clocks, and most CTAs begin
+    // when the kernels in front have nearly finished. (Products of milliseconds were 1 % slower.)
+    if (threadIdx.x == (T::MI == 1 ? 32 : 0)) load_early<T>(s, c, &w, p);
     __syncwarp();
     if (SHARING && SPLIT) ptx::cluster_arrive_relaxed();
     ptx::grid_launch_dependents();
     if (warpgroup == 0) {
         ptx::registers_shrink<T::FEW>();
         if (tid == 0) produce<T>(s, c, &w, &x, p);
+        __syncwarp();
         if (T::NORM && tid >= 32) normalise<T>(s, c, p, tid - 32);
         __syncwarp();
         if (SPLIT) ptx::cluster_wait();

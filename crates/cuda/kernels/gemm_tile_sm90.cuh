@@ -8,11 +8,14 @@ namespace gemm {
 
 using ptx::TensorMap;
 
-enum Epilogue { STORE, STORE_POSITION, GELU, GEGLU, ADD, ROPE, LOOP = 8 };
+enum Epilogue { STORE, STORE_POSITION, GELU, GEGLU, ADD, ROPE, LOOP = 8, UPRIGHT = 16 };
 // What the Euler loop's products have beside the towers': a bias behind an RMSNorm, a gate,
 // positions behind the real prefix, x read twice.
 constexpr Epilogue LOOP_STORE = Epilogue(LOOP + STORE), LOOP_GEGLU = Epilogue(LOOP + GEGLU),
                    LOOP_ADD = Epilogue(LOOP + ADD), LOOP_ROPE = Epilogue(LOOP + ROPE);
+// Tokens as wgmma's M, features as its N: where that cuts a product into one more even wave.
+constexpr Epilogue UPRIGHT_STORE = Epilogue(UPRIGHT + STORE),
+                   UPRIGHT_GELU = Epilogue(UPRIGHT + GELU);
 
 // Mirrored field by field by the host twin (repr(C)). Pointers are device pointers; a null pointer
 // switches its feature off. "Row" is a row of x, "feature" a row of W (in packed order).
@@ -61,10 +64,11 @@ constexpr int HEAD = 256;        // ROPE: head width
 constexpr int K_STEP = 64;       // columns per stage: one 128-byte swizzled row
 
 // CONSUMERS: warpgroups on the products. MI: 64-row blocks of weight per consumer. BN: tokens per
-// tile. CM (CN): CTAs of a cluster that share a token (weight) tile, each fetching every CM-th
-// (CN-th) stage for all. CK: CTAs of a cluster that split K; they meet in shared memory and each
-// finishes BN / CK of the tokens. TURNS: the consumers take tiles in turn, each a whole one, so
-// that one's epilogue runs under the other's products; else they share every tile.
+// tile (UPRIGHT: weight and tokens change places). CM (CN): CTAs of a cluster that share a token
+// (weight) tile, each fetching every CM-th (CN-th) stage for all. CK: CTAs of a cluster that split
+// K; they meet in shared memory and each finishes BN / CK of the tokens. TURNS: the consumers take
+// tiles in turn, each a whole one, so that one's epilogue runs under the other's products; else
+// they share every tile.
 template <int CONSUMERS_, int MI_, int BN_, int STAGES_, int CM_, int CN_, int CK_, int TURNS_,
           Epilogue EPI_>
 struct Tile {
@@ -73,28 +77,40 @@ struct Tile {
     static constexpr bool TURNS = TURNS_;
     static constexpr int SHARERS = TURNS ? 1 : CONSUMERS;  // consumers of a tile
     static constexpr Epilogue EPI = Epilogue(EPI_ % LOOP);
-    static constexpr bool OF_LOOP = EPI_ >= LOOP;
+    static constexpr bool OF_LOOP = (EPI_ & LOOP) != 0, UPRIGHT = (EPI_ & gemm::UPRIGHT) != 0;
     static constexpr bool RMS = EPI == GEGLU || EPI == ROPE;  // no mean, in the towers no bias
     static constexpr bool NORM = EPI == STORE || EPI == GELU || EPI == GEGLU || EPI == ROPE;
+    // Whether statistics and a scaled copy may be left beside out; whether there are registers to
+    // ask for that copy's scales before the products.
+    static constexpr bool STATS = EPI == ADD || EPI == STORE_POSITION || EPI == STORE;
+    static constexpr bool SCALES = STATS && MI == 1;
     // Whether a consumer stages a 64-feature slab of its tile whole; whether the copy engine takes
     // it from there.
-    static constexpr bool WHOLE = MI == 2 && EPI != GEGLU;
+    static constexpr bool WHOLE =
+        (MI == 2 && EPI != GEGLU) || EPI == ADD || (EPI == ROPE && !OF_LOOP);
     static constexpr bool BULK = WHOLE && EPI != ADD && EPI != STORE_POSITION;
     static constexpr int BM = 64 * MI * SHARERS;
     static constexpr int CLUSTER = CM * CN * CK;
     static constexpr int GROUPS = BN / 8;                    // 8-token groups of the tile
     static constexpr int OWN = (GROUPS + CK - 1) / CK;       // of which this CTA finishes
+    static constexpr int TOKENS = UPRIGHT ? BM : BN, FEATURES = UPRIGHT ? BN : BM;
     static constexpr int W_BYTES = BM * 128, X_BYTES = BN * 128, STAGE = W_BYTES + X_BYTES;
     static constexpr int RING = STAGES * STAGE;
-    static constexpr int STAGING = OWN * 8 * 128;            // per consumer: [token][64 features]
-    static constexpr int RECORDS = NORM ? BN * 8 : 0;        // {rstd, mean·rstd}; two buffers
+    // Per consumer: [token][64 features]. UPRIGHT: [64 tokens][feature], rows an odd number of
+    // chunks of 16 bytes apart, so that eight of them are in different banks.
+    static constexpr int PITCH = (GROUPS | 1) * 16;
+    static constexpr int STAGING = UPRIGHT ? 64 * PITCH : OWN * 8 * 128;
+    static constexpr int RECORDS = NORM ? TOKENS * 8 : 0;    // {rstd, mean·rstd}; two buffers
+    static constexpr int COLUMNS = UPRIGHT ? FEATURES * 8 : 0;  // {bias, colsum}; two buffers
     static constexpr int POSITIONS = EPI == ROPE ? BN * 4 : 0;  // two buffers
     static constexpr int BARRIERS = 8 * (2 * STAGES + 7 + 2 * CONSUMERS);
-    static constexpr int SMEM = RING + CONSUMERS * STAGING + 2 * (RECORDS + POSITIONS) + BARRIERS;
+    static constexpr int SMEM =
+        RING + CONSUMERS * STAGING + 2 * (RECORDS + POSITIONS + COLUMNS) + BARRIERS;
     static_assert(BN % 8 == 0 && BN <= 256 && BM <= 256, "TMA boxes have at most 256 rows");
     static_assert(EPI != GEGLU || MI == 2, "a consumer's 128 rows make 64 hidden units");
     static_assert((CK - 1) * CONSUMERS * MI * OWN * 2048 <= RING, "partials must fit the ring");
     static_assert(!TURNS || (CK == 1 && CONSUMERS == 2), "two consumers, whole tiles");
+    static_assert(!UPRIGHT || (MI == 1 && CK == 1 && !TURNS && NORM && !RMS), "as upright() is");
     // Registers per thread of the producer's and the consumers' warpgroups, within the 64 Ki. Sums
     // of two blocks take nearly all; those of the loop, of fewer tokens, leave the records' warps
     // what positions behind a prefix need.
@@ -121,8 +137,8 @@ template <class T> static __device__ __forceinline__ Place place_of(const GemmPa
     c.cn = rank / (T::CK * T::CM);
     c.cluster = blockIdx.x / T::CLUSTER;
     c.clusters = gridDim.x / T::CLUSTER;
-    c.tiles_m = (p.n + T::BM * T::CM - 1) / (T::BM * T::CM);
-    c.tiles_n = (p.rows + T::BN * T::CN - 1) / (T::BN * T::CN);
+    c.tiles_m = ((T::UPRIGHT ? p.rows : p.n) + T::BM * T::CM - 1) / (T::BM * T::CM);
+    c.tiles_n = ((T::UPRIGHT ? p.n : p.rows) + T::BN * T::CN - 1) / (T::BN * T::CN);
     const int steps = (p.k + K_STEP - 1) / K_STEP;
     c.k_begin = steps * c.ck / T::CK;
     c.k_steps = steps * (c.ck + 1) / T::CK - c.k_begin;
@@ -137,11 +153,12 @@ static __device__ __forceinline__ int2 origin(const Place& c, int index, int gro
     const int r = index - g * c.tiles_m * group;
     const int width = min(group, c.tiles_n - g * group);
     const int m = r / width, n = g * group + r % width;
-    return make_int2((m * T::CM + c.cm) * T::BM, (n * T::CN + c.cn) * T::BN);
+    const int at_m = (m * T::CM + c.cm) * T::BM, at_n = (n * T::CN + c.cn) * T::BN;
+    return T::UPRIGHT ? make_int2(at_n, at_m) : make_int2(at_m, at_n);
 }
 
 template <class T> struct Smem {
-    uint32_t ring, staging, records, positions;  // data
+    uint32_t ring, staging, records, positions, columns;  // data
     uint32_t full, empty;          // mbarriers of a stage: filled, left by all its readers
     uint32_t rec_full, rec_empty;  // of a record buffer
     uint32_t turn;                 // of a consumer that takes turns: the other has left the ring
@@ -152,7 +169,8 @@ template <class T> struct Smem {
         staging = ring + T::RING;
         records = staging + T::CONSUMERS * T::STAGING;
         positions = records + 2 * T::RECORDS;
-        full = positions + 2 * T::POSITIONS;
+        columns = positions + 2 * T::POSITIONS;
+        full = columns + 2 * T::COLUMNS;
         empty = full + 8 * T::STAGES;
         rec_full = empty + 8 * T::STAGES;
         rec_empty = rec_full + 16;

@@ -155,7 +155,18 @@ PTX_FN void store_matrix_trans_x2(uint32_t addr, uint32_t a, uint32_t b) {
                  "r"(a), "r"(b)
                  : "memory");
 }
-// The inverse loads.
+// The same without the transposition.
+PTX_FN void store_matrix_x4(uint32_t addr, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+PTX_FN void store_matrix_x2(uint32_t addr, uint32_t a, uint32_t b) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(addr), "r"(a),
+                 "r"(b)
+                 : "memory");
+}
+// The inverse loads of those that transpose.
 PTX_FN uint4 load_matrix_trans_x4(uint32_t addr) {
     uint4 v;
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -54,11 +54,11 @@ struct Instance {
     const void* kernel;
     int bm, bn, cluster, cn, ck, smem, shares, threads;
     gemm::Epilogue epilogue;
-    bool of_loop;
+    bool of_loop, upright;
 };
 template <class T> static Instance instance(const char* name, const void* kernel) {
     return {name,    kernel,  T::BM, T::BN,      T::CLUSTER, T::CN,
-            T::CK,   T::SMEM, T::CM, T::THREADS, T::EPI, T::OF_LOOP};
+            T::CK,   T::SMEM, T::CM, T::THREADS, T::EPI, T::OF_LOOP, T::UPRIGHT};
 }
 #define GEMM_ROW(NAME, C, MI, BN, STAGES, CM, CN, CK, TURNS, EPI)                         \
     instance<gemm::Tile<C, MI, BN, STAGES, CM, CN, CK, TURNS, gemm::EPI>>(#NAME, (const void*)NAME),
@@ -76,7 +76,7 @@ struct Case {
     int x_cols = 0;  // 0: k
     bool of_loop = false;
     bool takes(const Instance& in) const {
-        return in.epilogue == epilogue && in.of_loop == of_loop;
+        return in.epilogue == epilogue && in.of_loop == of_loop && !(in.upright && stats);
     }
     int columns() const { return x_cols ? x_cols : k; }
 };
@@ -220,8 +220,9 @@ static Launch prepare(const Instance& in, const Case& c, Arena& a, int rows, int
     const auto pitched = [](int cols) { return padded ? (cols + 63) / 64 * 64 : cols; };
     if (c.epilogue == gemm::GELU) p.out_ld = pitched(c.n);
     const int pitch = pitched(c.k);
-    l.w = tensor_map(w, c.n, c.k, pitch, in.bm);
-    l.x = tensor_map(a.x, rows, p.x_cols, c.x_cols ? c.x_cols : pitch, in.bn);
+    l.w = tensor_map(w, c.n, c.k, pitch, in.upright ? in.bn : in.bm);
+    l.x = tensor_map(a.x, rows, p.x_cols, c.x_cols ? c.x_cols : pitch,
+                     in.upright ? in.bm : in.bn);
     l.out = l.x;
     const int width = c.epilogue == gemm::GEGLU  ? c.n / 2
                       : c.epilogue == gemm::ROPE ? c.q_cols
@@ -229,7 +230,8 @@ static Launch prepare(const Instance& in, const Case& c, Arena& a, int rows, int
     const int box = (in.bn / 8 + in.ck - 1) / in.ck * 8;
     if (width > 0) l.out = tensor_map(a.out, rows, width, p.out_ld, box);
     const int m = in.bm * in.shares, n = in.bn * in.cn;
-    l.tiles = ((c.n + m - 1) / m) * ((rows + n - 1) / n);
+    const int on_m = in.upright ? rows : c.n, on_n = in.upright ? c.n : rows;
+    l.tiles = ((on_m + m - 1) / m) * ((on_n + n - 1) / n);
     l.grid = in.cluster * (in.ck > 1 ? l.tiles : std::min(l.tiles, active_clusters(in)));
     return l;
 }

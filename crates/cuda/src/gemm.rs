@@ -114,13 +114,15 @@ struct Tile {
     consumers: u32,
     /// 64-row blocks of weight per consumer.
     mi: u32,
-    /// Tokens of a tile.
+    /// Tokens of a tile; upright: features, and the 64-row blocks are of tokens.
     bn: u32,
     stages: u32,
     /// CTAs that share a token tile, a weight tile, the sum over K.
     cluster: [u32; 3],
     /// Whether consumers take whole tiles in turn.
     turns: bool,
+    /// Whether tokens are wgmma's M. Such an instance leaves no statistics and no scaled copy.
+    upright: bool,
     epilogue: GemmEpilogue,
 }
 
@@ -131,7 +133,16 @@ const fn tile(
     turns: bool,
     epilogue: GemmEpilogue,
 ) -> Tile {
-    Tile { name, consumers, mi, bn, stages, cluster, turns, epilogue }
+    Tile { name, consumers, mi, bn, stages, cluster, turns, upright: false, epilogue }
+}
+
+const fn upright(
+    name: &'static str,
+    sizes: [u32; 4],
+    cluster: [u32; 3],
+    epilogue: GemmEpilogue,
+) -> Tile {
+    Tile { upright: true, ..tile(name, sizes, cluster, false, epilogue) }
 }
 
 /// Of equal estimates the first is taken.
@@ -151,7 +162,7 @@ const TILES: &[Tile] = {
         tile("gemm_geglu_256x192_w2", [2, 2, 192, 3], [1, 2, 1], false, GeGlu),
         tile("gemm_add_128x64", [2, 1, 64, 8], [1, 1, 1], false, Add),
         tile("gemm_add_128x72", [2, 1, 72, 8], [1, 1, 1], false, Add),
-        tile("gemm_add_128x104", [2, 1, 104, 6], [1, 1, 1], false, Add),
+        tile("gemm_add_128x104_w2", [2, 1, 104, 6], [1, 2, 1], false, Add),
         tile("gemm_add_128x128", [2, 1, 128, 6], [1, 1, 1], false, Add),
         tile("gemm_add_128x216", [2, 1, 216, 4], [1, 1, 1], false, Add),
         tile("gemm_add_128x48_k2", [2, 1, 48, 8], [1, 1, 2], false, Add),
@@ -182,13 +193,13 @@ const TILES: &[Tile] = {
         tile("gemm_rope_128x192_t_x2", [2, 2, 192, 4], [2, 1, 1], true, Rope),
         tile("gemm_store_128x64", [2, 1, 64, 8], [1, 1, 1], false, Store),
         tile("gemm_store_128x96", [2, 1, 96, 7], [1, 1, 1], false, Store),
-        tile("gemm_store_192x112", [3, 1, 112, 4], [1, 1, 1], false, Store),
         tile("gemm_store_128x128", [2, 1, 128, 6], [1, 1, 1], false, Store),
         tile("gemm_store_128x192_t_w2", [2, 2, 192, 4], [1, 2, 1], true, Store),
+        upright("gemm_store_u128x160_x2", [2, 1, 160, 5], [2, 1, 1], Store),
         tile("gemm_gelu_128x88", [2, 1, 88, 7], [1, 1, 1], false, Gelu),
         tile("gemm_gelu_192x104", [3, 1, 104, 5], [1, 1, 1], false, Gelu),
-        tile("gemm_gelu_192x160", [3, 1, 160, 3], [1, 1, 1], false, Gelu),
         tile("gemm_gelu_128x192_t_x2", [2, 2, 192, 4], [2, 1, 1], true, Gelu),
+        upright("gemm_gelu_u128x200_x2", [2, 1, 200, 4], [2, 1, 1], Gelu),
         tile("gemm_store_position_128x40", [2, 1, 40, 8], [1, 1, 1], false, StorePosition),
         tile("gemm_store_position_128x64", [2, 1, 64, 8], [1, 1, 1], false, StorePosition),
         tile("gemm_store_position_128x192_t_w2", [2, 2, 192, 4], [1, 2, 1], true, StorePosition),
@@ -237,24 +248,30 @@ impl Tile {
     /// (`Tile::BULK`).
     fn maps_out(&self) -> bool {
         use GemmEpilogue::{Gelu, Rope, Store};
-        self.epilogue.adds() || (self.mi == 2 && matches!(self.epilogue, Store | Gelu | Rope))
+        let bulk = self.mi == 2 && matches!(self.epilogue, Store | Gelu);
+        self.epilogue.adds() || self.epilogue == Rope || bulk
     }
 
     /// `Tile::SMEM` of the kernel.
     fn shared_bytes(&self) -> u32 {
         use GemmEpilogue::{LoopRope, Rope, StorePosition};
         let ring = self.stages * (self.bm() + self.bn) * 128;
+        let barriers = 8 * (2 * self.stages + 7 + 2 * self.consumers);
+        if self.upright {
+            let staging = self.consumers * 64 * ((self.bn / 8) | 1) * 16;
+            return ring + staging + 2 * 8 * (self.bm() + self.bn) + barriers;
+        }
         let staging = self.consumers * self.own() * 8 * 128;
         let plain = self.epilogue.adds() || self.epilogue == StorePosition;
         let records = if plain { 0 } else { self.bn * 8 };
         let positions = if matches!(self.epilogue, Rope | LoopRope) { self.bn * 4 } else { 0 };
-        let barriers = 8 * (2 * self.stages + 7 + 2 * self.consumers);
         ring + staging + 2 * (records + positions) + barriers
     }
 
     /// Clusters of work for a product.
     fn tiles(&self, rows: u32, n: u32) -> u32 {
-        n.div_ceil(self.bm() * self.cluster[0]) * rows.div_ceil(self.bn * self.cluster[1])
+        let [m, n] = if self.upright { [rows, n] } else { [n, rows] };
+        m.div_ceil(self.bm() * self.cluster[0]) * n.div_ceil(self.bn * self.cluster[1])
     }
 
     /// Clusters that run at a time: processor groups of a Hopper hold 16 or 18 processors, so that
@@ -284,6 +301,8 @@ impl Tile {
 /// multiprocessors. A range of rows has the same tiles as the ones measured (788 a sample), or so
 /// many that a tile more is nothing.
 const MEASURED: &[(GemmEpilogue, RangeInclusive<u32>, [u32; 2], &str)] = &[
+    (GemmEpilogue::Store, 1536..=1536, [3456, 1152], "gemm_store_u128x160_x2"),
+    (GemmEpilogue::Store, 3072..=3072, [3456, 1152], "gemm_store_u128x160_x2"),
     (GemmEpilogue::Add, 768..=768, [1152, 4304], "gemm_add_128x128_w2_k2"),
     (GemmEpilogue::Add, 1536..=1536, [1152, 4304], "gemm_add_128x128"),
     (GemmEpilogue::Add, 512..=512, [1152, 1152], "gemm_add_128x64"),
@@ -292,14 +311,21 @@ const MEASURED: &[(GemmEpilogue, RangeInclusive<u32>, [u32; 2], &str)] = &[
     (GemmEpilogue::LoopGeGlu, 609..=640, [8192, 1024], "gemm_loop_geglu_256x160_w2"),
 ];
 
-/// The instance for a product of `rows` × `n` × `k`.
-fn choose(epilogue: GemmEpilogue, size: [u32; 3], sms: u32) -> Option<(usize, &'static Tile)> {
+/// The instance for a product of `rows` × `n` × `k`; of a `stream` if it leaves statistics or a
+/// scaled copy.
+fn choose(
+    epilogue: GemmEpilogue,
+    size: [u32; 3],
+    stream: bool,
+    sms: u32,
+) -> Option<(usize, &'static Tile)> {
     let [rows, n, k] = size;
     let measured = MEASURED
         .iter()
         .find(|(e, r, s, _)| sms == 132 && *e == epilogue && r.contains(&rows) && *s == [n, k]);
     let named = |t: &Tile| measured.is_none_or(|(_, _, _, name)| t.name == *name);
-    let fitting = TILES.iter().enumerate().filter(|(_, t)| t.epilogue == epilogue && named(t));
+    let able = |t: &Tile| t.epilogue == epilogue && !(t.upright && stream) && named(t);
+    let fitting = TILES.iter().enumerate().filter(|(_, t)| able(t));
     fitting.min_by_key(|(_, t)| t.cost(rows, n, k, sms))
 }
 
@@ -346,15 +372,16 @@ impl Gemm {
     ) -> Result<Launch, BackendError> {
         let sms = self.context.properties.sms - spare;
         (p.rows, p.n, p.k, p.x_cols) = (x.rows, w.rows, w.cols, x.cols);
-        let chosen = choose(epilogue, [p.rows, p.n, p.k], sms);
+        let stream = p.stats_out != 0 || p.scaled != 0;
+        let chosen = choose(epilogue, [p.rows, p.n, p.k], stream, sms);
         let Some((at, tile)) = chosen else {
             return Err(BackendError::Unavailable(format!(
                 "no Hopper product ends in {epilogue:?}"
             )));
         };
         p.group = (8 / tile.cluster[1]).max(1);
-        let w_map = self.map(w, tile.bm())?;
-        let x_map = self.map(x, tile.bn)?;
+        let [w_box, x_box] = if tile.upright { [tile.bn, tile.bm()] } else { [tile.bm(), tile.bn] };
+        let [w_map, x_map] = [self.map(w, w_box)?, self.map(x, x_box)?];
         let cols = match epilogue {
             GemmEpilogue::Rope => p.q_cols,
             _ => w.rows,
@@ -394,20 +421,28 @@ impl Gemm {
 mod tests {
     use super::*;
 
+    /// Products as wide as a tower's stream leave statistics.
+    fn stream([_, n, _]: [u32; 3]) -> bool {
+        [1152, 2048, 1024].contains(&n)
+    }
+
     /// The winners of the isolated measurements, at batch 1 and of three cameras unless said.
     #[test]
     fn measured_winners_are_chosen() {
         use GemmEpilogue::{Add, GeGlu, Gelu, Rope, Store, StorePosition};
         for (epilogue, size, want) in [
             (StorePosition, [768, 1152, 588], "gemm_store_position_128x64"),
-            (Store, [768, 3456, 1152], "gemm_store_192x112"),
+            (Store, [768, 3456, 1152], "gemm_store_u128x160_x2"),
+            (Store, [1536, 3456, 1152], "gemm_store_u128x160_x2"),
+            (Store, [3072, 3456, 1152], "gemm_store_u128x160_x2"),
             (Add, [768, 1152, 1152], "gemm_add_128x64"),
-            (Gelu, [768, 4304, 1152], "gemm_gelu_192x160"),
+            (Gelu, [768, 4304, 1152], "gemm_gelu_u128x200_x2"),
+            (Gelu, [1536, 4304, 1152], "gemm_gelu_u128x200_x2"),
             (Add, [768, 1152, 4304], "gemm_add_128x128_w2_k2"),
             (Store, [768, 2048, 1152], "gemm_store_128x96"),
             (Rope, [788, 2560, 2048], "gemm_rope_128x136_w2"),
             (Rope, [788, 512, 2048], "gemm_rope_128x32"),
-            (Add, [788, 2048, 2048], "gemm_add_128x104"),
+            (Add, [788, 2048, 2048], "gemm_add_128x104_w2"),
             (GeGlu, [788, 32768, 2048], "gemm_geglu_128x200_t_w2"),
             (Add, [788, 2048, 16384], "gemm_add_128x200_k2"),
             (Add, [968, 2048, 16384], "gemm_add_128x248_k2"),
@@ -439,7 +474,7 @@ mod tests {
             (Add, [49152, 1152, 4304], "gemm_add_128x192_t_w2"),
             (Gelu, [49152, 4304, 1152], "gemm_gelu_128x192_t_x2"),
         ] {
-            let chosen = choose(epilogue, size, 132).map(|(_, tile)| tile.name);
+            let chosen = choose(epilogue, size, stream(size), 132).map(|(_, tile)| tile.name);
             assert_eq!(chosen, Some(want), "{size:?}");
         }
     }
@@ -464,7 +499,7 @@ mod tests {
             (LoopGeGlu, [640, 8192, 1024], "gemm_loop_geglu_256x160_w2"),
             (LoopGeGlu, [704, 8192, 1024], "gemm_loop_geglu_128x176_t_x2"),
         ] {
-            let chosen = choose(epilogue, size, 132).map(|(_, tile)| tile.name);
+            let chosen = choose(epilogue, size, stream(size), 132).map(|(_, tile)| tile.name);
             assert_eq!(chosen, Some(want), "{size:?}");
         }
     }
@@ -473,8 +508,8 @@ mod tests {
     fn measured_choices_exist() {
         for (epilogue, rows, [n, k], name) in MEASURED {
             for rows in [*rows.start(), *rows.end()] {
-                let chosen = choose(*epilogue, [rows, *n, *k], 132).map(|(_, tile)| tile.name);
-                assert_eq!(chosen, Some(*name), "{rows} rows");
+                let chosen = choose(*epilogue, [rows, *n, *k], false, 132);
+                assert_eq!(chosen.map(|(_, tile)| tile.name), Some(*name), "{rows} rows");
             }
         }
     }
