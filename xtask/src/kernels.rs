@@ -67,7 +67,7 @@ pub fn main(args: &[String]) -> Result<()> {
 
 /// Files whose kernels still spill, with the most bytes a thread of any of them may: a debt to be
 /// paid off. No other kernel spills, and none of these more.
-const KNOWN_SPILLS: &[(&str, u64)] = &[("gemm_sm90", 88)];
+const KNOWN_SPILLS: &[(&str, u64)] = &[("gemm_sm90", 68)];
 
 /// `file:entry (bytes)` of every kernel that spills more than is known.
 fn spilling(lock: &Value) -> Vec<String> {

@@ -444,13 +444,14 @@ __device__ __forceinline__ void run(const AttentionPrefillParams& params,
     };
     __syncthreads();
     u32 early = 0;
-    if (SUFFIX && !WALK && params.prefix_ready != 0 && threadIdx.x == kConsumers)
+    const bool produces = __shfl_sync(~0u, threadIdx.x / 32, 0) == kConsumers / 32;
+    if (SUFFIX && !WALK && params.prefix_ready != 0 && produces && ptx::elect_one())
         early = produce_early(base, bars, k_map, v_map, sample * params.cache_rows, prefix,
                               first.begin, first.blocks);
     ptx::griddep_wait();
     if (threadIdx.x >= kConsumers) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x == kConsumers)
+        if (produces && ptx::elect_one())
             each([&](const Share& share) {
                 if (share.blocks > 0)
                     produce(base, bars, q_map, k_map, v_map,

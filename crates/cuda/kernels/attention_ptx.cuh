@@ -181,6 +181,14 @@ __device__ __forceinline__ void barrier_wait_cluster(u32 bar, u32 parity) {
     } while (!done);
 }
 
+/// True in one lane, always the same, of a warp whose lanes all come here: see ptx.cuh.
+__device__ __forceinline__ bool elect_one() {
+    u32 mine;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}"
+                 : "=r"(mine));
+    return mine != 0;
+}
+
 __device__ __forceinline__ void tma_load(u32 to, const AttentionTensorMap* map, u32 bar, int x,
                                          int y) {
     asm volatile(

@@ -179,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(vision::kThreads, 1)
     }
     __syncthreads();
     ptx::griddep_wait();
-    if (threadIdx.x == 0) {
+    if (__shfl_sync(~0u, warp, 0) == 0 && ptx::elect_one()) {
         const int row = image * kTokens;
         load(base, &wide_map, &rest_map, bar, head, row + first);
         for (u32 i = 0; i < 2; ++i)
@@ -451,8 +451,11 @@ extern "C" __global__ void __launch_bounds__(vision_many::kRingThreads, 1)
     ptx::griddep_wait();
     if (threadIdx.x >= kConsumers) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x == kConsumers) produce(ring, &wide_map, &rest_map, params.heads);
-        if (threadIdx.x == kConsumers + 32) send(ring, &out_wide_map, &out_rest_map, steps);
+        const u32 warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+        if (warp == kConsumers / 32 && ptx::elect_one())
+            produce(ring, &wide_map, &rest_map, params.heads);
+        if (warp == kConsumers / 32 + 1 && ptx::elect_one())
+            send(ring, &out_wide_map, &out_rest_map, steps);
         __syncwarp();
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");

@@ -257,7 +257,7 @@ struct Beside {
             }
             multiply(sum, x[stage % 2]);
             __syncwarp();
-            if (lane == 0) ask(stage);
+            if (elect_one()) ask(stage);
           }
         }
       }
@@ -508,7 +508,7 @@ struct Beside {
     attend();
     __syncthreads();  // the ring lies where keys and values were
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    if (lane == 0) {
+    if (elect_one()) {
       for (u32 stage = 0; stage < kStages; ++stage) ask(stage);
     }
     meet(p.arrivals);

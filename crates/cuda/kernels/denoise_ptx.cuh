@@ -44,6 +44,14 @@ __device__ __forceinline__ void mbarrier_wait(u32 bar, u32 phase) {
       : "memory");
 }
 
+// True in one lane, always the same, of a warp whose lanes all come here: see ptx.cuh.
+__device__ __forceinline__ bool elect_one() {
+  u32 mine;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}"
+               : "=r"(mine));
+  return mine != 0;
+}
+
 // Weights are read once per step and are 12 times the L2: they must not push out what stays.
 __device__ __forceinline__ u64 evict_first_policy() {
   u64 policy;

@@ -249,7 +249,7 @@ struct Wide {
       return;
     }
     if (warp == 4) {
-      if (lane == 0) load();
+      if (elect_one()) load();
       __syncwarp();
     } else if (kHasNorm) {
       dependency_wait();

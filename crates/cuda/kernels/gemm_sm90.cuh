@@ -60,25 +60,36 @@ static __device__ __forceinline__ void load_early(const Smem<T>& s, const Place&
     }
 }
 
-// Fills the ring, by one thread, from where load_early left off.
+// Fills the ring, by one thread, from where load_early left off. Between the end of the kernels in
+// front and the first request for tokens lie as few instructions as can be.
 template <class T>
 static __device__ __forceinline__ void produce(const Smem<T>& s, const Place& c,
                                                const TensorMap* w, const TensorMap* x,
                                                const GemmParams& p) {
-    ptx::grid_dependency_wait();
-    int fill = 0;
-    for (int t = c.cluster; t < c.tiles_m * c.tiles_n; t += c.clusters) {
-        const int2 o = origin<T>(c, t, p.group);
-        for (int i = 0; i < c.k_steps; i++, fill++) {
-            const int k = (c.k_begin + i) * K_STEP;
-            if (fill >= early_stages<T>(c)) {
+    int2 o = origin<T>(c, c.cluster, p.group);
+    const int early = c.cluster < c.tiles_m * c.tiles_n ? early_stages<T>(c) : 0;
+    const auto tokens = [&](int fill, int i) {
+        const int k = (c.k_begin + i) * K_STEP;
+        const bool again = T::OF_LOOP && k >= (int)p.x_cols;
+        load_tokens<T>(s, c, x, fill, again ? k - (int)p.x_cols : k, o.y);
+    };
+    ptx::grid_dependency_wait_with(o.x, o.y);
+    // Two loops take registers that products of two blocks a consumer do not leave.
+    constexpr bool APART = T::MI == 1;
+    int i = APART ? early : 0, fill = i;
+#pragma unroll 1
+    for (int first = 0; first < i; first++) tokens(first, first);
+    for (int t = c.cluster; t < c.tiles_m * c.tiles_n; t += c.clusters, i = 0) {
+        if (t != c.cluster) o = origin<T>(c, t, p.group);
+#pragma unroll 1
+        for (; i < c.k_steps; i++, fill++) {
+            if (APART || fill >= early) {
                 const int slot = fill % T::STAGES, use = fill / T::STAGES;
                 if (use > 0) ptx::mbar_wait(s.empty + 8 * slot, (use - 1) & 1);
                 ptx::mbar_arrive_expect(s.full + 8 * slot, T::STAGE);
-                load_weights<T>(s, c, w, fill, k, o.x);
+                load_weights<T>(s, c, w, fill, (c.k_begin + i) * K_STEP, o.x);
             }
-            const bool again = T::OF_LOOP && k >= (int)p.x_cols;
-            load_tokens<T>(s, c, x, fill, again ? k - (int)p.x_cols : k, o.y);
+            tokens(fill, i);
         }
     }
 }
@@ -124,9 +135,9 @@ static __device__ __forceinline__ float2 read_record(const GemmParams& p, uint32
 // The position of a row: its place in the sample; in the loop that is behind the real prefix.
 template <class T>
 static __device__ __forceinline__ uint32_t position_of(const GemmParams& p, uint32_t row) {
-    const uint32_t place = row % p.period;
+    const uint32_t sample = quotient(row, p.period), place = row - sample * p.period;
     if (!T::OF_LOOP) return place;
-    const uint2 l = __ldg(p.lengths + row / p.period);
+    const uint2 l = __ldg(p.lengths + sample);
     return l.x * p.image_tokens + l.y + p.first_position + place;
 }
 
@@ -145,7 +156,8 @@ static __device__ __forceinline__ void normalise(const Smem<T>& s, const Place& 
         if (T::UPRIGHT) {  // what belongs to features, before the kernels in front have finished
             for (int i = tid; i < T::FEATURES; i += 96) {
                 const bool there = o.x + i < (int)p.n;
-                const float2 column = {there && p.bias != nullptr ? p.bias[o.x + i] : 0.f,
+                const float bias = there && p.bias != nullptr ? p.bias[o.x + i] : 0.f;
+                const float2 column = {T::EPI == GELU ? 0.5f * bias : bias,
                                        there && p.colsum != nullptr ? p.colsum[o.x + i] : 0.f};
                 ptx::st_shared(s.columns + buffer * T::COLUMNS + 8 * i, column);
             }
@@ -356,17 +368,20 @@ static __device__ __forceinline__ void run(const TensorMap& w, const TensorMap& 
     __syncthreads();
     if (SHARING || SPLIT) ptx::cluster_arrive_relaxed();
     if (SHARING) ptx::cluster_wait();
-    // Not by the thread that asks for tokens: a request takes it 150 clocks, and most CTAs begin
-    // when the kernels in front have nearly finished. (Products of milliseconds were 1 % slower.)
-    if (threadIdx.x == (T::MI == 1 ? 32 : 0)) load_early<T>(s, c, &w, p);
+    // Not by the warp that asks for tokens, since most CTAs begin when the kernels in front have
+    // nearly finished. (Products of milliseconds were 1 % slower.)
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    if (warp == (T::MI == 1 ? 1 : 0) && ptx::elect_one()) load_early<T>(s, c, &w, p);
     __syncwarp();
     if (SHARING && SPLIT) ptx::cluster_arrive_relaxed();
     ptx::grid_launch_dependents();
     if (warpgroup == 0) {
         ptx::registers_shrink<T::FEW>();
-        if (tid == 0) produce<T>(s, c, &w, &x, p);
-        __syncwarp();
-        if (T::NORM && tid >= 32) normalise<T>(s, c, p, tid - 32);
+        if (warp == 0) {
+            if (ptx::elect_one()) produce<T>(s, c, &w, &x, p);
+        } else if (T::NORM) {
+            normalise<T>(s, c, p, tid - 32);
+        }
         __syncwarp();
         if (SPLIT) ptx::cluster_wait();
     } else {

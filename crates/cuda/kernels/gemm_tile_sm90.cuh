@@ -145,14 +145,19 @@ template <class T> static __device__ __forceinline__ Place place_of(const GemmPa
     return c;
 }
 
+// a / b for 0 ≤ a < 2²⁰ and 0 < b < 2²⁰: (a + ½) / b is farther from an integer than it is rounded.
+static __device__ __forceinline__ int quotient(int a, int b) {
+    return __float2int_rd(__fdividef((float)a + 0.5f, (float)b));
+}
+
 // First feature and first token of this CTA in tile `index`: `group` token tiles side by side, then
 // the next weight tile, so that weights pass through L2 once per group.
 template <class T>
 static __device__ __forceinline__ int2 origin(const Place& c, int index, int group) {
-    const int g = index / (c.tiles_m * group);
+    const int g = quotient(index, c.tiles_m * group);
     const int r = index - g * c.tiles_m * group;
     const int width = min(group, c.tiles_n - g * group);
-    const int m = r / width, n = g * group + r % width;
+    const int m = quotient(r, width), n = g * group + r - m * width;
     const int at_m = (m * T::CM + c.cm) * T::BM, at_n = (n * T::CN + c.cn) * T::BN;
     return T::UPRIGHT ? make_int2(at_n, at_m) : make_int2(at_m, at_n);
 }

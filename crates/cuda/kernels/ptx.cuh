@@ -20,6 +20,11 @@ PTX_FN uint32_t smem_addr(const void* p) { return (uint32_t)__cvta_generic_to_sh
 
 // Returns when every kernel this one depends on has finished and its writes are visible.
 PTX_FN void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// The same with two numbers, neither negative, made before: the assembler would make them after.
+PTX_FN void grid_dependency_wait_with(int a, int b) {
+    asm volatile("{\n.reg .pred p;\nsetp.ge.s32 p, %0, 0;\n@p griddepcontrol.wait;\n}" ::"r"(a | b)
+                 : "memory");
+}
 // Lets the next kernel start once every CTA has said so (or has exited).
 PTX_FN void grid_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
 
@@ -134,6 +139,12 @@ PTX_FN float2 ld_shared_f2(uint32_t addr) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(addr) : "memory");
     return v;
 }
+// 16 bytes at once, whatever else the compiler would make of them.
+PTX_FN void st_global_u4(void* to, uint4 v) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w)
+                 : "memory");
+}
 PTX_FN uint4 ld_shared_u4(uint32_t addr) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -186,6 +197,16 @@ PTX_FN uint2 load_matrix_trans_x2(uint32_t addr) {
 // Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and
 // the tensor cores.
 PTX_FN void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// True in one lane, always the same, of a warp whose lanes all come here. The compiler knows that
+// what is done there is done by one: operands of a bulk copy then go to uniform registers at once,
+// behind `threadIdx.x == 0` by a loop over the lanes, which makes each request 110 clocks long.
+PTX_FN bool elect_one() {
+    uint32_t mine;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}"
+                 : "=r"(mine));
+    return mine != 0;
+}
 
 // ---- bulk tensor copies ----------------------------------------------------------------------
 

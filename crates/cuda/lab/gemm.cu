@@ -76,7 +76,8 @@ struct Case {
     int x_cols = 0;  // 0: k
     bool of_loop = false;
     bool takes(const Instance& in) const {
-        return in.epilogue == epilogue && in.of_loop == of_loop && !(in.upright && stats);
+        return in.epilogue == epilogue && in.of_loop == of_loop &&
+               !(in.upright && (stats || out_stride != 0));
     }
     int columns() const { return x_cols ? x_cols : k; }
 };

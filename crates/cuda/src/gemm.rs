@@ -121,7 +121,8 @@ struct Tile {
     cluster: [u32; 3],
     /// Whether consumers take whole tiles in turn.
     turns: bool,
-    /// Whether tokens are wgmma's M. Such an instance leaves no statistics and no scaled copy.
+    /// Whether tokens are wgmma's M. Such an instance leaves no statistics and no scaled copy, and
+    /// its rows follow each other as those of x.
     upright: bool,
     epilogue: GemmEpilogue,
 }
@@ -227,6 +228,9 @@ const TILES: &[Tile] = {
     ]
 };
 
+/// Rows and tiles of a product are below 2²⁰, where the kernels' `quotient` is exact.
+const MOST_ROWS: u32 = 1 << 17;
+
 /// Columns of one stage: a 128-byte swizzled row.
 const K_STEP: u32 = 64;
 
@@ -311,12 +315,12 @@ const MEASURED: &[(GemmEpilogue, RangeInclusive<u32>, [u32; 2], &str)] = &[
     (GemmEpilogue::LoopGeGlu, 609..=640, [8192, 1024], "gemm_loop_geglu_256x160_w2"),
 ];
 
-/// The instance for a product of `rows` × `n` × `k`; of a `stream` if it leaves statistics or a
-/// scaled copy.
+/// The instance for a product of `rows` × `n` × `k`; a `plain` one leaves no statistics, no scaled
+/// copy, no gaps between samples.
 fn choose(
     epilogue: GemmEpilogue,
     size: [u32; 3],
-    stream: bool,
+    plain: bool,
     sms: u32,
 ) -> Option<(usize, &'static Tile)> {
     let [rows, n, k] = size;
@@ -324,7 +328,7 @@ fn choose(
         .iter()
         .find(|(e, r, s, _)| sms == 132 && *e == epilogue && r.contains(&rows) && *s == [n, k]);
     let named = |t: &Tile| measured.is_none_or(|(_, _, _, name)| t.name == *name);
-    let able = |t: &Tile| t.epilogue == epilogue && !(t.upright && stream) && named(t);
+    let able = |t: &Tile| t.epilogue == epilogue && (plain || !t.upright) && named(t);
     let fitting = TILES.iter().enumerate().filter(|(_, t)| able(t));
     fitting.min_by_key(|(_, t)| t.cost(rows, n, k, sms))
 }
@@ -372,8 +376,14 @@ impl Gemm {
     ) -> Result<Launch, BackendError> {
         let sms = self.context.properties.sms - spare;
         (p.rows, p.n, p.k, p.x_cols) = (x.rows, w.rows, w.cols, x.cols);
-        let stream = p.stats_out != 0 || p.scaled != 0;
-        let chosen = choose(epilogue, [p.rows, p.n, p.k], stream, sms);
+        if p.rows > MOST_ROWS {
+            return Err(BackendError::Unsupported(format!(
+                "a product of {} rows: its kernels take {MOST_ROWS}; use smaller batches",
+                p.rows
+            )));
+        }
+        let plain = p.stats_out == 0 && p.scaled == 0 && p.out_stride == p.period;
+        let chosen = choose(epilogue, [p.rows, p.n, p.k], plain, sms);
         let Some((at, tile)) = chosen else {
             return Err(BackendError::Unavailable(format!(
                 "no Hopper product ends in {epilogue:?}"
@@ -422,8 +432,8 @@ mod tests {
     use super::*;
 
     /// Products as wide as a tower's stream leave statistics.
-    fn stream([_, n, _]: [u32; 3]) -> bool {
-        [1152, 2048, 1024].contains(&n)
+    fn plain([_, n, _]: [u32; 3]) -> bool {
+        ![1152, 2048, 1024].contains(&n)
     }
 
     /// The winners of the isolated measurements, at batch 1 and of three cameras unless said.
@@ -474,7 +484,7 @@ mod tests {
             (Add, [49152, 1152, 4304], "gemm_add_128x192_t_w2"),
             (Gelu, [49152, 4304, 1152], "gemm_gelu_128x192_t_x2"),
         ] {
-            let chosen = choose(epilogue, size, stream(size), 132).map(|(_, tile)| tile.name);
+            let chosen = choose(epilogue, size, plain(size), 132).map(|(_, tile)| tile.name);
             assert_eq!(chosen, Some(want), "{size:?}");
         }
     }
@@ -499,7 +509,7 @@ mod tests {
             (LoopGeGlu, [640, 8192, 1024], "gemm_loop_geglu_256x160_w2"),
             (LoopGeGlu, [704, 8192, 1024], "gemm_loop_geglu_128x176_t_x2"),
         ] {
-            let chosen = choose(epilogue, size, stream(size), 132).map(|(_, tile)| tile.name);
+            let chosen = choose(epilogue, size, plain(size), 132).map(|(_, tile)| tile.name);
             assert_eq!(chosen, Some(want), "{size:?}");
         }
     }
@@ -508,7 +518,7 @@ mod tests {
     fn measured_choices_exist() {
         for (epilogue, rows, [n, k], name) in MEASURED {
             for rows in [*rows.start(), *rows.end()] {
-                let chosen = choose(*epilogue, [rows, *n, *k], false, 132);
+                let chosen = choose(*epilogue, [rows, *n, *k], true, 132);
                 assert_eq!(chosen.map(|(_, tile)| tile.name), Some(*name), "{rows} rows");
             }
         }
