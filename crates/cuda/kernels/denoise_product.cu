@@ -74,6 +74,8 @@
 // room (3.28 where 2.8 was predicted, 3.25), o without a cluster (3.15), qkv in 2 tiles (3.02);
 // sums of even and odd columns apart (3.04), the norm's sums before the products (3.11). The same
 // binary takes 2.97 to 3.02, by where its buffers come to lie.
+// Copies of weights asked for by a lane that the compiler knows to be alone, so earlier: 0.04 ms
+// slower in the whole replay (elect_one, which the wide kernels gain by: h = 50 4.95 -> 4.89).
 #include "denoise_product.cuh"
 
 #define DENOISE_PRODUCT(name, CTAS, ...)                                \

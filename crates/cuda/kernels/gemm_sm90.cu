@@ -88,16 +88,16 @@
 // (by a lane each they cost 1000 clocks: the compiler makes a loop of it). No gain: the first
 // columns of the next product's weights brought into L2 while this one ends; 192x136 and 256x104
 // UPRIGHT tiles; 128x128 in pairs for 512 rows.
-// The same card, later, by stamps of every CTA (µs after the last CTA in front has ended): the last
-// CTA starts at 0.5, learns at 1.1 that it may go on, asks for tokens 0.35 to 0.5 later, has them
-// after 0.6 to 1.4, and of vision.fc1's 13.8 the last 3.1 were the epilogue. So: nothing is divided
-// between that news and the first request, quotients by floats (3 to 9 divisions of integers a
-// thread), requests by a lane that the compiler knows to be alone (elect: 40 instead of 110 clocks
-// each), fewer instructions in upright() (the chunk's scale and bias halved beforehand, one address,
-// reads before writes). vision.fc1 13.5 → 13.1, out 7.2 → 7.0, prefill.qkv 15.1 → 14.7, out 14.1 →
-// 13.9; in a chain of a layer's products vision 50.9 → 48.4 µs a layer, prefill 248.6 → 242.5; the
-// whole replay -0.09 ms. No gain: tokens asked for by a warp that waits for nobody, registers handed
-// over first (the weights came later), two or three stages of tokens at a time while the ring fills,
+// Later, on another H100, by stamps of every CTA, µs after the last one in front has ended: the
+// last CTA starts at 0.5, learns at 1.1 that it may go on, asks for tokens 0.35 to 0.5 later, has
+// them after 0.6 to 1.4, and of vision.fc1's 13.8 the last 3.1 were the epilogue. So: nothing is
+// divided between that news and the first request, quotients by floats (3 to 9 divisions of
+// integers a thread), requests by a lane that the compiler knows to be alone (elect), fewer
+// instructions in upright() (the chunk's scale and bias halved beforehand, one address, reads
+// before writes). vision.fc1 13.5 → 13.1, out 7.2 → 7.0, prefill.qkv 15.1 → 14.7, out 14.1 → 13.9;
+// in a chain of a layer's products vision 50.9 → 48.4 µs a layer, prefill 248.6 → 242.5; the whole
+// replay -0.09 ms. No gain: tokens asked for by a warp that waits for nobody, registers handed over
+// first (the weights came later), two or three stages of tokens at a time while the ring fills,
 // K-parts added four groups at a time as they arrive; three chains of 256 rows side by side, two
 // CTAs an SM, for the three images (48.7 → 66 µs a layer: smaller tiles).
 // The tables are of products whose every tile read its rows' statistics anew, one thread a row:

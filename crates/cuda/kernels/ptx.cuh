@@ -200,7 +200,7 @@ PTX_FN void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" 
 
 // True in one lane, always the same, of a warp whose lanes all come here. The compiler knows that
 // what is done there is done by one: operands of a bulk copy then go to uniform registers at once,
-// behind `threadIdx.x == 0` by a loop over the lanes, which makes each request 110 clocks long.
+// behind `threadIdx.x == 0` by a loop over the lanes, which makes a request some 150 clocks long.
 PTX_FN bool elect_one() {
     uint32_t mine;
     asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}"
