@@ -64,8 +64,29 @@ struct Row {
     denoise_ms: f64,
     #[serde(flatten)]
     gpu: Option<Gpu>,
+    /// Runs that took [`SLOW_MS`] more than the median, as many as [`SLOW_TOLD`].
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    slow_runs: Vec<SlowRun>,
 }
 
+/// A run that took longer than others.
+#[derive(Clone, Serialize)]
+struct SlowRun {
+    /// Its begin, since that of the first measured run.
+    at_s: f64,
+    ms: f64,
+    /// Of these, from the graph's begin to its end by the GPU's clock.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device_ms: Option<f64>,
+    /// Right after it, of runs with pauses.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    sm_mhz: Option<u32>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    clock_limits: Vec<&'static str>,
+}
+
+const SLOW_MS: f64 = 0.3;
+const SLOW_TOLD: usize = 64;
 const CLOCK: &str = "inputs in host memory to actions in host memory";
 
 /// Measures every batch size asked for.
@@ -104,15 +125,20 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         let measured = match &mut opened {
             device::Opened::Cpu(cpu) => {
                 let mut executable = cpu.compile_cpu(program)?;
-                Measured {
-                    runs: time(&mut executable, &sample, [warmup, runs], period)?,
-                    gpu: None,
-                }
+                let run = |inputs: &Inputs<'_>, actions: &mut [f32]| {
+                    Ok(Run::new(executable.run(inputs, actions)?, None))
+                };
+                Measured { runs: time(run, &sample, [warmup, runs], period, None)?, gpu: None }
             }
             device::Opened::Cuda(cuda) => {
                 let mut executable = cuda.compile_cuda(program)?;
-                let runs = time(&mut executable, &sample, [warmup, runs], period)?;
-                Measured { gpu: Some(gpu(cuda, &mut executable, runs.len())?), runs }
+                let gauge = Gauge::open(&cuda.context().properties).ok();
+                let run = |inputs: &Inputs<'_>, actions: &mut [f32]| {
+                    let (times, device_ms) = executable.run_timed(inputs, actions)?;
+                    Ok(Run::new(times, Some(device_ms)))
+                };
+                let runs = time(run, &sample, [warmup, runs], period, gauge.as_ref())?;
+                Measured { gpu: Some(gpu(cuda, &mut executable, &runs)?), runs }
             }
         };
         Ok(row(shape, &measured))
@@ -146,13 +172,31 @@ fn longest_prompt(family: Family) -> usize {
 
 /// What was measured of one shape.
 struct Measured {
-    runs: Vec<StageTimes>,
+    runs: Vec<Run>,
     gpu: Option<Gpu>,
+}
+
+/// What was measured of one run.
+struct Run {
+    times: StageTimes,
+    device_ms: Option<f64>,
+    at_s: f64,
+    sm_mhz: Option<u32>,
+    clock_limits: Vec<&'static str>,
+}
+
+impl Run {
+    fn new(times: StageTimes, device_ms: Option<f64>) -> Run {
+        Run { times, device_ms, at_s: 0.0, sm_mhz: None, clock_limits: vec![] }
+    }
 }
 
 /// What only a GPU tells.
 #[derive(Clone, Serialize)]
 struct Gpu {
+    /// From a run's graph's begin to its end, by the GPU's clock.
+    device_p50_ms: f64,
+    device_p99_ms: f64,
     replay_p50_ms: f64,
     kernels: usize,
     memory_used_bytes: u64,
@@ -165,35 +209,53 @@ struct Gpu {
     stages: [f64; 3],
 }
 
-/// Runs warm-up and measured runs, one every `period`; the actions of the last must be finite.
+/// Runs warm-up and measured runs, one every `period`; the actions of the last must be finite. In
+/// the pauses, what holds the clocks down is read after runs slower than those of the warm-up.
 fn time(
-    executable: &mut dyn Executable,
+    mut run: impl FnMut(&Inputs<'_>, &mut [f32]) -> Result<Run>,
     sample: &RandomInputs,
     [warmup, runs]: [usize; 2],
     period: Option<Duration>,
-) -> Result<Vec<StageTimes>> {
+    gauge: Option<&Gauge>,
+) -> Result<Vec<Run>> {
     let mut actions = vec![0.0; sample.noise.len()];
-    let mut times = Vec::with_capacity(runs);
-    let mut due = Instant::now();
+    let mut warm = Vec::with_capacity(warmup);
+    let mut measured = Vec::with_capacity(runs);
+    let (mut due, mut first) = (Instant::now(), Instant::now());
     for i in 0..warmup + runs {
         if let Some(period) = period {
             thread::sleep(due.saturating_duration_since(Instant::now()));
             due += period;
         }
-        let t = executable.run(&sample.inputs(), &mut actions)?;
-        if i >= warmup {
-            times.push(t);
+        let begin = Instant::now();
+        let mut ran = run(&sample.inputs(), &mut actions)?;
+        if i < warmup {
+            warm.push(ran.times.total_ms);
+            continue;
         }
+        if i == warmup {
+            warm.sort_by(f64::total_cmp);
+            first = begin;
+        }
+        ran.at_s = (begin - first).as_secs_f64();
+        let slow = !warm.is_empty() && ran.times.total_ms > quantile(&warm, 0.5) + SLOW_MS;
+        if let (true, Some(_), Some(gauge)) = (slow, period, gauge) {
+            ran.sm_mhz = gauge.read().sm_mhz;
+            ran.clock_limits = gauge.clock_limits();
+        }
+        measured.push(ran);
     }
     match actions.iter().find(|a| !a.is_finite()) {
         Some(bad) => bail!("the run produced {bad}: the weights or the device are broken"),
-        None => Ok(times),
+        None => Ok(measured),
     }
 }
 
 /// Replays without copies, stages as graphs of their own, sensors after a second of load.
-fn gpu(device: &CudaDevice, executable: &mut CudaExecutable, runs: usize) -> Result<Gpu> {
-    let runs = runs.clamp(5, 200);
+fn gpu(device: &CudaDevice, executable: &mut CudaExecutable, measured: &[Run]) -> Result<Gpu> {
+    let mut device_ms: Vec<f64> = measured.iter().filter_map(|run| run.device_ms).collect();
+    device_ms.sort_by(f64::total_cmp);
+    let runs = measured.len().clamp(5, 200);
     let mut replays = executable.replay_ms(runs)?;
     replays.sort_by(f64::total_cmp);
     let stage_runs = executable.stage_ms(runs)?;
@@ -213,6 +275,8 @@ fn gpu(device: &CudaDevice, executable: &mut CudaExecutable, runs: usize) -> Res
     let joules = energy(&gauge).zip(before).map(|(after, before)| after - before);
     let (free, total) = device.memory_info()?;
     Ok(Gpu {
+        device_p50_ms: quantile(&device_ms, 0.5),
+        device_p99_ms: quantile(&device_ms, 0.99),
         replay_p50_ms: quantile(&replays, 0.5),
         kernels: executable.kernel_count(),
         memory_used_bytes: total - free,
@@ -283,9 +347,9 @@ pub fn quantile(sorted: &[f64], q: f64) -> f64 {
 }
 
 fn row(shape: Shape, measured: &Measured) -> Row {
-    let times = &measured.runs;
+    let runs = &measured.runs;
     let sorted = |f: fn(&StageTimes) -> f64| {
-        let mut values: Vec<f64> = times.iter().map(f).collect();
+        let mut values: Vec<f64> = runs.iter().map(|run| f(&run.times)).collect();
         values.sort_by(f64::total_cmp);
         values
     };
@@ -300,7 +364,7 @@ fn row(shape: Shape, measured: &Measured) -> Row {
         prompt_tokens: shape.prompt_tokens,
         horizon: shape.horizon,
         euler_steps: shape.steps,
-        runs: times.len(),
+        runs: runs.len(),
         p50_ms: quantile(&total, 0.5),
         mean_ms: mean,
         p99_ms: quantile(&total, 0.99),
@@ -310,7 +374,21 @@ fn row(shape: Shape, measured: &Measured) -> Row {
         prefill_ms,
         denoise_ms,
         gpu: measured.gpu.clone(),
+        slow_runs: slow_runs(runs, quantile(&total, 0.5)),
     }
+}
+
+fn slow_runs(runs: &[Run], median_ms: f64) -> Vec<SlowRun> {
+    let slow = runs.iter().filter(|run| run.times.total_ms > median_ms + SLOW_MS);
+    slow.take(SLOW_TOLD)
+        .map(|run| SlowRun {
+            at_s: run.at_s,
+            ms: run.times.total_ms,
+            device_ms: run.device_ms,
+            sm_mhz: run.sm_mhz,
+            clock_limits: run.clock_limits.clone(),
+        })
+        .collect()
 }
 
 fn print(report: &Report) {
@@ -355,9 +433,11 @@ fn print(report: &Report) {
     for r in &report.results {
         let Some(g) = &r.gpu else { continue };
         println!(
-            "batch {}: replay {:.2} ms, {} kernels, {:.2} GB in use, {} W, {} J a chunk, \
-             {} MHz, {} °C",
+            "batch {}: by the GPU's clock {:.2} ms, p99 {:.2}; replay {:.2} ms, {} kernels, \
+             {:.2} GB in use, {} W, {} J a chunk, {} MHz, {} °C",
             r.batch,
+            g.device_p50_ms,
+            g.device_p99_ms,
             g.replay_p50_ms,
             g.kernels,
             g.memory_used_bytes as f64 / 1e9,
@@ -366,5 +446,58 @@ fn print(report: &Report) {
             g.sm_mhz.map_or("–".into(), |m| m.to_string()),
             g.temperature_celsius.map_or("–".into(), |t| t.to_string()),
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(times: &[f64]) -> Vec<Run> {
+        let run = |&total_ms: &f64| {
+            Run::new(StageTimes { total_ms, ..StageTimes::default() }, Some(total_ms - 0.1))
+        };
+        times.iter().map(run).collect()
+    }
+
+    fn sample() -> RandomInputs {
+        let (cameras, prompt_tokens, horizon) = (1, 1, 1);
+        let rtc = pirouette_model::Rtc::Off;
+        let shape = Shape { batch: 1, cameras, prompt_tokens, horizon, steps: 1, rtc };
+        RandomInputs::new(&Config::pi0(), shape, 1)
+    }
+
+    #[test]
+    fn slow_runs_are_told_with_the_gpus_part() {
+        let told = slow_runs(&of(&[9.0, 9.2, 9.31, 9.0, 10.0]), 9.0);
+        assert_eq!(told.iter().map(|run| run.ms).collect::<Vec<_>>(), [9.31, 10.0]);
+        assert_eq!(told[1].device_ms, Some(9.9));
+        assert_eq!(slow_runs(&of(&[20.0; 200]), 9.0).len(), SLOW_TOLD);
+    }
+
+    #[test]
+    fn runs_are_taken_after_the_warm_up_and_begin_a_period_apart() {
+        let sample = sample();
+        let mut calls = 0;
+        let run = |_: &Inputs<'_>, actions: &mut [f32]| {
+            calls += 1;
+            actions.fill(calls as f32);
+            Ok(Run::new(StageTimes { total_ms: calls as f64, ..StageTimes::default() }, None))
+        };
+        let period = Duration::from_millis(2);
+        let runs = time(run, &sample, [3, 4], Some(period), None).unwrap();
+        let ms: Vec<f64> = runs.iter().map(|run| run.times.total_ms).collect();
+        assert_eq!((ms, calls), (vec![4.0, 5.0, 6.0, 7.0], 7));
+        assert_eq!(runs[0].at_s, 0.0);
+        assert!(runs[3].at_s >= 0.005, "{}", runs[3].at_s);
+    }
+
+    #[test]
+    fn what_is_not_finite_is_no_measurement() {
+        let run = |_: &Inputs<'_>, actions: &mut [f32]| {
+            actions.fill(f32::NAN);
+            Ok(Run::new(StageTimes::default(), None))
+        };
+        assert!(time(run, &sample(), [0, 1], None, None).is_err());
     }
 }

@@ -51,6 +51,7 @@ pub struct CudaExecutable {
     whole: Graph,
     replay: Option<Graph>,
     stages: Option<Vec<Graph>>,
+    marks: Option<[Event; 2]>,
     pub(crate) plan: Plan,
     pub(crate) host: Pinned,
     pub(crate) bound: Binding,
@@ -90,8 +91,8 @@ impl CudaExecutable {
             bound.io.copy_out(&shared.stream, 0, &host, 0, actions_bytes(&program))
         })?;
         shared.stream.synchronize()?;
-        let (replay, stages) = (None, None);
-        Ok(CudaExecutable { whole, replay, stages, plan, host, bound, shared })
+        let (replay, stages, marks) = (None, None, None);
+        Ok(CudaExecutable { whole, replay, stages, marks, plan, host, bound, shared })
     }
 
     /// Kernels per run.
@@ -109,6 +110,54 @@ impl CudaExecutable {
     /// Bytes of device memory beside the weights.
     pub fn activation_bytes(&self) -> u64 {
         self.bound.bytes()
+    }
+
+    /// As [`Executable::run`], and the milliseconds from the graph's begin to its end, copies
+    /// included, by the GPU's clock.
+    pub fn run_timed(
+        &mut self,
+        inputs: &Inputs<'_>,
+        actions: &mut [f32],
+    ) -> Result<(StageTimes, f64), BackendError> {
+        let marks = match self.marks.take() {
+            Some(marks) => marks,
+            None => [Event::new(&self.shared.context)?, Event::new(&self.shared.context)?],
+        };
+        let times = self.run_between(inputs, actions, Some(&marks))?;
+        let device_ms = marks[1].ms_since(&marks[0])?;
+        self.marks = Some(marks);
+        Ok((times, device_ms))
+    }
+
+    /// A run, with events on both sides of its graph if they are given.
+    fn run_between(
+        &mut self,
+        inputs: &Inputs<'_>,
+        actions: &mut [f32],
+        marks: Option<&[Event; 2]>,
+    ) -> Result<StageTimes, BackendError> {
+        let program = self.bound.program.clone();
+        inputs.check(&program)?;
+        let want = actions_bytes(&program) / 4;
+        if actions.len() != want {
+            return Err(BackendError::InputSize { name: "actions", got: actions.len(), want });
+        }
+        self.shared.context.make_current()?;
+        let begin = Instant::now();
+        self.write_inputs(inputs)?;
+        let stream = &self.shared.stream;
+        if let Some([first, _]) = marks {
+            first.record(stream)?;
+        }
+        self.whole.launch(stream)?;
+        if let Some([_, last]) = marks {
+            last.record(stream)?;
+        }
+        stream.synchronize()?;
+        let bytes = &self.host.as_slice()[..want * 4];
+        actions.copy_from_slice(bytemuck::cast_slice(bytes));
+        let total_ms = begin.elapsed().as_secs_f64() * 1e3;
+        Ok(StageTimes { total_ms, ..StageTimes::default() })
     }
 
     /// Milliseconds of `n` replays without copies. Each starts from the actions the one before
@@ -258,21 +307,7 @@ impl Executable for CudaExecutable {
         inputs: &Inputs<'_>,
         actions: &mut [f32],
     ) -> Result<StageTimes, BackendError> {
-        let program = self.bound.program.clone();
-        inputs.check(&program)?;
-        let want = actions_bytes(&program) / 4;
-        if actions.len() != want {
-            return Err(BackendError::InputSize { name: "actions", got: actions.len(), want });
-        }
-        self.shared.context.make_current()?;
-        let begin = Instant::now();
-        self.write_inputs(inputs)?;
-        self.whole.launch(&self.shared.stream)?;
-        self.shared.stream.synchronize()?;
-        let bytes = &self.host.as_slice()[..want * 4];
-        actions.copy_from_slice(bytemuck::cast_slice(bytes));
-        let total_ms = begin.elapsed().as_secs_f64() * 1e3;
-        Ok(StageTimes { total_ms, ..StageTimes::default() })
+        self.run_between(inputs, actions, None)
     }
 }
 

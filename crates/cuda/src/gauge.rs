@@ -63,6 +63,15 @@ impl Gauge {
     }
 }
 
+impl Gauge {
+    /// What holds the clocks down now, in NVML's words (`SW_POWER_CAP`, …); empty: nothing known.
+    pub fn clock_limits(&self) -> Vec<&'static str> {
+        let device = self.nvml.device_by_uuid(self.uuid.as_str());
+        let reasons = device.and_then(|device| device.current_throttle_reasons());
+        reasons.map_or_else(|_| vec![], |r| r.iter_names().map(|(name, _)| name).collect())
+    }
+}
+
 /// `GPU-8e2f…`, as NVML and `nvidia-smi -L` spell it.
 fn uuid_text(bytes: [u8; 16]) -> String {
     let mut text = String::from("GPU-");

@@ -91,6 +91,10 @@ fn thousands_of_replays_give_the_same_bits() {
                 executable.run(&inputs, &mut actions).unwrap();
                 assert_eq!(actions, first, "run {run} of batch {batch} differs");
             }
+            let (times, device_ms) = executable.run_timed(&inputs, &mut actions).unwrap();
+            assert_eq!(actions, first, "a timed run of batch {batch} differs");
+            let total_ms = times.total_ms;
+            assert!(0.0 < device_ms && device_ms < total_ms, "{device_ms} of {total_ms} ms");
         }
     }
 }
