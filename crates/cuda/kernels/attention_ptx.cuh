@@ -1,6 +1,7 @@
 // The PTX the attention kernels use, one thin wrapper an instruction, no library headers, so that
 // nvcc and NVRTC compile the same text. bf16 travels as raw 16-bit patterns (two in a u32).
 #pragma once
+#include "elect.cuh"
 
 using u8 = unsigned char;
 using u16 = unsigned short;
@@ -179,14 +180,6 @@ __device__ __forceinline__ void barrier_wait_cluster(u32 bar, u32 parity) {
             "selp.u32 %0, 1, 0, p; }"
             : "=r"(done) : "r"(bar), "r"(parity) : "memory");
     } while (!done);
-}
-
-/// True in one lane, always the same, of a warp whose lanes all come here: see ptx.cuh.
-__device__ __forceinline__ bool elect_one() {
-    u32 mine;
-    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}"
-                 : "=r"(mine));
-    return mine != 0;
 }
 
 __device__ __forceinline__ void tma_load(u32 to, const AttentionTensorMap* map, u32 bar, int x,

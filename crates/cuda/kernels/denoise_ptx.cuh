@@ -1,8 +1,11 @@
 // The handful of PTX instructions the denoise kernels are made of: copies with and without
 // mbarriers, dependent launch, clusters, mma.sync, ldmatrix, and bf16 <-> f32.
 #pragma once
+#include "elect.cuh"
 
 namespace denoise {
+
+using ptx::elect_one;
 
 using u16 = unsigned short;
 using u32 = unsigned int;
@@ -42,14 +45,6 @@ __device__ __forceinline__ void mbarrier_wait(u32 bar, u32 phase) {
       "}\n" ::"r"(bar),
       "r"(phase)
       : "memory");
-}
-
-// True in one lane, always the same, of a warp whose lanes all come here: see ptx.cuh.
-__device__ __forceinline__ bool elect_one() {
-  u32 mine;
-  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}"
-               : "=r"(mine));
-  return mine != 0;
 }
 
 // Weights are read once per step and are 12 times the L2: they must not push out what stays.

@@ -3,6 +3,7 @@
 // Shared-memory addresses are 32-bit (`smem_addr`). Nothing here keeps state or picks a policy.
 #pragma once
 #include <cstdint>
+#include "elect.cuh"
 
 namespace ptx {
 
@@ -197,16 +198,6 @@ PTX_FN uint2 load_matrix_trans_x2(uint32_t addr) {
 // Orders this thread's ordinary accesses to shared memory before later ones of the copy engine and
 // the tensor cores.
 PTX_FN void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// True in one lane, always the same, of a warp whose lanes all come here. The compiler knows that
-// what is done there is done by one: operands of a bulk copy then go to uniform registers at once,
-// behind `threadIdx.x == 0` by a loop over the lanes, which makes a request some 150 clocks long.
-PTX_FN bool elect_one() {
-    uint32_t mine;
-    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}"
-                 : "=r"(mine));
-    return mine != 0;
-}
 
 // ---- bulk tensor copies ----------------------------------------------------------------------
 
