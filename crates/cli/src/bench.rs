@@ -64,7 +64,8 @@ struct Row {
     denoise_ms: f64,
     #[serde(flatten)]
     gpu: Option<Gpu>,
-    /// Runs that took [`SLOW_MS`] more than the median, as many as [`SLOW_TOLD`].
+    /// How many runs took [`SLOW_MS`] more than the median; of those the first [`SLOW_TOLD`].
+    slow: usize,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     slow_runs: Vec<SlowRun>,
 }
@@ -374,6 +375,7 @@ fn row(shape: Shape, measured: &Measured) -> Row {
         prefill_ms,
         denoise_ms,
         gpu: measured.gpu.clone(),
+        slow: total.iter().filter(|&&ms| ms > quantile(&total, 0.5) + SLOW_MS).count(),
         slow_runs: slow_runs(runs, quantile(&total, 0.5)),
     }
 }
@@ -446,6 +448,19 @@ fn print(report: &Report) {
             g.sm_mhz.map_or("–".into(), |m| m.to_string()),
             g.temperature_celsius.map_or("–".into(), |t| t.to_string()),
         );
+        if r.slow > 0 {
+            let on_gpu =
+                |run: &&SlowRun| run.device_ms.is_some_and(|ms| ms > g.device_p50_ms + SLOW_MS);
+            println!(
+                "batch {}: {} of {} runs took {SLOW_MS} ms more than the median; of the first {} \
+                 the GPU itself took so long in {} (--json tells when)",
+                r.batch,
+                r.slow,
+                r.runs,
+                r.slow_runs.len(),
+                r.slow_runs.iter().filter(on_gpu).count(),
+            );
+        }
     }
 }
 
