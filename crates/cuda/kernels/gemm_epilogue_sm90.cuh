@@ -424,6 +424,7 @@ static __device__ __forceinline__ void upright(float (&acc)[4 * T::GROUPS], cons
                 ptx::st_global_u4(out + token * p.out_ld + 8 * chunk, v[i / 32]);
         }
     }
+    GEMM_MARK(6);
     ptx::named_barrier(1 + consumer, 128);
     if (tid == 0) ptx::mbar_arrive(s.rec_empty + 8 * buffer);
 }

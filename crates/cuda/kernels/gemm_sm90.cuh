@@ -74,11 +74,15 @@ static __device__ __forceinline__ void produce(const Smem<T>& s, const Place& c,
         load_tokens<T>(s, c, x, fill, again ? k - (int)p.x_cols : k, o.y);
     };
     ptx::grid_dependency_wait_with(o.x, o.y);
+    GEMM_MARK_PRODUCER(8);
     // Two loops take registers that products of two blocks a consumer do not leave.
     constexpr bool APART = T::MI == 1;
     int i = APART ? early : 0, fill = i;
 #pragma unroll 1
-    for (int first = 0; first < i; first++) tokens(first, first);
+    for (int first = 0; first < i; first++) {
+        tokens(first, first);
+        if (first == 0) GEMM_MARK_PRODUCER(9);
+    }
     for (int t = c.cluster; t < c.tiles_m * c.tiles_n; t += c.clusters, i = 0) {
         if (t != c.cluster) o = origin<T>(c, t, p.group);
 #pragma unroll 1
@@ -90,6 +94,7 @@ static __device__ __forceinline__ void produce(const Smem<T>& s, const Place& c,
                 load_weights<T>(s, c, w, fill, (c.k_begin + i) * K_STEP, o.x);
             }
             tokens(fill, i);
+            if (!APART && fill == 0) GEMM_MARK_PRODUCER(9);
         }
     }
 }

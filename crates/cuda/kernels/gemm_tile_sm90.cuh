@@ -58,6 +58,7 @@ static_assert(sizeof(GemmParams) == 152, "the host twin mirrors GemmParams");
 
 #ifndef GEMM_MARK
 #define GEMM_MARK(i)  // the lab's stopwatch: i = 0 (start) … 7 (end), by consumers
+#define GEMM_MARK_PRODUCER(i)  // 8 (the kernels in front are done), 9 (first tokens asked for)
 #endif
 
 constexpr int HEAD = 256;        // ROPE: head width

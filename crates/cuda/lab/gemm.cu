@@ -5,7 +5,9 @@
 // instances; relative L2 against a plain f32 product, poisoned outputs,
 // odd row counts, bit-equal repeats; microseconds per launch inside a graph with dependent launch
 // and weights that are cold in L2. IDLE=microseconds of pause between replays keeps the card's
-// power limit out of it, SUSTAIN=seconds of replays without one lets it settle.
+// power limit out of it, SUSTAIN=seconds of replays without one lets it settle. With -DGEMM_TRACE
+// `time` prints where a CTA's clocks go, and ./gemm chain what lies between two products: layers of
+// vision's and of the prefill's in a row, and how long after the last CTA in front has ended.
 #include <cudaTypedefs.h>
 #include <cstdio>
 #include <cstdlib>
@@ -16,24 +18,20 @@
 #include <vector>
 #include <cuda_runtime.h>
 #ifdef GEMM_TRACE
-__device__ long long marks[256 * 132][12];
-__device__ int trace_launch;
-static __device__ __forceinline__ void mark(int i) {
-    if (threadIdx.x == 128) {
-        long long c;
-        asm volatile("mov.u64 %0, %%clock64;" : "=l"(c));
-        marks[blockIdx.x][i] = c;
-        if (i == 0 || i == 7) {
-            asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(c));
-            marks[blockIdx.x][i == 0 ? 8 : 9] = c;
-        }
-        if (i == 2) {
-            asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(c));
-            marks[blockIdx.x][10] = c;
-        }
-    }
+struct Stamp {
+    long long clock, ns;
+};
+constexpr int STAMPS = 10, STAMPED = 256 * 132;
+__device__ Stamp stamps[STAMPED][STAMPS];
+// A chain's launches have numbers, in a parameter of the loop's products.
+static __device__ __forceinline__ void stamp(unsigned launch, int i) {
+    Stamp at;
+    asm volatile("mov.u64 %0, %%clock64;" : "=l"(at.clock));
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(at.ns));
+    stamps[launch * 132 + blockIdx.x][i] = at;
 }
-#define GEMM_MARK(i) mark(i)
+#define GEMM_MARK(i) if (threadIdx.x == 128) stamp(p.first_position, i)
+#define GEMM_MARK_PRODUCER(i) stamp(p.first_position, i)
 #endif
 #include "../kernels/gemm_sm90.cu"
 #include "../kernels/gemm_loop_sm90.cu"
@@ -334,6 +332,78 @@ static bool check(const Instance& in, const Case& c, Arena& a, int rows, int per
     return ok;
 }
 
+#ifdef GEMM_TRACE
+static const Stamp (*read_stamps())[STAMPS] {
+    static Stamp host[STAMPED][STAMPS];
+    CHECK(cudaMemcpyFromSymbol(host, stamps, sizeof host));
+    return host;
+}
+
+// Layers of four products each, as a whole replay has them at batch 1, but for attention.
+static void chain(Arena& a, const char* const (&products)[4][2], int rows) {
+    constexpr int LAYERS = 20;
+    std::vector<Launch> ls;
+    size_t at = 0;
+    for (int i = 0; i < 4 * LAYERS; i++) {
+        const Case* c = CASES;
+        while (strcmp(c->name, products[i % 4][0])) c++;
+        const Instance* in = INSTANCES;
+        while (strcmp(in->name, products[i % 4][1])) in++;
+        const size_t bytes = (size_t)c->n * ((c->k + 63) / 64 * 64) * 2;
+        if (at + bytes > a.pool) at = 0;
+        ls.push_back(prepare(*in, *c, a, rows, rows, a.w + at / 2));
+        ls.back().p.first_position = i;
+        at += bytes;
+    }
+    cudaStream_t s;
+    CHECK(cudaStreamCreate(&s));
+    cudaGraph_t g;
+    cudaGraphExec_t e;
+    CHECK(cudaStreamBeginCapture(s, cudaStreamCaptureModeThreadLocal));
+    for (Launch& l : ls) launch(l, s);
+    CHECK(cudaStreamEndCapture(s, &g));
+    CHECK(cudaGraphInstantiate(&e, g, 0));
+    static const struct {
+        const char* what;
+        int mark;
+    } EVENTS[] = {{"starts", 0}, {"may go on", 8}, {"asks", 9}, {"has a stage", 3},
+                  {"products done", 4}, {"ends", 7}};
+    double sums[4][6][2] = {};
+    constexpr int REPLAYS = 24, WARM = 6;
+    for (int r = 0; r < WARM + REPLAYS; r++) {
+        usleep(20000);
+        CHECK(cudaGraphLaunch(e, s));
+        CHECK(cudaStreamSynchronize(s));
+        if (r < WARM) continue;
+        const auto* all = read_stamps();
+        for (int i = 1; i < 4 * LAYERS; i++) {
+            long long before = 0;
+            for (int b = 0; b < ls[i - 1].grid; b++)
+                before = std::max(before, all[(i - 1) * 132 + b][7].ns);
+            for (int j = 0; j < 6; j++) {
+                std::vector<long long> ns;
+                for (int b = 0; b < ls[i].grid; b++)
+                    ns.push_back(all[i * 132 + b][EVENTS[j].mark].ns - before);
+                std::sort(ns.begin(), ns.end());
+                sums[i % 4][j][0] += ns[ns.size() / 2], sums[i % 4][j][1] += ns.back();
+            }
+        }
+    }
+    printf("us after the last CTA in front has ended: median CTA, last CTA (of consumers, the "
+           "first)\n");
+    for (int k = 0; k < 4; k++) {
+        printf("%-14s", products[k][0]);
+        const double n = REPLAYS * (k == 0 ? LAYERS - 1 : LAYERS) * 1e3;
+        for (int j = 0; j < 6; j++)
+            printf(" %s %.2f %.2f%s", EVENTS[j].what, sums[k][j][0] / n, sums[k][j][1] / n,
+                   j < 5 ? "," : "\n");
+    }
+    CHECK(cudaGraphExecDestroy(e));
+    CHECK(cudaGraphDestroy(g));
+    CHECK(cudaStreamDestroy(s));
+}
+#endif
+
 static double time_us(const Instance& in, const Case& c, Arena& a, int rows, int per_sample) {
     const size_t w_bytes = (size_t)c.n * ((c.k + 63) / 64 * 64) * 2;
     const int copies = (int)std::clamp<size_t>(a.pool / w_bytes, 2, 24);
@@ -388,15 +458,15 @@ static double time_us(const Instance& in, const Case& c, Arena& a, int rows, int
     }
     std::sort(ms.begin(), ms.end());
 #ifdef GEMM_TRACE
-    static long long host[256 * 132][12];
-    CHECK(cudaMemcpyFromSymbol(host, marks, sizeof host));
+    const Stamp(*of)[STAMPS] = read_stamps() + ls[0].p.first_position * 132;
     double sum[8] = {}, clk = 0, ns = 0;
     long long met = 1ll << 62, end = 0, first_end = 1ll << 62;
     for (int b = 0; b < ls[0].grid; b++) {
-        for (int i = 1; i < 8; i++) sum[i] += (double)(host[b][i] - host[b][i - 1]) / ls[0].grid;
-        clk += host[b][7] - host[b][0], ns += host[b][9] - host[b][8];
-        met = std::min(met, host[b][10]);
-        end = std::max(end, host[b][9]), first_end = std::min(first_end, host[b][9]);
+        for (int i = 1; i < 8; i++)
+            sum[i] += (double)(of[b][i].clock - of[b][i - 1].clock) / ls[0].grid;
+        clk += of[b][7].clock - of[b][0].clock, ns += of[b][7].ns - of[b][0].ns;
+        met = std::min(met, of[b][2].ns);
+        end = std::max(end, of[b][7].ns), first_end = std::min(first_end, of[b][7].ns);
     }
     printf("   clk init %.0f depwait %.0f firstload %.0f main %.0f reduce %.0f epilogue %.0f "
            "end %.0f | "
@@ -454,6 +524,18 @@ int main(int argc, char** argv) {
     fill<<<1024, 256>>>(a.x, a.max_rows * 16384, 1.f, 0.f, 2);
     fill<<<1024, 256>>>(a.out, a.max_rows * 16384, 1.f, 0.f, 3);
     slab_stats<<<a.max_rows, 32>>>(a.x, a.stats_in, 2048, 2048);
+#ifdef GEMM_TRACE
+    if (mode == "chain") {
+        chain(a, {{"vision.qkv", "gemm_store_u128x160_x2"}, {"vision.out", "gemm_add_128x64"},
+                  {"vision.fc1", "gemm_gelu_u128x200_x2"},
+                  {"vision.fc2", "gemm_add_128x128_w2_k2"}}, 768);
+        chain(a, {{"prefill.qkv", "gemm_rope_128x136_w2"},
+                  {"prefill.out", "gemm_add_128x104_w2"},
+                  {"prefill.up", "gemm_geglu_128x200_t_w2"},
+                  {"prefill.down", "gemm_add_128x200_k2"}}, 788);
+        return 0;
+    }
+#endif
     for (const Case& c : CASES) {
         if (*filter && !strstr(c.name, filter)) continue;
         const int images = getenv("IMAGES") ? atoi(getenv("IMAGES")) : 3;
