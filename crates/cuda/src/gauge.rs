@@ -61,9 +61,7 @@ impl Gauge {
             energy_joules: device.total_energy_consumption().ok().map(|mj| mj as f64 / 1e3),
         }
     }
-}
 
-impl Gauge {
     /// What holds the clocks down now, in NVML's words (`SW_POWER_CAP`, …); empty: nothing known.
     pub fn clock_limits(&self) -> Vec<&'static str> {
         let device = self.nvml.device_by_uuid(self.uuid.as_str());
