@@ -64,7 +64,7 @@ struct Row {
     denoise_ms: f64,
     #[serde(flatten)]
     gpu: Option<Gpu>,
-    /// How many runs took [`SLOW_MS`] more than the median; of those the first [`SLOW_TOLD`].
+    /// How many runs were [`slow`], of the median; of those the first [`SLOW_TOLD`].
     slow: usize,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     slow_runs: Vec<SlowRun>,
@@ -86,7 +86,9 @@ struct SlowRun {
     clock_limits: Vec<&'static str>,
 }
 
+/// What a slow run takes longer than others: as much as p99 may at batch 1, or of long runs a part.
 const SLOW_MS: f64 = 0.3;
+const SLOW_PART: f64 = 0.03;
 const SLOW_TOLD: usize = 64;
 const CLOCK: &str = "inputs in host memory to actions in host memory";
 
@@ -239,8 +241,8 @@ fn time(
             first = begin;
         }
         ran.at_s = (begin - first).as_secs_f64();
-        let slow = !warm.is_empty() && ran.times.total_ms > quantile(&warm, 0.5) + SLOW_MS;
-        if let (true, Some(_), Some(gauge)) = (slow, period, gauge) {
+        let is_slow = !warm.is_empty() && slow(ran.times.total_ms, quantile(&warm, 0.5));
+        if let (true, Some(_), Some(gauge)) = (is_slow, period, gauge) {
             ran.sm_mhz = gauge.read().sm_mhz;
             ran.clock_limits = gauge.clock_limits();
         }
@@ -375,14 +377,20 @@ fn row(shape: Shape, measured: &Measured) -> Row {
         prefill_ms,
         denoise_ms,
         gpu: measured.gpu.clone(),
-        slow: total.iter().filter(|&&ms| ms > quantile(&total, 0.5) + SLOW_MS).count(),
+        slow: total.iter().filter(|&&ms| slow(ms, quantile(&total, 0.5))).count(),
         slow_runs: slow_runs(runs, quantile(&total, 0.5)),
     }
 }
 
+/// Whether a run of `ms` took longer than others of a median.
+fn slow(ms: f64, median_ms: f64) -> bool {
+    ms > median_ms + SLOW_MS.max(SLOW_PART * median_ms)
+}
+
 fn slow_runs(runs: &[Run], median_ms: f64) -> Vec<SlowRun> {
-    let slow = runs.iter().filter(|run| run.times.total_ms > median_ms + SLOW_MS);
-    slow.take(SLOW_TOLD)
+    runs.iter()
+        .filter(|run| slow(run.times.total_ms, median_ms))
+        .take(SLOW_TOLD)
         .map(|run| SlowRun {
             at_s: run.at_s,
             ms: run.times.total_ms,
@@ -449,14 +457,14 @@ fn print(report: &Report) {
             g.temperature_celsius.map_or("–".into(), |t| t.to_string()),
         );
         if r.slow > 0 {
-            let on_gpu =
-                |run: &&SlowRun| run.device_ms.is_some_and(|ms| ms > g.device_p50_ms + SLOW_MS);
+            let on_gpu = |run: &&SlowRun| run.device_ms.is_some_and(|ms| slow(ms, g.device_p50_ms));
             println!(
-                "batch {}: {} of {} runs took {SLOW_MS} ms more than the median; of the first {} \
-                 the GPU itself took so long in {} (--json tells when)",
+                "batch {}: {} of {} runs were slow ({SLOW_MS} ms or {:.0} % above the median); of \
+                 the first {} the GPU itself was in {} (--json tells when)",
                 r.batch,
                 r.slow,
                 r.runs,
+                SLOW_PART * 100.0,
                 r.slow_runs.len(),
                 r.slow_runs.iter().filter(on_gpu).count(),
             );
@@ -488,6 +496,8 @@ mod tests {
         assert_eq!(told.iter().map(|run| run.ms).collect::<Vec<_>>(), [9.31, 10.0]);
         assert_eq!(told[1].device_ms, Some(9.9));
         assert_eq!(slow_runs(&of(&[20.0; 200]), 9.0).len(), SLOW_TOLD);
+        // A batch of 64: 3 % of it.
+        assert_eq!(slow_runs(&of(&[379.0, 391.0]), 378.0).len(), 1);
     }
 
     #[test]

@@ -499,6 +499,9 @@ int main(int argc, char** argv) {
                    active_clusters(in));
         return 0;
     }
+#ifndef GEMM_TRACE
+    if (mode == "chain") return printf("chain needs stamps: compile with -DGEMM_TRACE\n"), 2;
+#endif
     if (mode == "check") {
         Arena a(1936, true);
         const int prefix_rows[] = {1, 17, 788, 968, 1576}, image_rows[] = {1, 17, 768, 512, 1536};

@@ -524,6 +524,31 @@ mod tests {
         }
     }
 
+    /// `quotient` of the kernels, with `__fdividef`'s two ulps either way.
+    #[test]
+    fn quotients_are_exact_for_the_rows_that_are_taken() {
+        let check = |a: u32, b: u32| {
+            let divided = (a as f32 + 0.5) / b as f32;
+            for ulps in [-2, 2] {
+                let off = f32::from_bits(divided.to_bits().wrapping_add_signed(ulps));
+                assert_eq!(off.floor() as u32, a / b, "{a} / {b}");
+            }
+        };
+        for b in (1..2000).chain([4096, 8191, 32768, 65_537, MOST_ROWS]) {
+            let whole = MOST_ROWS / b;
+            for times in (1..=whole).step_by(100).chain([whole]) {
+                check(times * b - 1, b);
+                check(times * b, b);
+            }
+        }
+        // Of the models' products the prefill's gate and up are widest, then the loop's.
+        let widest = |t: &Tile| if t.epilogue == GemmEpilogue::GeGlu { 32768 } else { 8192 };
+        for tile in TILES {
+            let tiles = tile.tiles(MOST_ROWS, widest(tile));
+            assert!(tiles < 1 << 20, "{tiles} of {}", tile.name);
+        }
+    }
+
     #[test]
     fn tiles_fit_an_sm() {
         for tile in TILES {
