@@ -20,8 +20,12 @@ use crate::shared::{Phase, Shared};
 use crate::stats::{Stats, StatsSnapshot};
 use crate::worker;
 
+/// A device thread that does not end within this, or within the watchdog's time if that is less, is
+/// left behind when the engine is dropped.
+const STOP_PATIENCE: Duration = Duration::from_secs(10);
+
 /// Devices, their threads and the queue in front of them. Dropping it stops the threads after
-/// the batches they are running.
+/// the batches they are running, and waits for that ten seconds at most.
 pub struct Engine {
     pub(crate) shared: Arc<Shared>,
     watchdog: Option<JoinHandle<()>>,
@@ -294,6 +298,15 @@ impl Engine {
         Err(why)
     }
 
+    /// Why no device will ever be ready again without a new process, or `None` while one may.
+    pub fn beyond_help(&self) -> Option<String> {
+        let state = self.shared.lock();
+        if state.stop || state.devices.iter().any(|d| !d.abandoned) {
+            return None;
+        }
+        state.unready()
+    }
+
     /// Counts and device states at this moment.
     pub fn stats(&self) -> StatsSnapshot {
         let state = self.shared.lock();
@@ -344,9 +357,21 @@ impl Drop for Engine {
             };
             threads.into_iter().filter(current).collect::<Vec<_>>()
         };
-        for thread in threads.into_iter().map(|t| t.2).chain(self.watchdog.take()) {
-            // Device threads catch their panics; a watchdog that panicked has nothing to add.
-            let _ = thread.join();
+        let until = Instant::now() + STOP_PATIENCE.min(self.shared.options.watchdog);
+        for (index, _, thread) in threads {
+            while !thread.is_finished() && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if thread.is_finished() {
+                // Device threads catch their panics.
+                let _ = thread.join();
+            } else {
+                tracing::warn!(device = index, "its thread is busy for too long: left behind");
+            }
+        }
+        if let Some(watchdog) = self.watchdog.take() {
+            // One that panicked has nothing to add.
+            let _ = watchdog.join();
         }
     }
 }

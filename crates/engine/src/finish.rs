@@ -53,6 +53,18 @@ pub(crate) fn shortest(devices: &[DeviceState], bucket: Bucket, rule: &BucketRul
     times.min().unwrap_or_default()
 }
 
+/// The same by the best of the last runs, zero where nothing is known or was learnt lately: for a
+/// request that comes alone.
+pub(crate) fn hope(
+    devices: &[DeviceState],
+    now: Instant,
+    bucket: Bucket,
+    rule: &BucketRule,
+) -> Option<Duration> {
+    let idle = devices.iter().filter(|d| d.phase == Phase::Ready && d.running.is_none());
+    idle.map(|d| d.times.hope(bucket, rule.batches[0], now).unwrap_or_default()).min()
+}
+
 impl State {
     pub(crate) fn ready(&self) -> impl Iterator<Item = &DeviceState> {
         self.devices.iter().filter(|d| d.phase == Phase::Ready)
@@ -88,7 +100,10 @@ impl State {
             return Err(EngineError::Unavailable(why));
         }
         let Some(deadline) = deadline else { return Ok(()) };
-        let predicted = self.predict(rule, now, bucket, Some(deadline)).unwrap_or_default();
+        // Where nothing waits and a device does nothing, a request may try what lately went well.
+        let alone = self.queue.is_empty().then(|| hope(&self.devices, now, bucket, rule)).flatten();
+        let predicted =
+            alone.or_else(|| self.predict(rule, now, bucket, Some(deadline))).unwrap_or_default();
         if now + predicted > deadline {
             return Err(EngineError::deadline(now, deadline, predicted));
         }

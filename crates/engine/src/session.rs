@@ -9,11 +9,11 @@ use pirouette_model::{BackendError, Device, Executable, StageTimes, record_with}
 use crate::batches::BatchRecord;
 use crate::bucket::Bucket;
 use crate::canary;
-use crate::finish::shortest;
+use crate::finish::{hope, shortest};
 use crate::leisure::hand_out;
 use crate::queue::{Batch, JobInputs, Reply};
 use crate::request::{Answer, EngineError, Timing, ms};
-use crate::shared::{CanaryWaiter, Phase, Running, Shared, State};
+use crate::shared::{Phase, Running, Shared, State};
 use crate::staging::Staging;
 
 /// A warm-up run shorter than this is repeated, because the first run of a program often pays
@@ -29,7 +29,7 @@ const RECONSIDER: Duration = Duration::from_millis(2);
 /// What a device thread does next.
 enum Work {
     Stop,
-    Canary(Vec<CanaryWaiter>),
+    Canary,
     Run(Taken),
 }
 
@@ -55,6 +55,8 @@ pub(crate) struct Session {
     generation: u64,
     /// Until when it stays awake for another request.
     awake: Option<Instant>,
+    /// What the last canary took.
+    canary_took: Option<Duration>,
 }
 
 impl Session {
@@ -82,6 +84,7 @@ impl Session {
             index,
             generation,
             awake: None,
+            canary_took: None,
         }
     }
 
@@ -108,7 +111,7 @@ impl Session {
     /// False when the device has no memory for this size.
     fn warm_one(&mut self, bucket: Bucket, slots: usize) -> Result<bool, String> {
         for attempt in 0..2 {
-            self.begin();
+            self.begin(self.shared.options.watchdog_first);
             canary::fill(
                 &mut self.staging,
                 &self.shared.options.tables[0].config,
@@ -147,12 +150,13 @@ impl Session {
         loop {
             match self.next() {
                 Work::Stop => return Ok(()),
-                Work::Canary(waiters) => {
-                    let result = self.canary();
-                    for waiter in waiters {
-                        let _ = waiter.send(result.clone());
+                Work::Canary => {
+                    // Of one that fails or hangs, whoever notes that tells the waiting.
+                    self.canary()?;
+                    let mut state = self.shared.lock();
+                    for waiter in state.devices[self.index].canary_waiters.drain(..) {
+                        let _ = waiter.send(Ok(()));
                     }
-                    result?;
                 }
                 Work::Run(taken) => {
                     self.run_batch(taken)?;
@@ -172,9 +176,8 @@ impl Session {
             if state.stop || state.devices[self.index].generation != self.generation {
                 return Work::Stop;
             }
-            let waiters = std::mem::take(&mut state.devices[self.index].canary_waiters);
-            if !waiters.is_empty() {
-                return Work::Canary(waiters);
+            if !state.devices[self.index].canary_waiters.is_empty() {
+                return Work::Canary;
             }
             let now = Instant::now();
             self.sweep(&mut state, now);
@@ -232,11 +235,12 @@ impl Session {
     fn sweep(&self, state: &mut State, now: Instant) {
         let rule = &self.shared.options.rule;
         let State { queue, devices, .. } = state;
-        let swept = queue.sweep(now, |bucket| shortest(devices, bucket, rule));
-        self.shared.stats.cancelled.fetch_add(swept.cancelled as u64, Relaxed);
-        for (job, error) in swept.late {
-            self.shared.refuse([job.reply], &error);
-        }
+        let alone = queue.len() == 1;
+        let swept = queue.sweep(now, |bucket| match hope(devices, now, bucket, rule) {
+            Some(hope) if alone => hope,
+            _ => shortest(devices, bucket, rule),
+        });
+        self.shared.turn_away(swept);
     }
 
     fn run_batch(&mut self, taken: Taken) -> Result<(), String> {
@@ -344,7 +348,10 @@ impl Session {
         let options = self.shared.options.clone();
         let bucket = options.bucket(options.canary.cameras, options.canary.prompt_tokens);
         let slots = options.rule.batches[0];
-        self.begin();
+        let limit =
+            self.canary_took.map_or(options.watchdog_first, |t| options.watchdog.max(t * 10));
+        self.begin(limit);
+        let started = Instant::now();
         let config = options.tables[0].config;
         canary::fill(&mut self.staging, &config, bucket.shape(slots));
         self.compile(bucket, slots).map_err(|e| e.to_string())?;
@@ -352,6 +359,7 @@ impl Session {
         if self.end().is_none() {
             return Err("given up".into());
         }
+        self.canary_took = Some(started.elapsed());
         let got = &self.staging.actions[..bucket.horizon * config.action_dim];
         if let Some(i) = got.iter().position(|v| !v.is_finite()) {
             return Err(format!("canary: value {i} is {}", got[i]));
@@ -405,8 +413,7 @@ impl Session {
     }
 
     /// Puts a run without requests (warm-up, canary) under the watchdog.
-    fn begin(&self) {
-        let limit = self.shared.options.watchdog_first;
+    fn begin(&self, limit: Duration) {
         let mut state = self.shared.lock();
         let device = &mut state.devices[self.index];
         if device.generation == self.generation {

@@ -10,7 +10,7 @@ use tokio::sync::{Notify, oneshot};
 use crate::canary;
 use crate::lookout::Arrivals;
 use crate::options::{DeviceFactory, EngineOptions};
-use crate::queue::{Queue, Reply};
+use crate::queue::{Queue, Reply, Swept};
 use crate::request::EngineError;
 use crate::stats::Stats;
 use crate::times::ServiceTimes;
@@ -65,7 +65,10 @@ pub(crate) struct Running {
 pub(crate) struct DeviceState {
     /// Raised when a hung thread is given up: what it says afterwards no longer counts.
     pub(crate) generation: u64,
+    /// Threads given up that have not come back: each may still hold the device's memory.
     pub(crate) hung: usize,
+    /// Not opened again until one of those comes back.
+    pub(crate) abandoned: bool,
     pub(crate) name: String,
     pub(crate) weight_bytes: u64,
     pub(crate) phase: Phase,
@@ -169,6 +172,14 @@ impl Shared {
         }
     }
 
+    /// Answers what was swept out of the queue.
+    pub(crate) fn turn_away(&self, swept: Swept) {
+        self.stats.cancelled.fetch_add(swept.cancelled as u64, Relaxed);
+        for (job, error) in swept.late {
+            self.refuse([job.reply], &error);
+        }
+    }
+
     /// Sets a device's phase unless the calling thread was given up. Says whether it was set.
     pub(crate) fn set_phase(&self, index: usize, generation: u64, phase: Phase) -> bool {
         let mut state = self.lock();
@@ -228,6 +239,7 @@ impl DeviceState {
         DeviceState {
             generation: 0,
             hung: 0,
+            abandoned: false,
             name: String::new(),
             weight_bytes: 0,
             phase: Phase::Opening,

@@ -1,17 +1,31 @@
 //! Measured run times → predicted run times, per bucket and batch size.
 
 use std::collections::HashMap;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::bucket::Bucket;
 
 /// Weight of a new measurement in the running mean and deviation.
 const GAIN: f64 = 0.125;
 
+/// A measurement counts as this many times the mean at most: where a machine stood still for a
+/// second, that says little about the next run.
+const OUTLIER: f64 = 4.0;
+
+/// Runs that are remembered one by one.
+const RECENT: usize = 8;
+
+/// An estimate that no run has confirmed for this long refuses nobody who comes alone.
+const DOUBT: Duration = Duration::from_secs(5);
+
 #[derive(Clone, Copy, Debug)]
 struct Estimate {
     mean_ms: f64,
     deviation_ms: f64,
+    /// The last runs, as a ring.
+    recent_ms: [f64; RECENT],
+    runs: usize,
+    last: Instant,
 }
 
 /// Running estimates of how long a device works on a batch.
@@ -23,12 +37,22 @@ pub(crate) struct ServiceTimes {
 impl ServiceTimes {
     /// Takes in one measured run.
     pub(crate) fn record(&mut self, bucket: Bucket, batch: usize, took: Duration) {
+        self.record_at(bucket, batch, took, Instant::now());
+    }
+
+    fn record_at(&mut self, bucket: Bucket, batch: usize, took: Duration, now: Instant) {
         let took_ms = took.as_secs_f64() * 1e3;
-        let e = self
-            .estimates
-            .entry((bucket, batch))
-            .or_insert(Estimate { mean_ms: took_ms, deviation_ms: took_ms / 8.0 });
-        let error = took_ms - e.mean_ms;
+        let e = self.estimates.entry((bucket, batch)).or_insert(Estimate {
+            mean_ms: took_ms,
+            deviation_ms: took_ms / 8.0,
+            recent_ms: [took_ms; RECENT],
+            runs: 0,
+            last: now,
+        });
+        e.recent_ms[e.runs % RECENT] = took_ms;
+        e.runs += 1;
+        e.last = now;
+        let error = took_ms.min(e.mean_ms * OUTLIER) - e.mean_ms;
         e.mean_ms += GAIN * error;
         e.deviation_ms += GAIN * (error.abs() - e.deviation_ms);
     }
@@ -36,6 +60,15 @@ impl ServiceTimes {
     /// Mean time of exactly this bucket and batch size, if it ever ran.
     pub(crate) fn measured(&self, bucket: Bucket, batch: usize) -> Option<Duration> {
         self.estimates.get(&(bucket, batch)).map(|e| millis(e.mean_ms))
+    }
+
+    /// The best of the last runs of exactly this bucket and batch size: what a request may hope for
+    /// that has the device to itself. `None` if it never ran, or not lately. A slow run raises
+    /// [`ServiceTimes::predict`], and if that refused everybody, no run would ever lower it again.
+    pub(crate) fn hope(&self, bucket: Bucket, batch: usize, now: Instant) -> Option<Duration> {
+        let e = self.estimates.get(&(bucket, batch))?;
+        let best_ms = e.recent_ms.iter().copied().fold(f64::INFINITY, f64::min);
+        (now.saturating_duration_since(e.last) <= DOUBT).then(|| millis(best_ms))
     }
 
     /// The bucket that runs fastest at a batch size, of those that ran.
@@ -108,6 +141,34 @@ mod tests {
         times.record(other, 1, Duration::from_millis(30));
         assert_eq!(times.fastest(1), Some(other));
         assert!(times.measured(BUCKET, 1).unwrap() > Duration::from_millis(39));
+    }
+
+    #[test]
+    fn a_run_that_stood_still_is_soon_forgotten() {
+        let (mut times, start) = (ServiceTimes::default(), Instant::now());
+        let mut run = |ms: u64, at_ms: u64| {
+            let now = start + Duration::from_millis(at_ms);
+            times.record_at(BUCKET, 1, Duration::from_millis(ms), now);
+            let careful_ms = times.predict(BUCKET, 1).unwrap().as_secs_f64() * 1e3;
+            (careful_ms, times.hope(BUCKET, 1, now))
+        };
+        let thirty = Some(Duration::from_millis(30));
+        for i in 0..50 {
+            run(30, i * 50);
+        }
+        let (careful_ms, hope) = run(1700, 4000);
+        assert!((60.0..75.0).contains(&careful_ms), "four times the mean at most: {careful_ms}");
+        assert_eq!(hope, thirty);
+        let careful_ms = (0..16).map(|i| run(30, 4050 + i * 50).0).last().unwrap();
+        assert!(careful_ms < 50.0, "{careful_ms}");
+        // A device that really got slower is believed.
+        let (careful_ms, hope) = (0..30).map(|i| run(200, 5000 + i * 200)).last().unwrap();
+        assert!(careful_ms > 195.0, "{careful_ms}");
+        assert_eq!(hope, Some(Duration::from_millis(200)));
+        let last = start + Duration::from_millis(5000 + 29 * 200);
+        assert!(times.hope(BUCKET, 1, last + DOUBT).is_some());
+        assert_eq!(times.hope(BUCKET, 1, last + DOUBT * 2), None, "nobody knows any more");
+        assert_eq!(times.hope(BUCKET, 2, last), None, "never ran");
     }
 
     #[test]

@@ -8,8 +8,8 @@ use crate::request::EngineError;
 use crate::session::Session;
 use crate::shared::{Phase, Shared};
 
-/// A device thread that hung this often is not replaced again: each one may still hold the
-/// device's memory.
+/// With this many of a device's threads given up and not come back, it is not opened again: each
+/// may still hold its memory.
 const HUNG_LIMIT: usize = 3;
 
 /// A device that served this long starts over with the shortest pause.
@@ -41,7 +41,31 @@ fn run(shared: &Arc<Shared>, index: usize, generation: u64) {
         }
         pause = (pause * 2).min(shared.options.restart_pause_max);
     }
-    shared.set_phase(index, generation, Phase::Stopped);
+    if !shared.set_phase(index, generation, Phase::Stopped) {
+        came_back(shared, index);
+    }
+}
+
+/// A thread that was given up has ended after all, and what it held is free.
+fn came_back(shared: &Arc<Shared>, index: usize) {
+    let mut state = shared.lock();
+    let device = &mut state.devices[index];
+    device.hung = device.hung.saturating_sub(1);
+    let generation = device.generation;
+    let again = std::mem::take(&mut device.abandoned) && !state.stop;
+    drop(state);
+    if again {
+        tracing::info!(device = index, "a device thread that was given up ended: opened again");
+        replace(shared, index, generation);
+    }
+}
+
+/// Starts another thread for a device whose last one is gone.
+fn replace(shared: &Arc<Shared>, index: usize, generation: u64) {
+    if let Err(error) = spawn(shared, index, generation) {
+        let reason = format!("no thread could be started: {error}");
+        shared.set_phase(index, generation, Phase::Failed(reason));
+    }
 }
 
 /// One life of a device: `Ok` when the engine stops, `Err` when the device must be reopened.
@@ -93,12 +117,25 @@ fn guard<T>(f: impl FnOnce() -> T) -> Result<T, String> {
     })
 }
 
-/// Gives up device threads that hang: answers their requests, starts a new thread.
+/// Says that a device is not opened again, unless a thread of its came back meanwhile.
+fn abandon(shared: &Arc<Shared>, index: usize, hung: usize) {
+    let mut state = shared.lock();
+    let device = &mut state.devices[index];
+    if device.abandoned {
+        device.phase = Phase::Failed(format!("hung {hung} times: restart the process"));
+    }
+    drop(state);
+    shared.phases.notify_waiters();
+}
+
+/// Gives up device threads that hang: answers their requests, starts a new thread. Turns away
+/// requests whose deadline has passed, which device threads do only between their runs.
 pub(crate) fn watch(shared: &Arc<Shared>) {
     let period = (shared.options.watchdog / 8).clamp(Duration::from_millis(5), STEADY / 60);
     let mut state = shared.lock();
     while !state.stop {
         let now = Instant::now();
+        shared.turn_away(state.queue.sweep(now, |_| Duration::ZERO));
         let overdue = |limit: Duration, started: Instant| now.duration_since(started) > limit;
         let hung = state
             .devices
@@ -109,19 +146,18 @@ pub(crate) fn watch(shared: &Arc<Shared>) {
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
             continue;
         };
-        let device = &state.devices[index];
+        let device = &mut state.devices[index];
         let (generation, hung) = (device.generation, device.hung + 1);
         let limit = device.running.as_ref().map_or(Duration::ZERO, |r| r.limit);
+        device.abandoned = hung >= HUNG_LIMIT;
         drop(state);
         let reason = format!("no answer from the device within {:.1} s", limit.as_secs_f64());
         tracing::error!(device = index, %reason, "device thread is given up");
         shared.device_failed(index, generation, &reason, true);
         if hung >= HUNG_LIMIT {
-            let reason = format!("hung {hung} times: restart the process");
-            shared.set_phase(index, generation + 1, Phase::Failed(reason));
-        } else if let Err(error) = spawn(shared, index, generation + 1) {
-            let reason = format!("no thread could be started: {error}");
-            shared.set_phase(index, generation + 1, Phase::Failed(reason));
+            abandon(shared, index, hung);
+        } else {
+            replace(shared, index, generation + 1);
         }
         state = shared.lock();
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use pirouette_engine::{Engine, EngineError, Fault, NullDevice, NullTimes, Phase};
 use pirouette_model::{BackendError, Device, Executable, Program};
-use rig::{eventually, expected, request};
+use rig::{due, eventually, expected, request};
 
 /// Runs before the first request of a small engine: warm-up (two per batch size) and canary.
 const BEFORE: u64 = 3;
@@ -82,6 +82,84 @@ async fn a_device_that_always_hangs_is_not_replaced_for_ever() {
     .await;
     assert_eq!(engine.stats().restarts, 3);
     assert!(engine.wait_ready().await.unwrap_err().contains("hung 3 times"));
+    assert!(engine.beyond_help().unwrap().contains("hung 3 times"));
+}
+
+#[tokio::test]
+async fn a_device_left_alone_is_opened_again_when_a_thread_of_its_comes_back() {
+    let mut options = rig::options(1);
+    options.watchdog_first = Duration::from_millis(40);
+    options.watchdog = Duration::from_millis(40);
+    let runs = Arc::new(AtomicUsize::new(0));
+    let engine = rig::faulty(0.0, options, move |_| {
+        // Every first run of a thread hangs, three times.
+        let hangs = runs.fetch_add(1, SeqCst) < 3;
+        hangs.then_some(Fault::Hang(Duration::from_millis(700)))
+    });
+    eventually("left alone", || engine.beyond_help().is_some()).await;
+    eventually("ready after all", || ready(&engine)).await;
+    assert_eq!((engine.beyond_help(), engine.stats().restarts), (None, 3));
+    assert!(engine.submit(request(1)).unwrap().await.is_ok());
+}
+
+#[tokio::test]
+async fn a_canary_that_hangs_is_noticed_as_a_request_is() {
+    let mut options = rig::options(1);
+    options.watchdog = Duration::from_millis(100);
+    options.canary.max_age = Duration::ZERO;
+    let engine = rig::faulty(2.0, options, |run| {
+        (run == BEFORE).then_some(Fault::Hang(Duration::from_millis(3000)))
+    });
+    engine.wait_ready().await.unwrap();
+    let started = Instant::now();
+    let error = engine.readiness().await.unwrap_err();
+    assert!(error.contains("no answer"), "{error}");
+    assert!(started.elapsed() < Duration::from_millis(600), "{:?}", started.elapsed());
+    eventually("ready again", || ready(&engine)).await;
+    assert!(engine.submit(request(1)).unwrap().await.is_ok());
+}
+
+#[tokio::test]
+async fn a_deadline_that_passes_behind_a_slow_run_is_answered_before_that_ends() {
+    let mut options = rig::options(1);
+    options.watchdog = Duration::from_millis(2000);
+    let engine = rig::faulty(2.0, options, |run| {
+        (run == BEFORE).then_some(Fault::Hang(Duration::from_millis(1500)))
+    });
+    engine.wait_ready().await.unwrap();
+    let slow = engine.submit(request(0)).unwrap();
+    eventually("busy", || engine.stats().devices[0].busy && engine.stats().queue_depth == 0).await;
+    let started = Instant::now();
+    let error = engine.submit(due(1, 100)).unwrap().await.unwrap_err();
+    assert!(matches!(error, EngineError::Deadline { .. }), "{error:?}");
+    assert!(started.elapsed() < Duration::from_millis(900), "{:?}", started.elapsed());
+    assert!(slow.await.is_ok());
+}
+
+#[tokio::test]
+async fn one_slow_run_does_not_shut_out_requests_with_deadlines() {
+    let engine = rig::faulty(10.0, rig::options(1), |run| {
+        (run == BEFORE).then_some(Fault::Hang(Duration::from_millis(1000)))
+    });
+    engine.wait_ready().await.unwrap();
+    engine.submit(request(0)).unwrap().await.unwrap();
+    for i in 0..20 {
+        engine.submit(due(i, 35)).unwrap().await.unwrap();
+    }
+    // What never went well is refused as before.
+    assert!(matches!(engine.submit(due(1, 5)), Err(EngineError::Deadline { .. })));
+}
+
+#[tokio::test]
+async fn an_engine_is_dropped_without_a_thread_that_hangs() {
+    let mut options = rig::options(1);
+    options.watchdog = Duration::from_millis(200);
+    options.watchdog_first = Duration::from_secs(60);
+    let engine = rig::faulty(0.0, options, |_| Some(Fault::Hang(Duration::from_secs(4))));
+    eventually("hanging", || engine.stats().devices[0].busy).await;
+    let started = Instant::now();
+    drop(engine);
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
 }
 
 #[tokio::test]
