@@ -74,6 +74,12 @@
 // room (3.28 where 2.8 was predicted, 3.25), o without a cluster (3.15), qkv in 2 tiles (3.02);
 // sums of even and odd columns apart (3.04), the norm's sums before the products (3.11). The same
 // binary takes 2.97 to 3.02, by where its buffers come to lie.
+// What is left (H100, 2026-11-26, 3.09): without the fetch of x 2.86, without weights 2.63, with
+// neither weights, x nor sums 2.22, which is the chain of dependencies alone (qkv 1.7, attention
+// 3.5, o 2.0, gate‖up 2.3, down 2.4 us). Weights that come from L2 3.10; a copy of x for every
+// multiprocessor, so that no line is read by two, 3.13. Dependents launched later, once the weights
+// are there or the sums are taken: one kind of kernel 3.2 - 3.9, all 4.1 - 4.4, attention's 3.3;
+// earlier, as the first instruction: 3.09 - 3.2.
 // Copies of weights asked for by a lane that the compiler knows to be alone, so earlier: 0.04 ms
 // slower in the whole replay (elect_one, which the wide kernels gain by: h = 50 4.95 -> 4.89).
 #include "denoise_product.cuh"
