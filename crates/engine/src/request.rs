@@ -88,8 +88,8 @@ pub enum EngineError {
     },
     /// The deadline can't be met (or has passed); no work was done for this request.
     #[error(
-        "the deadline is {deadline_ms:.1} ms away and the answer would take {predicted_ms:.1} ms: \
-         allow more time, send fewer requests, or add a device"
+        "{}: allow more time, send fewer requests, or add a device",
+        lateness(*deadline_ms, *predicted_ms)
     )]
     Deadline {
         /// Time left when it was refused, negative when it had passed.
@@ -138,6 +138,15 @@ impl EngineError {
             - ms(now.saturating_duration_since(deadline));
         EngineError::Deadline { deadline_ms: left, predicted_ms: ms(predicted) }
     }
+}
+
+fn lateness(deadline_ms: f64, predicted_ms: f64) -> String {
+    if deadline_ms < 0.0 {
+        return format!("the deadline passed {:.1} ms ago, before a device was free", -deadline_ms);
+    }
+    format!(
+        "the deadline is {deadline_ms:.1} ms away and the answer would take {predicted_ms:.1} ms"
+    )
 }
 
 impl From<&BackendError> for EngineError {

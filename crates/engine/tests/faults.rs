@@ -131,7 +131,7 @@ async fn a_deadline_that_passes_behind_a_slow_run_is_answered_before_that_ends()
     eventually("busy", || engine.stats().devices[0].busy && engine.stats().queue_depth == 0).await;
     let started = Instant::now();
     let error = engine.submit(due(1, 100)).unwrap().await.unwrap_err();
-    assert!(matches!(error, EngineError::Deadline { .. }), "{error:?}");
+    assert!(error.to_string().contains("the deadline passed"), "{error}");
     assert!(started.elapsed() < Duration::from_millis(900), "{:?}", started.elapsed());
     assert!(slow.await.is_ok());
 }
