@@ -9,7 +9,6 @@ use pirouette_policy::{NormStats, PolicyConfig, Processing};
 
 /// The configuration: cameras in the file's order, one state vector, `task` as the prompt.
 pub fn policy_config(l: &LeRobot) -> Result<PolicyConfig> {
-    crate::setup::check_lerobot(l)?;
     let of = |kind: FeatureKind| -> Vec<&Feature> {
         l.input_features.iter().filter(|f| f.kind == kind).collect()
     };

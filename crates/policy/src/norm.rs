@@ -11,8 +11,8 @@ use thiserror::Error;
 
 /// openpi's guard against a zero spread.
 const OPENPI_EPS: f64 = 1e-6;
-/// LeRobot's guard against a zero spread.
-const LEROBOT_EPS: f32 = 1e-8;
+/// LeRobot's guard against a zero spread, unless a processor names another.
+pub const LEROBOT_EPS: f32 = 1e-8;
 
 /// How one feature is normalised. x is raw, x' normalised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
