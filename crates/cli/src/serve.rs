@@ -9,9 +9,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use pirouette_policy::PolicyConfig;
 use pirouette_policy::config::{environment, names};
 use pirouette_policy::robots::Robot;
-use pirouette_policy::{PolicyConfig, contract};
 use pirouette_server::{
     ApiKeys, Dialect, Doors, RecordOptions, Recorder, ServeOptions, Service, Tls,
     check_admin_exposure, check_exposure, check_lerobot_exposure,
@@ -233,7 +233,7 @@ pub fn load(args: &ServeArgs) -> Result<PolicyService> {
     if args.lerobot_port.is_some() {
         check_lerobot(parts.policy.config())?;
     }
-    for line in contract(parts.policy.config()).lines() {
+    for line in parts.policy.contract().lines() {
         tracing::info!("{line}");
     }
     PolicyService::new(Served::new(plan, checkpoint, parts.start()?))

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use pirouette_cuda::gauge::Gauge;
 use pirouette_engine::{BatchRecord, Noise, Request, StatsSnapshot};
-use pirouette_policy::{PolicyConfig, PolicyError, Value, contract};
+use pirouette_policy::{PolicyConfig, PolicyError, Value};
 use pirouette_server::{
     GpuReading, Method, Page, PageRequest, Preparation, Reply, RequestContext, Service,
     ServiceError, ServiceFuture, Spans, render_engine, timing,
@@ -201,7 +201,7 @@ impl Service for PolicyService {
     }
 
     fn contract(&self) -> String {
-        let mut card = serde_json::json!(contract(self.model().policy.config()));
+        let mut card = serde_json::json!(self.model().policy.contract());
         if self.null {
             card["null_device"] = "no model runs: the actions are made up".into();
         }

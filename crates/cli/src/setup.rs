@@ -76,33 +76,40 @@ pub fn policy(
     let mut warnings = Vec::new();
     let stats = statistics(&config, checkpoint, args, &mut warnings)?;
     let tokenizer = tokenizer(checkpoint, args, model, &mut warnings)?;
+    let found = stats.is_some();
+    let stats = stats.unwrap_or_default();
     let policy = Policy::new(config, &stats, Arc::new(tokenizer), model.vision.image)?
         .with_default_prompt(args.default_prompt.clone());
+    if found {
+        warnings.extend(policy.warnings());
+    }
     Ok((policy, warnings))
 }
 
+/// `None`, and why, where none are to be had.
 fn statistics(
     config: &PolicyConfig,
     checkpoint: Option<&Checkpoint>,
     args: &PolicyArgs,
     warnings: &mut Vec<String>,
-) -> Result<NormStats> {
+) -> Result<Option<NormStats>> {
     let parsed = |file: NormStatsFile| {
-        NormStats::from_json(&file.bytes).with_context(|| file.path.display().to_string())
+        let stats = NormStats::from_json(&file.bytes);
+        stats.map(Some).with_context(|| file.path.display().to_string())
     };
     if let Some(path) = &args.norm_stats {
         return parsed(NormStatsFile::at(path, config.asset_id.as_deref())?);
     }
     let Some(checkpoint) = checkpoint else {
         warnings.push("random weights: states and actions are not normalised".into());
-        return Ok(NormStats::default());
+        return Ok(None);
     };
     if let Some(lerobot) = &checkpoint.lerobot {
-        return lerobot::statistics(lerobot, warnings);
+        return lerobot::statistics(lerobot).map(Some);
     }
     let Some(asset_id) = &config.asset_id else {
         warnings.push(format!("{} has no asset id: nothing is normalised", config.name));
-        return Ok(NormStats::default());
+        return Ok(None);
     };
     parsed(checkpoint.norm_stats(asset_id)?)
 }
@@ -236,7 +243,7 @@ mod tests {
     }
 
     /// The statistics of a configuration without an asset id.
-    fn found(checkpoint: &Checkpoint, norm_stats: PathBuf) -> Result<NormStats> {
+    fn found(checkpoint: &Checkpoint, norm_stats: PathBuf) -> Result<Option<NormStats>> {
         let mut config = match &checkpoint.lerobot {
             Some(lerobot) => lerobot::policy_config(lerobot)?,
             None => named("pi0_droid")?,
@@ -253,7 +260,8 @@ mod tests {
         let want = NormStats::from_json(MEANS.as_bytes()).unwrap();
         for dir in [folder.path(), &testdata().join("A_tiny/pi0")] {
             let checkpoint = pirouette_checkpoint::open(dir).unwrap();
-            assert_eq!(found(&checkpoint, file.clone()).unwrap(), want, "{}", dir.display());
+            let got = found(&checkpoint, file.clone()).unwrap();
+            assert_eq!(got.as_ref(), Some(&want), "{}", dir.display());
             let error = found(&checkpoint, folder.path().join("mine")).unwrap_err().to_string();
             assert!(error.contains("asset ids there: my/arm"), "{error}");
         }

@@ -79,6 +79,14 @@ impl Robot {
         }
     }
 
+    /// Length of the state, where any other is refused. LIBERO's is the key of many a robot.
+    pub(crate) fn exact_state_dims(&self) -> Option<usize> {
+        match self {
+            Robot::Libero => None,
+            robot => robot.state_dims(),
+        }
+    }
+
     /// Key of the instruction.
     pub fn prompt_key(&self) -> &str {
         match self {
