@@ -261,6 +261,21 @@ mod tests {
     }
 
     #[test]
+    fn what_would_fail_at_every_request_is_refused() {
+        for key in ["noise", "session", "inference_delay", "batch"] {
+            for own in ["observation/image", "observation/gripper_position"] {
+                let error = from_toml(&EXAMPLE.replace(own, key)).unwrap_err().to_string();
+                assert!(error.contains(&format!("uses the key `{key}`")), "{error}");
+            }
+        }
+        let camera = |i| format!("[[robot.cameras]]\nkey = \"camera {i}\"\n");
+        let more = EXAMPLE.to_string() + &camera(3);
+        assert_eq!(from_toml(&more).unwrap().robot.cameras(), 3);
+        let error = from_toml(&(more + &camera(4))).unwrap_err().to_string();
+        assert!(error.contains("has 4 entries in `cameras`; it must be 1 to 3"), "{error}");
+    }
+
+    #[test]
     fn lerobot_has_its_own_default_normalisation() {
         let text = "name='x'\nfamily='pi0'\nhorizon=50\nprocessing='lerobot'\n[robot]\n\
             kind='generic'\noutput_dims=6\nprompt_key='task'\n\
