@@ -56,8 +56,9 @@ pub fn run(args: &InferArgs) -> Result<()> {
     };
     let weight_args = WeightArgs::for_family(args.checkpoint.clone(), family);
     let weights = Weights::open(&weight_args)?;
-    let config = setup::choose(args.config.as_deref(), weights.checkpoint())?;
-    let steps = args.steps.unwrap_or(config.steps);
+    let mut config = setup::choose(args.config.as_deref(), weights.checkpoint())?;
+    config.steps = args.steps.unwrap_or(config.steps);
+    let steps = config.steps;
     let policy_args = PolicyArgs {
         default_prompt: args.prompt.clone().or(args.policy.default_prompt.clone()),
         ..args.policy.clone()

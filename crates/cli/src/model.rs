@@ -114,8 +114,9 @@ impl ModelPlan {
         };
         let weight_args = WeightArgs::for_family(checkpoint, family);
         let weights = Weights::open(&weight_args)?;
-        let config = setup::choose(self.name.as_deref(), weights.checkpoint())?;
-        let steps = self.steps.unwrap_or(config.steps);
+        let mut config = setup::choose(self.name.as_deref(), weights.checkpoint())?;
+        config.steps = self.steps.unwrap_or(config.steps);
+        let steps = config.steps;
         let model = weights.config;
         let (policy, warnings) = setup::policy(config, &model, weights.checkpoint(), &self.policy)?;
         for warning in &warnings {
@@ -497,5 +498,21 @@ mod tests {
         let fixed = ModelPlan { deterministic: true, ..plan }.open(None).unwrap().options;
         assert_eq!((fixed.rule.batches, fixed.warm.len()), (vec![8], 1));
         assert_eq!(fixed.warm[0].prompt_tokens, 200);
+    }
+
+    #[test]
+    fn flags_are_in_the_contract() {
+        let card = |steps, prompt: Option<&str>| {
+            let policy = PolicyArgs { default_prompt: prompt.map(String::from), ..plan().policy };
+            let plan =
+                ModelPlan { steps, policy, name: Some("pi05_aloha_pen_uncap".into()), ..plan() };
+            plan.open(None).map(|parts| parts.policy.contract())
+        };
+        let own = card(None, None).unwrap();
+        assert_eq!((own.model.steps, own.prompt.default.as_deref()), (10, Some("uncap the pen")));
+        let flagged = card(Some(4), Some("wait")).unwrap();
+        assert_eq!((flagged.model.steps, flagged.prompt.default.as_deref()), (4, Some("wait")));
+        let error = card(Some(0), None).unwrap_err().to_string();
+        assert!(error.contains("`steps` is 0; it must be 1 to 1000"), "{error}");
     }
 }

@@ -73,13 +73,13 @@ pub fn policy(
         // The width belongs to the weights; named configurations assume the released ones.
         config.action_dim = model.action_dim;
     }
+    config.default_prompt = args.default_prompt.clone().or(config.default_prompt);
     let mut warnings = Vec::new();
     let stats = statistics(&config, checkpoint, args, &mut warnings)?;
     let tokenizer = tokenizer(checkpoint, args, model, &mut warnings)?;
     let found = stats.is_some();
     let stats = stats.unwrap_or_default();
-    let policy = Policy::new(config, &stats, Arc::new(tokenizer), model.vision.image)?
-        .with_default_prompt(args.default_prompt.clone());
+    let policy = Policy::new(config, &stats, Arc::new(tokenizer), model.vision.image)?;
     if found {
         warnings.extend(policy.warnings());
     }

@@ -24,7 +24,6 @@ pub struct Policy {
     config: PolicyConfig,
     tokenizer: Arc<Tokenizer>,
     image_side: usize,
-    default_prompt: Option<String>,
     state: Normalizer,
     actions: Normalizer,
 }
@@ -97,14 +96,7 @@ impl Policy {
         }
         state.check_finite("state", robot.state_dims().unwrap_or(usize::MAX))?;
         actions.check_finite("actions", robot.output_dims())?;
-        Ok(Policy { config, tokenizer, image_side, default_prompt: None, state, actions })
-    }
-
-    /// Sets the prompt of `--default-prompt`, which comes before the configuration's and after a
-    /// request's own.
-    pub fn with_default_prompt(mut self, prompt: Option<String>) -> Policy {
-        self.default_prompt = prompt;
-        self
+        Ok(Policy { config, tokenizer, image_side, state, actions })
     }
 
     /// What the statistics leave out, for people: openpi says nothing of it.
@@ -163,11 +155,6 @@ impl Policy {
     /// Side of the model's images in pixels.
     pub fn image_side(&self) -> usize {
         self.image_side
-    }
-
-    /// The prompt of a request that brings none.
-    pub fn default_prompt(&self) -> Option<&str> {
-        self.default_prompt.as_deref().or(self.config.default_prompt.as_deref())
     }
 
     /// Whether [`Policy::prepare`] takes microseconds: `observation` is short but for images that
@@ -333,7 +320,7 @@ impl Policy {
         Ok(normalized)
     }
 
-    /// The request's instruction, else the command line's, else the configuration's.
+    /// The request's instruction, else the configuration's.
     fn instruction(&self, observation: &Value) -> Result<String, PolicyError> {
         let key = self.config.robot.prompt_key();
         let required = || {
@@ -343,7 +330,7 @@ impl Policy {
             )
         };
         let Some(value) = observation.get(key) else {
-            return self.default_prompt().map(String::from).ok_or_else(required);
+            return self.config.default_prompt.clone().ok_or_else(required);
         };
         let not_text = |kind: &str, attribute: &str| PolicyError::Attribute {
             message: format!("'{kind}' object has no attribute '{attribute}'"),

@@ -171,7 +171,7 @@ fn what_is_missing_is_told_in_openpis_order_with_the_schema() {
 }
 
 #[test]
-fn request_before_command_line_before_configuration() {
+fn request_before_configuration() {
     let towel = policy("pi0_aloha_towel");
     let without = changed(&towel, "prompt", None);
     let with = changed(&towel, "prompt", text("uncap the pen"));
@@ -181,9 +181,7 @@ fn request_before_command_line_before_configuration() {
         [&[t.bos()][..], &t.encode(s), &t.encode("\n")].concat()
     };
     assert_eq!(tokens(&towel, &without), encode("fold the towel"));
-    let flagged = towel.clone().with_default_prompt(Some("pick up".into()));
-    assert_eq!(tokens(&flagged, &without), encode("pick up"));
-    assert_eq!(tokens(&flagged, &with), encode("uncap the pen"));
+    assert_eq!(tokens(&towel, &with), encode("uncap the pen"));
     let points: Vec<u8> = "pick up".chars().flat_map(|c| (c as u32).to_le_bytes()).collect();
     let array = NdArray { dtype: Scalar::Unicode(7), shape: vec![], data: points.into() };
     let numpy = changed(&towel, "prompt", Some(Value::Array(array)));
