@@ -23,13 +23,13 @@ use crate::device::{self, Target};
 use crate::log::{self, LogFormat};
 use crate::model::{Isolate, ModelPlan, Served};
 use crate::service::PolicyService;
-use crate::setup::PolicyArgs;
+use crate::setup::{ConfigArgs, PolicyArgs};
 
 /// Arguments of `serve`.
 #[derive(clap::Args)]
 pub struct ServeArgs {
-    /// A configuration's name, a TOML file, or openpi's `policy:checkpoint` / `policy:default`.
-    pub config: Option<String>,
+    #[command(flatten)]
+    pub config: ConfigArgs,
     /// openpi's environment: ALOHA, ALOHA_SIM, DROID or LIBERO; its policy and checkpoint.
     #[arg(long)]
     pub env: Option<String>,
@@ -156,9 +156,9 @@ fn typed(args: &ServeArgs) -> (Option<&str>, Option<&Path>) {
     let policy = record.and_then(Path::to_str).filter(|value| {
         value.starts_with("policy:") || value.ends_with(".toml") || names().any(|n| n == *value)
     });
-    match (&args.config, policy) {
+    match (args.config.name(), policy) {
         (None, Some(policy)) => (Some(policy), Some(Path::new(RECORD_DIR))),
-        (config, _) => (config.as_deref(), record),
+        (config, _) => (config, record),
     }
 }
 
@@ -450,6 +450,24 @@ mod tests {
         match Cli::try_parse_from(words).unwrap().command {
             Command::Serve(args) => args,
             _ => panic!("this is serve"),
+        }
+    }
+
+    #[test]
+    fn a_configuration_is_named_in_its_place_or_by_a_flag_or_as_openpi_does() {
+        let openpi = "policy:checkpoint --policy.config=pi05_droid --policy.dir=d";
+        for line in ["pi05_droid", "--config pi05_droid", "--record d --config=pi05_droid", openpi]
+        {
+            let name = what_to_serve(&serve(line)).unwrap().0;
+            assert_eq!(name.as_deref(), Some("pi05_droid"), "{line}");
+        }
+        for command in ["serve", "infer", "replay d"] {
+            let parse = |flags: &str| {
+                Cli::try_parse_from(format!("pirouette {command} {flags}").split_whitespace())
+            };
+            assert!(parse("a.toml").is_ok() && parse("--config a.toml").is_ok(), "{command}");
+            let twice = parse("a.toml --config b.toml").map(drop).unwrap_err().to_string();
+            assert!(twice.contains("--config") && twice.contains("cannot be used"), "{twice}");
         }
     }
 

@@ -14,6 +14,25 @@ use pirouette_policy::{NormStats, Policy, PolicyConfig, Tokenizer};
 
 use crate::lerobot;
 
+/// Which policy.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ConfigArgs {
+    /// A configuration's name or a TOML file (a LeRobot checkpoint describes itself). `serve` and
+    /// `replay` also take openpi's `policy:checkpoint` and `policy:default`.
+    #[arg(value_name = "CONFIG")]
+    place: Option<String>,
+    /// The same as a flag.
+    #[arg(long = "config", value_name = "NAME|FILE.toml", conflicts_with = "place")]
+    flag: Option<String>,
+}
+
+impl ConfigArgs {
+    /// However it was given.
+    pub fn name(&self) -> Option<&str> {
+        self.place.as_deref().or(self.flag.as_deref())
+    }
+}
+
 /// What a policy is set up from.
 #[derive(clap::Args, Clone, Debug)]
 pub struct PolicyArgs {

@@ -129,8 +129,8 @@ fn yes() -> bool {
     true
 }
 
-/// A policy from TOML text; `docs/so101.toml` of this crate shows every field with its meaning
-/// and default. Misspelt fields are errors.
+/// A policy from TOML text; `examples/so101.toml` shows every field with its meaning and default.
+/// Misspelt fields are errors.
 pub fn from_toml(text: &str) -> Result<PolicyConfig, ConfigError> {
     if text.len() > MAX_BYTES {
         return Err(ConfigError::Toml(format!("{} bytes; at most {MAX_BYTES}", text.len())));
@@ -231,7 +231,7 @@ fn plain(value: toml::Value) -> Value {
 mod tests {
     use super::*;
 
-    const EXAMPLE: &str = include_str!("../../docs/so101.toml");
+    const EXAMPLE: &str = include_str!("../../../../examples/so101.toml");
 
     #[test]
     fn the_documented_example_is_read() {
