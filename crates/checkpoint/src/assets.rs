@@ -1,4 +1,4 @@
-//! A checkpoint directory → its normalisation statistics files and tokenizer candidates.
+//! A checkpoint directory → its normalisation statistics files.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -120,26 +120,4 @@ fn collect(folder: &Path, id: String, depth: usize, out: &mut Vec<(String, PathB
             collect(&path, below, depth + 1, out);
         }
     }
-}
-
-/// Tokenizer files that exist, best first: in the checkpoint, then in openpi's cache
-/// (`OPENPI_DATA_HOME`, default `~/.cache/openpi`).
-pub fn tokenizer_candidates(root: &Path) -> Vec<PathBuf> {
-    let mut candidates: Vec<PathBuf> = [
-        "paligemma_tokenizer.model",
-        "tokenizer.model",
-        "tokenizer/tokenizer.model",
-        "tokenizer/tokenizer.json",
-        "tokenizer.json",
-        "assets/paligemma_tokenizer.model",
-    ]
-    .iter()
-    .map(|name| root.join(name))
-    .collect();
-    let home = std::env::var_os("OPENPI_DATA_HOME")
-        .map(PathBuf::from)
-        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/openpi")));
-    candidates.extend(home.map(|h| h.join("big_vision/paligemma_tokenizer.model")));
-    candidates.retain(|path| path.is_file());
-    candidates
 }

@@ -41,11 +41,6 @@ impl Checkpoint {
     pub fn asset_ids(&self) -> Vec<(String, PathBuf)> {
         assets::asset_ids(&self.root)
     }
-
-    /// Tokenizer files that exist, best first.
-    pub fn tokenizer_candidates(&self) -> Vec<PathBuf> {
-        assets::tokenizer_candidates(&self.root)
-    }
 }
 
 /// Opens a checkpoint: its directory, its `params/`, or its `.safetensors` file.

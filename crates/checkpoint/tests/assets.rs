@@ -1,4 +1,4 @@
-//! What lies beside the weights: norm stats, tokenizers, and the report on all of it.
+//! What lies beside the weights: norm stats, and the report on it.
 
 mod support;
 
@@ -73,17 +73,6 @@ fn asset_ids_stay_inside() {
             assert!(matches!(e, Err(CheckpointError::BadAssetId(_))), "{id}: {e:?}");
         }
     }
-}
-
-#[test]
-fn tokenizers_in_the_checkpoint_come_first() {
-    let dir = tempfile::tempdir().unwrap();
-    let checkpoint = tiny(&dir.path().join("c"));
-    let (model, json) =
-        (checkpoint.root.join("tokenizer.model"), checkpoint.root.join("tokenizer/tokenizer.json"));
-    put(&json, "{}");
-    put(&model, "");
-    assert_eq!(checkpoint.tokenizer_candidates()[..2], [model, json]);
 }
 
 #[test]

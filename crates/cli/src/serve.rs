@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use pirouette_policy::PolicyConfig;
 use pirouette_policy::config::{environment, names};
 use pirouette_policy::robots::Robot;
+use pirouette_policy::tokenizer::SearchPlaces;
 use pirouette_server::{
     ApiKeys, Dialect, Doors, RecordOptions, Recorder, ServeOptions, Service, Tls,
     check_admin_exposure, check_exposure, check_lerobot_exposure,
@@ -342,10 +343,9 @@ fn what_to_serve(args: &ServeArgs) -> Result<(Option<String>, Option<PathBuf>)> 
 /// A checkpoint's path: as it is, or where openpi caches a `gs://` one.
 fn local(uri: &str) -> Result<PathBuf> {
     let Some(rest) = uri.strip_prefix("gs://") else { return Ok(PathBuf::from(uri)) };
-    let home = std::env::var_os("OPENPI_DATA_HOME").map(PathBuf::from).or_else(|| {
-        std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache").join("openpi"))
-    });
-    let Some(home) = home else { bail!("{uri}: set OPENPI_DATA_HOME to openpi's cache") };
+    let Some(home) = SearchPlaces::from_env().openpi_home else {
+        bail!("{uri}: set OPENPI_DATA_HOME to openpi's cache")
+    };
     let path = home.join(rest);
     if !path.exists() {
         bail!(
