@@ -8,7 +8,7 @@ use pirouette_engine::{Engine, EngineOptions, Noise, Request};
 use pirouette_model::WeightTable;
 use pirouette_policy::{NdArray, Value, sample_observation};
 
-use crate::args::{DeviceArgs, WeightArgs};
+use crate::args::{DeviceArgs, RopeArgs, WeightArgs};
 use crate::log::LogFormat;
 use crate::model::{self, Open};
 use crate::setup::{self, ConfigArgs, PolicyArgs};
@@ -24,6 +24,8 @@ pub struct InferArgs {
     /// Checkpoint directory (default: random weights of the full size).
     #[arg(long)]
     pub checkpoint: Option<PathBuf>,
+    #[command(flatten)]
+    pub rope: RopeArgs,
     /// The observation: `.npz`, or `.msgpack` as a client sends it (default: a random one).
     #[arg(long)]
     pub observation: Option<PathBuf>,
@@ -54,7 +56,7 @@ pub fn run(args: &InferArgs) -> Result<()> {
         Some(name) => setup::policy_config(name)?.family,
         None => pirouette_model::Family::Pi0,
     };
-    let weight_args = WeightArgs::for_family(args.checkpoint.clone(), family);
+    let weight_args = WeightArgs::for_family(args.checkpoint.clone(), family, args.rope);
     let weights = Weights::open(&weight_args)?;
     let mut config = setup::choose(args.config.name(), weights.checkpoint())?;
     config.steps = args.steps.unwrap_or(config.steps);

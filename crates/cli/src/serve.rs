@@ -18,7 +18,7 @@ use pirouette_server::{
     check_admin_exposure, check_exposure, check_lerobot_exposure,
 };
 
-use crate::args::DeviceArgs;
+use crate::args::{DeviceArgs, RopeArgs};
 use crate::descriptors;
 use crate::device::{self, Target};
 use crate::log::{self, LogFormat};
@@ -43,6 +43,8 @@ pub struct ServeArgs {
     /// Checkpoint directory (default: random weights of the full size, for trying things out).
     #[arg(long)]
     pub checkpoint: Option<PathBuf>,
+    #[command(flatten)]
+    pub rope: RopeArgs,
     #[command(flatten)]
     pub policy: PolicyArgs,
     #[command(flatten)]
@@ -202,6 +204,7 @@ pub fn load(args: &ServeArgs) -> Result<PolicyService> {
     let (name, checkpoint) = what_to_serve(args)?;
     let plan = ModelPlan {
         name,
+        rope: args.rope,
         policy: args.policy.clone(),
         devices: device::targets(&args.device, args.gpus.as_deref(), args.replicas.into())?,
         max_batch: args.max_batch,

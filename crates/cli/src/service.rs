@@ -227,14 +227,18 @@ impl Service for PolicyService {
             serde_json::json!({ "name": device.name, "fingerprint": fingerprint })
         });
         let model = self.model();
-        let c = model.policy.config();
-        serde_json::json!({
+        let (c, table) = (model.policy.config(), &model.engine.options().tables[0]);
+        let mut identity = serde_json::json!({
             "config": c.name,
             "family": c.family.name(),
             "horizon": c.horizon,
-            "steps": self.model().engine.options().tables[0].steps,
+            "steps": table.steps,
             "devices": devices.collect::<Vec<_>>(),
-        })
+        });
+        if table.config.rope_bf16 {
+            identity["rope"] = "bf16".into();
+        }
+        identity
     }
 
     fn stats(&self) -> Option<StatsSnapshot> {
