@@ -1,7 +1,7 @@
 //! What a robot sends and receives: keys, shapes and maps of each kind of robot.
 
 pub mod aloha;
-pub(crate) mod droid;
+mod droid;
 mod generic;
 mod libero;
 

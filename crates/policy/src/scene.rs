@@ -8,11 +8,14 @@ use crate::array::element_count;
 use crate::error::{PolicyError, wrong_shape};
 use crate::image::Layout;
 use crate::policy::Policy;
-use crate::robots::{Robot, droid};
+use crate::robots::Robot;
 use crate::value::{NdArray, Scalar, Value};
 
 const SCHEMA: &str = "a vla-eval observation is {'images': {camera: image, the main one first}, \
     'task_description': str, 'states' or 'state': numbers}";
+
+/// DROID's state: joints first, then the gripper.
+const JOINTS: usize = 7;
 
 impl Policy {
     /// A vla-eval observation in this policy's own keys. A camera of the robot takes the image of
@@ -105,7 +108,7 @@ impl Robot {
             Robot::Aloha { .. } => vec![("state".into(), None)],
             Robot::Libero => vec![("observation/state".into(), None)],
             Robot::Droid => vec![
-                ("observation/joint_position".into(), Some(droid::JOINTS)),
+                ("observation/joint_position".into(), Some(JOINTS)),
                 ("observation/gripper_position".into(), None),
             ],
             Robot::Generic(robot) => robot.state.iter().map(|p| (p.key.clone(), p.dims)).collect(),

@@ -4,10 +4,8 @@ use super::{Reader, RobotInput};
 use crate::error::{PolicyError, wrong_shape};
 use crate::image::Layout;
 
-/// Joints of the arm; they come first in the state.
-pub(crate) const JOINTS: usize = 7;
 /// Seven joints and the gripper.
-pub(super) const DIMS: usize = JOINTS + 1;
+pub(super) const DIMS: usize = 8;
 
 pub(super) const SCHEMA: &str = "a DROID observation is {'observation/exterior_image_1_left' and \
     'observation/wrist_image_left': [h, w, 3] or [3, h, w], uint8 or float in [0, 1], \
@@ -17,15 +15,10 @@ pub(super) const SCHEMA: &str = "a DROID observation is {'observation/exterior_i
 pub(super) fn read(reader: &Reader) -> Result<RobotInput, PolicyError> {
     let gripper_key = "observation/gripper_position";
     let (shape, gripper) = reader.numbers(gripper_key)?;
-    if !matches!(shape[..], [] | [1]) {
+    if shape.len() > 1 {
         return Err(wrong_shape(gripper_key, &shape, "[1] or a single number"));
     }
-    let joint_key = "observation/joint_position";
-    let (shape, mut state) = reader.numbers(joint_key)?;
-    if shape != [JOINTS] {
-        // openpi would take the gripper for a joint, or the other way round.
-        return Err(wrong_shape(joint_key, &shape, "[7] numbers"));
-    }
+    let mut state = reader.vector("observation/joint_position", "[7] numbers")?;
     state.extend(gripper);
     let cameras = vec![
         reader.camera("observation/exterior_image_1_left", Layout::Auto)?,
