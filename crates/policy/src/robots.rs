@@ -79,10 +79,11 @@ impl Robot {
         }
     }
 
-    /// Length of the state, where any other is refused. LIBERO's is the key of many a robot.
+    /// Length of the state, where any other is refused. LIBERO's and DROID's keys are used by other
+    /// arms too, which openpi takes.
     pub(crate) fn exact_state_dims(&self) -> Option<usize> {
         match self {
-            Robot::Libero => None,
+            Robot::Libero | Robot::Droid => None,
             robot => robot.state_dims(),
         }
     }

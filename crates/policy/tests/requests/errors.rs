@@ -257,7 +257,11 @@ fn statistics_may_be_shorter_or_padded() {
     // Padded statistics of an old checkpoint: the robot's own length is fine.
     let droid = policy_of(named("pi0_droid").unwrap(), 32);
     assert!(droid.prepare(&sample_observation(droid.config(), 1)).is_ok());
-    // Another robot behind LIBERO's keys: its own statistics say so.
+    // Another arm behind DROID's or LIBERO's keys: its own statistics say so, as in openpi.
+    let six = policy_of(named("pi0_droid").unwrap(), 7);
+    let observation = changed(&six, "observation/joint_position", zeros(&[6]));
+    assert!(six.prepare(&observation).is_ok());
+    assert!(six.prepare(&sample_observation(six.config(), 1)).is_err());
     let seven = policy_of(named("pi0_libero").unwrap(), 7);
     let observation = changed(&seven, "observation/state", zeros(&[7]));
     assert!(seven.prepare(&observation).is_ok());
@@ -305,7 +309,8 @@ fn statistics_that_can_not_work_stop_the_start() {
     assert!(start("pi0_droid", &stats).contains("40 dimensions"));
     let mut short = NormStats::default();
     short.set("state", z_score_of(7, 1.0));
-    assert!(start("pi0_droid", &short).contains("covers 7 numbers, this robot's state has 8"));
+    let error = start("pi0_aloha_towel", &short);
+    assert!(error.contains("covers 7 numbers, this robot's state has 14"), "{error}");
     for (feature, name) in [("state", "mean"), ("actions", "std")] {
         let mut broken = z_score_of(8, 1.0);
         broken.set(name, [&[0.0; 7][..], &[f64::NAN]].concat());
