@@ -1,4 +1,4 @@
-//! A checkpoint directory → its normalisation statistics files and tokenizer candidates.
+//! A checkpoint directory → its normalisation statistics files.
 
 use std::path::{Component, Path, PathBuf};
 
@@ -21,29 +21,64 @@ pub struct NormStatsFile {
     pub bytes: Vec<u8>,
 }
 
-/// Finds the statistics of `asset_id`. A file (or an assets folder) named explicitly decides;
-/// else `root/assets`, then `../assets` of it: openpi's converter copies assets from there and
-/// users leave them there.
-pub(crate) fn norm_stats(
-    root: &Path,
-    asset_id: &str,
-    explicit: Option<&Path>,
-) -> Result<NormStatsFile, CheckpointError> {
-    let plain = |c: Component<'_>| matches!(c, Component::Normal(_));
-    if asset_id.is_empty() || !Path::new(asset_id).components().all(plain) {
-        return Err(CheckpointError::BadAssetId(asset_id.into()));
-    }
-    let looked = match explicit {
-        Some(path) if path.is_dir() => vec![path.join(asset_id).join(FILE), path.join(FILE)],
-        Some(path) => vec![path.to_path_buf()],
-        None => folders(root).iter().map(|f| f.join(asset_id).join(FILE)).collect(),
-    };
-    match looked.iter().find(|p| p.is_file()) {
-        Some(path) => Ok(NormStatsFile { path: path.clone(), bytes: small_file(path)? }),
-        None => {
-            let present = asset_ids(root).into_iter().map(|(id, _)| id).collect();
-            Err(CheckpointError::NoNormStats { asset_id: asset_id.into(), looked, present })
+impl NormStatsFile {
+    /// The statistics at a path given explicitly: a file, or a folder that holds one or has one
+    /// below for each asset id.
+    ///
+    /// # Errors
+    /// There is no such file, or a folder of assets is given without an asset id.
+    pub fn at(path: &Path, asset_id: Option<&str>) -> Result<Self, CheckpointError> {
+        if !path.is_dir() {
+            return Self::read(path);
         }
+        let direct = path.join(FILE);
+        let Some(asset_id) = asset_id else {
+            return match direct.is_file() {
+                true => Self::read(&direct),
+                false => Err(CheckpointError::NoAssetId {
+                    folder: path.into(),
+                    present: ids_below(path).into_iter().map(|(id, _)| id).collect(),
+                }),
+            };
+        };
+        let looked = vec![path.join(plain(asset_id)?).join(FILE), direct];
+        Self::first(asset_id, looked, || ids_below(path))
+    }
+
+    fn first(
+        asset_id: &str,
+        looked: Vec<PathBuf>,
+        present: impl FnOnce() -> Vec<(String, PathBuf)>,
+    ) -> Result<Self, CheckpointError> {
+        match looked.iter().find(|p| p.is_file()) {
+            Some(path) => Self::read(path),
+            None => Err(CheckpointError::NoNormStats {
+                asset_id: asset_id.into(),
+                looked,
+                present: present().into_iter().map(|(id, _)| id).collect(),
+            }),
+        }
+    }
+
+    fn read(path: &Path) -> Result<Self, CheckpointError> {
+        Ok(NormStatsFile { path: path.into(), bytes: small_file(path)? })
+    }
+}
+
+/// Finds the statistics of `asset_id`: in `root/assets`, then in `../assets` of it, where openpi's
+/// converter copies assets from and users leave them.
+pub(crate) fn norm_stats(root: &Path, asset_id: &str) -> Result<NormStatsFile, CheckpointError> {
+    let id = plain(asset_id)?;
+    let looked = folders(root).iter().map(|f| f.join(id).join(FILE)).collect();
+    NormStatsFile::first(asset_id, looked, || asset_ids(root))
+}
+
+/// An asset id that stays inside its folder.
+fn plain(asset_id: &str) -> Result<&Path, CheckpointError> {
+    let (id, plain) = (Path::new(asset_id), |c: Component<'_>| matches!(c, Component::Normal(_)));
+    match !asset_id.is_empty() && id.components().all(plain) {
+        true => Ok(id),
+        false => Err(CheckpointError::BadAssetId(asset_id.into())),
     }
 }
 
@@ -57,16 +92,21 @@ fn folders(root: &Path) -> [PathBuf; 2] {
 pub fn asset_ids(root: &Path) -> Vec<(String, PathBuf)> {
     let mut found: Vec<(String, PathBuf)> = Vec::new();
     for folder in folders(root) {
-        let mut ids = Vec::new();
-        collect(&folder, String::new(), 0, &mut ids);
-        ids.sort();
-        for (id, path) in ids {
+        for (id, path) in ids_below(&folder) {
             if !found.iter().any(|(known, _)| *known == id) {
                 found.push((id, path));
             }
         }
     }
     found
+}
+
+/// Asset ids of one folder, sorted, with their files.
+fn ids_below(folder: &Path) -> Vec<(String, PathBuf)> {
+    let mut ids = Vec::new();
+    collect(folder, String::new(), 0, &mut ids);
+    ids.sort();
+    ids
 }
 
 fn collect(folder: &Path, id: String, depth: usize, out: &mut Vec<(String, PathBuf)>) {
@@ -80,26 +120,4 @@ fn collect(folder: &Path, id: String, depth: usize, out: &mut Vec<(String, PathB
             collect(&path, below, depth + 1, out);
         }
     }
-}
-
-/// Tokenizer files that exist, best first: in the checkpoint, then in openpi's cache
-/// (`OPENPI_DATA_HOME`, default `~/.cache/openpi`).
-pub fn tokenizer_candidates(root: &Path) -> Vec<PathBuf> {
-    let mut candidates: Vec<PathBuf> = [
-        "paligemma_tokenizer.model",
-        "tokenizer.model",
-        "tokenizer/tokenizer.model",
-        "tokenizer/tokenizer.json",
-        "tokenizer.json",
-        "assets/paligemma_tokenizer.model",
-    ]
-    .iter()
-    .map(|name| root.join(name))
-    .collect();
-    let home = std::env::var_os("OPENPI_DATA_HOME")
-        .map(PathBuf::from)
-        .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache/openpi")));
-    candidates.extend(home.map(|h| h.join("big_vision/paligemma_tokenizer.model")));
-    candidates.retain(|path| path.is_file());
-    candidates
 }

@@ -76,7 +76,7 @@ pub enum CheckpointError {
     /// No `norm_stats.json` where one may lie.
     #[error(
         "norm stats for asset `{asset_id}` not found; looked at {}; copy the checkpoint's `assets` \
-         folder next to its weights or name the file explicitly{}",
+         folder next to its weights or name the file with --norm-stats{}",
         paths(.looked), others(.present)
     )]
     NoNormStats {
@@ -84,6 +84,18 @@ pub enum CheckpointError {
         asset_id: String,
         /// Every path tried, in order.
         looked: Vec<PathBuf>,
+        /// Asset ids that are there.
+        present: Vec<String>,
+    },
+    /// A folder of statistics for a configuration that does not say which.
+    #[error(
+        "{folder} is a folder and the configuration names no asset: give one norm_stats.json \
+         itself{}",
+        others(.present)
+    )]
+    NoAssetId {
+        /// The folder.
+        folder: PathBuf,
         /// Asset ids that are there.
         present: Vec<String>,
     },
@@ -162,6 +174,6 @@ fn paths(looked: &[PathBuf]) -> String {
 fn others(present: &[String]) -> String {
     match present {
         [] => String::new(),
-        ids => format!(" (asset ids in this checkpoint: {})", ids.join(", ")),
+        ids => format!(" (asset ids there: {})", ids.join(", ")),
     }
 }

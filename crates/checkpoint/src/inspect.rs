@@ -106,8 +106,6 @@ pub struct Report {
     pub lora_merged: Vec<String>,
     /// Norm stats found.
     pub norm_stats: Vec<NormStatsFound>,
-    /// Tokenizer files found.
-    pub tokenizers: Vec<PathBuf>,
     /// LeRobot's features: name, type and shape.
     pub features: Vec<String>,
     /// LeRobot features that have statistics.
@@ -159,7 +157,6 @@ impl Checkpoint {
             skipped: self.inventory.skipped.clone(),
             lora_merged: self.inventory.lora.clone(),
             norm_stats: self.asset_ids().into_iter().map(norm_stats_found).collect(),
-            tokenizers: self.tokenizer_candidates(),
             features,
             features_with_stats,
         }
@@ -232,12 +229,6 @@ impl fmt::Display for Report {
                 "  feature      {feature}{}",
                 if stats { ", with statistics" } else { "" }
             )?;
-        }
-        for path in &self.tokenizers {
-            writeln!(f, "  tokenizer    {}", path.display())?;
-        }
-        if self.tokenizers.is_empty() {
-            writeln!(f, "  tokenizer    none found; pass one with --tokenizer")?;
         }
         Ok(())
     }

@@ -14,6 +14,9 @@ use crate::safetensors::{Stored, TensorFiles};
 /// Most steps of a processor and most features of a policy.
 const MAX_ITEMS: usize = 1000;
 
+/// `eps` of a step that names none.
+const EPS: f64 = 1e-8;
+
 /// What a feature holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FeatureKind {
@@ -83,17 +86,24 @@ pub struct Feature {
 }
 
 /// A (un)normaliser step: the last of its kind in a processor.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Normaliser {
     /// Added to denominators.
     pub eps: f64,
     /// Features it covers.
     pub features: Vec<Feature>,
-    /// Mode per kind of feature; a kind that is absent is passed through.
+    /// Mode per kind of feature; a kind that is absent is passed through. Where there is no
+    /// processor file, `config.json`'s.
     pub norm_map: Vec<(FeatureKind, NormMode)>,
     /// Feature → statistic (`mean`, `q01`, …) → values. A feature without an entry is passed
     /// through.
     pub stats: BTreeMap<String, BTreeMap<String, Vec<f32>>>,
+}
+
+impl Default for Normaliser {
+    fn default() -> Self {
+        Normaliser { eps: EPS, features: vec![], norm_map: vec![], stats: BTreeMap::new() }
+    }
 }
 
 /// One step of a processor.
@@ -218,8 +228,9 @@ impl LeRobot {
             })
         };
         let mut policy = build().map_err(damaged)?;
-        policy.input_stats = normaliser(root, &pre, "normalizer_processor")?;
-        policy.output_stats = normaliser(root, &post, "unnormalizer_processor")?;
+        let mapping = &policy.normalization_mapping;
+        policy.input_stats = normaliser(root, &pre, "normalizer_processor", mapping)?;
+        policy.output_stats = normaliser(root, &post, "unnormalizer_processor", mapping)?;
         policy.preprocessor = pre;
         policy.postprocessor = post;
         Ok(policy)
@@ -352,13 +363,17 @@ fn normaliser(
     root: &Path,
     steps: &[ProcessorStep],
     name: &str,
+    mapping: &[(FeatureKind, NormMode)],
 ) -> Result<Normaliser, CheckpointError> {
-    let Some(step) = step(steps, name) else { return Ok(Normaliser::default()) };
+    let Some(step) = step(steps, name) else {
+        let norm_map = if steps.is_empty() { mapping.to_vec() } else { vec![] };
+        return Ok(Normaliser { norm_map, ..Normaliser::default() });
+    };
     let empty = Value::Null;
     let field = |key: &str| step.config.get(key).unwrap_or(&empty);
     let at = |e: Malformed| e.within(&format!("step `{name}`")).at(root);
     Ok(Normaliser {
-        eps: field("eps").as_f64().unwrap_or(1e-8),
+        eps: field("eps").as_f64().unwrap_or(EPS),
         features: features(field("features"), "features").map_err(at)?,
         norm_map: norm_map(field("norm_map")).map_err(at)?,
         stats: match &step.state_file {

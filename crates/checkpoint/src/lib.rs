@@ -21,7 +21,7 @@ mod torch_source;
 
 use std::path::Path;
 
-pub use assets::{NormStatsFile, asset_ids, tokenizer_candidates};
+pub use assets::{NormStatsFile, asset_ids};
 pub use error::{CheckpointError, Malformed, Mismatch};
 pub use expected::{Expected, expected_tensors};
 pub use inspect::{NormStatsFound, Report, StoredType};

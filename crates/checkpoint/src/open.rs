@@ -31,24 +31,15 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// The statistics file of an asset: `explicit` (a file, or a folder of assets) if given, else
-    /// `assets/<id>/norm_stats.json` in the checkpoint or beside it.
-    pub fn norm_stats(
-        &self,
-        asset_id: &str,
-        explicit: Option<&Path>,
-    ) -> Result<NormStatsFile, CheckpointError> {
-        assets::norm_stats(&self.root, asset_id, explicit)
+    /// The statistics file of an asset: `assets/<id>/norm_stats.json` in the checkpoint or beside
+    /// it.
+    pub fn norm_stats(&self, asset_id: &str) -> Result<NormStatsFile, CheckpointError> {
+        assets::norm_stats(&self.root, asset_id)
     }
 
     /// Asset ids that have statistics, with their files.
     pub fn asset_ids(&self) -> Vec<(String, PathBuf)> {
         assets::asset_ids(&self.root)
-    }
-
-    /// Tokenizer files that exist, best first.
-    pub fn tokenizer_candidates(&self) -> Vec<PathBuf> {
-        assets::tokenizer_candidates(&self.root)
     }
 }
 

@@ -1,10 +1,10 @@
-//! What lies beside the weights: norm stats, tokenizers, and the report on all of it.
+//! What lies beside the weights: norm stats, and the report on it.
 
 mod support;
 
 use std::path::Path;
 
-use pirouette_checkpoint::{Checkpoint, CheckpointError, open};
+use pirouette_checkpoint::{Checkpoint, CheckpointError, NormStatsFile, open};
 use support::fixture;
 
 fn put(path: &Path, text: &str) {
@@ -24,31 +24,44 @@ fn norm_stats_are_found_in_order() {
     let checkpoint = tiny(&root);
     let id = "physical-intelligence/libero";
     let file = format!("{id}/norm_stats.json");
-    let get = |explicit: Option<&Path>| {
-        let found = checkpoint.norm_stats(id, explicit).unwrap();
+    let text = |found: Result<NormStatsFile, CheckpointError>| {
+        let found = found.unwrap();
         assert_eq!(found.bytes, std::fs::read(&found.path).unwrap());
         String::from_utf8(found.bytes).unwrap()
     };
 
-    let Err(CheckpointError::NoNormStats { looked, .. }) = checkpoint.norm_stats(id, None) else {
+    let Err(CheckpointError::NoNormStats { looked, .. }) = checkpoint.norm_stats(id) else {
         panic!("found");
     };
     assert_eq!(looked, [root.join("assets").join(&file), dir.path().join("assets").join(&file)]);
     put(&dir.path().join("assets").join(&file), "beside");
-    assert_eq!(get(None), "beside");
+    assert_eq!(text(checkpoint.norm_stats(id)), "beside");
     put(&root.join("assets").join(&file), "inside");
-    assert_eq!(get(None), "inside");
+    assert_eq!(text(checkpoint.norm_stats(id)), "inside");
     let explicit = dir.path().join("mine.json");
     put(&explicit, "explicit");
-    assert_eq!(get(Some(&explicit)), "explicit");
-    put(&dir.path().join("folder").join(&file), "in a folder");
-    assert_eq!(get(Some(&dir.path().join("folder"))), "in a folder");
+    for asset_id in [Some(id), None] {
+        assert_eq!(text(NormStatsFile::at(&explicit, asset_id)), "explicit");
+    }
+    let folder = dir.path().join("folder");
+    put(&folder.join(&file), "in a folder");
+    assert_eq!(text(NormStatsFile::at(&folder, Some(id))), "in a folder");
 
-    let e = checkpoint.norm_stats("droid", None).unwrap_err().to_string();
+    let e = checkpoint.norm_stats("droid").unwrap_err().to_string();
     assert!(e.contains("droid/norm_stats.json") && e.contains(id), "{e}");
+    for asset_id in [Some("droid"), None] {
+        let e = NormStatsFile::at(&folder, asset_id).unwrap_err().to_string();
+        assert!(e.contains("folder") && e.contains(id), "{e}");
+    }
+    put(&folder.join("norm_stats.json"), "of the folder");
+    for asset_id in [Some("droid"), None] {
+        assert_eq!(text(NormStatsFile::at(&folder, asset_id)), "of the folder");
+    }
     let missing = dir.path().join("nowhere.json");
-    let e = checkpoint.norm_stats(id, Some(&missing)).unwrap_err().to_string();
-    assert!(e.contains("nowhere.json"), "{e}");
+    for asset_id in [Some(id), None] {
+        let e = NormStatsFile::at(&missing, asset_id).unwrap_err().to_string();
+        assert!(e.contains("nowhere.json"), "{e}");
+    }
 }
 
 #[test]
@@ -56,20 +69,10 @@ fn asset_ids_stay_inside() {
     let dir = tempfile::tempdir().unwrap();
     let checkpoint = tiny(&dir.path().join("c"));
     for id in ["", "..", "../assets/x", "/etc", "a/../b"] {
-        let e = checkpoint.norm_stats(id, None).unwrap_err();
-        assert!(matches!(e, CheckpointError::BadAssetId(_)), "{id}: {e}");
+        for e in [checkpoint.norm_stats(id), NormStatsFile::at(dir.path(), Some(id))] {
+            assert!(matches!(e, Err(CheckpointError::BadAssetId(_))), "{id}: {e:?}");
+        }
     }
-}
-
-#[test]
-fn tokenizers_in_the_checkpoint_come_first() {
-    let dir = tempfile::tempdir().unwrap();
-    let checkpoint = tiny(&dir.path().join("c"));
-    let (model, json) =
-        (checkpoint.root.join("tokenizer.model"), checkpoint.root.join("tokenizer/tokenizer.json"));
-    put(&json, "{}");
-    put(&model, "");
-    assert_eq!(checkpoint.tokenizer_candidates()[..2], [model, json]);
 }
 
 #[test]
@@ -117,9 +120,9 @@ fn relative_paths_work() {
     put(&dir.path().join("assets/droid/norm_stats.json"), "beside");
     std::env::set_current_dir(dir.path().join("c")).unwrap();
     for path in [".", "model.safetensors", "./model.safetensors"] {
-        let found = open(Path::new(path)).unwrap().norm_stats("droid", None).unwrap();
+        let found = open(Path::new(path)).unwrap().norm_stats("droid").unwrap();
         assert_eq!(found.bytes, b"beside", "{path}");
     }
     std::env::set_current_dir("..").unwrap();
-    assert!(open(Path::new("c")).unwrap().norm_stats("droid", None).is_ok());
+    assert!(open(Path::new("c")).unwrap().norm_stats("droid").is_ok());
 }

@@ -201,7 +201,15 @@ fn a_base_checkpoint_may_lack_processors() {
         std::fs::remove_file(dir.path().join(name)).unwrap();
     }
     let policy = open(dir.path()).unwrap().lerobot.unwrap();
-    assert!(policy.input_stats.stats.is_empty() && policy.output_stats.norm_map.is_empty());
+    for normaliser in [&policy.input_stats, &policy.output_stats] {
+        assert_eq!(normaliser.norm_map, policy.normalization_mapping);
+        assert_eq!((normaliser.eps, normaliser.stats.len()), (1e-8, 0));
+    }
+    // A processor without the step says that nothing is normalised.
+    let steps = processor(json!([{"registry_name": "device_processor", "config": {}}]));
+    std::fs::write(dir.path().join("policy_preprocessor.json"), steps.to_string()).unwrap();
+    let policy = open(dir.path()).unwrap().lerobot.unwrap();
+    assert!(policy.input_stats.norm_map.is_empty());
 
     let outer = tempfile::tempdir().unwrap();
     support::copy(dir.path(), &outer.path().join("pretrained_model"));

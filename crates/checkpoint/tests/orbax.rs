@@ -51,7 +51,7 @@ fn params_folder_opens_too() {
     let (whole, params) = (open(&dir).unwrap(), open(&dir.join("params")).unwrap());
     assert_eq!(whole.config, params.config);
     assert_eq!(params.root, dir);
-    assert!(params.norm_stats("droid", None).is_ok());
+    assert!(params.norm_stats("droid").is_ok());
     let folders = open(&fixture("B_jax/ckpt_pi0_fp32_noocdbt/params")).unwrap();
     assert_eq!(folders.config, whole.config);
 }

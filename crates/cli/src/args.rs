@@ -99,6 +99,25 @@ pub struct DeviceArgs {
     pub threads: Option<usize>,
 }
 
+/// Frequencies of the rotary position embedding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+pub enum Rope {
+    /// As in JAX and the paper.
+    #[default]
+    Exact,
+    /// Rounded to bf16.
+    Bf16,
+}
+
+/// How the weights were trained, where the files do not tell.
+#[derive(Args, Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct RopeArgs {
+    /// RoPE frequencies: `exact`, or rounded to `bf16` for checkpoints trained by PyTorch in bf16
+    /// (openpi's and LeRobot's trainers round them so).
+    #[arg(long, value_enum, default_value = "exact")]
+    pub rope: Rope,
+}
+
 /// Which weights.
 #[derive(Args, Clone, Debug, Serialize, Deserialize)]
 pub struct WeightArgs {
@@ -111,16 +130,18 @@ pub struct WeightArgs {
     /// Without a checkpoint: seed of the random weights.
     #[arg(long, default_value_t = 1)]
     pub weight_seed: u64,
+    #[command(flatten)]
+    pub rope: RopeArgs,
 }
 
 impl WeightArgs {
     /// A checkpoint, or random weights of that family.
-    pub fn for_family(checkpoint: Option<PathBuf>, family: Family) -> Self {
+    pub fn for_family(checkpoint: Option<PathBuf>, family: Family, rope: RopeArgs) -> Self {
         let model = match family {
             Family::Pi0 => ModelName::Pi0,
             Family::Pi05 => ModelName::Pi05,
         };
-        WeightArgs { checkpoint, model, weight_seed: 1 }
+        WeightArgs { checkpoint, model, weight_seed: 1, rope }
     }
 }
 
@@ -241,6 +262,8 @@ pub struct VerifyArgs {
     /// Without a checkpoint: which full-size model.
     #[arg(long, value_enum, default_value = "pi0")]
     pub model: ModelName,
+    #[command(flatten)]
+    pub rope: RopeArgs,
     #[command(flatten)]
     pub device: DeviceArgs,
     #[command(flatten)]

@@ -8,10 +8,10 @@ use pirouette_engine::{Engine, EngineOptions, Noise, Request};
 use pirouette_model::WeightTable;
 use pirouette_policy::{NdArray, Value, sample_observation};
 
-use crate::args::{DeviceArgs, WeightArgs};
+use crate::args::{DeviceArgs, RopeArgs, WeightArgs};
 use crate::log::LogFormat;
 use crate::model::{self, Open};
-use crate::setup::{self, PolicyArgs};
+use crate::setup::{self, ConfigArgs, PolicyArgs};
 use crate::text::write_json;
 use crate::weights::Weights;
 use crate::{device, npz};
@@ -19,11 +19,13 @@ use crate::{device, npz};
 /// Arguments of `infer`.
 #[derive(clap::Args)]
 pub struct InferArgs {
-    /// A configuration's name or a TOML file (a LeRobot checkpoint describes itself).
-    pub config: Option<String>,
+    #[command(flatten)]
+    pub config: ConfigArgs,
     /// Checkpoint directory (default: random weights of the full size).
     #[arg(long)]
     pub checkpoint: Option<PathBuf>,
+    #[command(flatten)]
+    pub rope: RopeArgs,
     /// The observation: `.npz`, or `.msgpack` as a client sends it (default: a random one).
     #[arg(long)]
     pub observation: Option<PathBuf>,
@@ -50,14 +52,15 @@ pub struct InferArgs {
 
 /// Runs one observation through the whole stack.
 pub fn run(args: &InferArgs) -> Result<()> {
-    let family = match &args.config {
+    let family = match args.config.name() {
         Some(name) => setup::policy_config(name)?.family,
         None => pirouette_model::Family::Pi0,
     };
-    let weight_args = WeightArgs::for_family(args.checkpoint.clone(), family);
+    let weight_args = WeightArgs::for_family(args.checkpoint.clone(), family, args.rope);
     let weights = Weights::open(&weight_args)?;
-    let config = setup::choose(args.config.as_deref(), weights.checkpoint())?;
-    let steps = args.steps.unwrap_or(config.steps);
+    let mut config = setup::choose(args.config.name(), weights.checkpoint())?;
+    config.steps = args.steps.unwrap_or(config.steps);
+    let steps = config.steps;
     let policy_args = PolicyArgs {
         default_prompt: args.prompt.clone().or(args.policy.default_prompt.clone()),
         ..args.policy.clone()

@@ -9,7 +9,6 @@ use pirouette_policy::{NormStats, PolicyConfig, Processing};
 
 /// The configuration: cameras in the file's order, one state vector, `task` as the prompt.
 pub fn policy_config(l: &LeRobot) -> Result<PolicyConfig> {
-    crate::setup::check_lerobot(l)?;
     let of = |kind: FeatureKind| -> Vec<&Feature> {
         l.input_features.iter().filter(|f| f.kind == kind).collect()
     };
@@ -105,7 +104,7 @@ fn absolute_mask(l: &LeRobot, dims: usize) -> Vec<bool> {
 }
 
 /// The processors' statistics under the policy's names.
-pub fn statistics(l: &LeRobot, warnings: &mut Vec<String>) -> Result<NormStats> {
+pub fn statistics(l: &LeRobot) -> Result<NormStats> {
     let tensors = |stats: &pirouette_checkpoint::lerobot::Normaliser, feature: &'static str| {
         let found = stats.stats.get(feature).cloned().unwrap_or_default();
         found.into_iter().map(move |(name, values)| (format!("{feature}.{name}"), values))
@@ -113,11 +112,5 @@ pub fn statistics(l: &LeRobot, warnings: &mut Vec<String>) -> Result<NormStats> 
     let all: Vec<(String, Vec<f32>)> = tensors(&l.input_stats, "observation.state")
         .chain(tensors(&l.output_stats, "action"))
         .collect();
-    for feature in ["observation.state", "action"] {
-        if !all.iter().any(|(name, _)| name.starts_with(feature)) {
-            warnings
-                .push(format!("the checkpoint has no statistics of {feature}: passed as it is"));
-        }
-    }
     Ok(NormStats::from_lerobot(all.iter().map(|(n, v)| (n.as_str(), v.clone())))?)
 }

@@ -12,7 +12,7 @@ use pirouette_model::{BackendError, Config, Device, Rtc, WeightTable};
 use pirouette_policy::{Policy, contract};
 use serde::{Deserialize, Serialize};
 
-use crate::args::{DeviceArgs, WeightArgs};
+use crate::args::{DeviceArgs, RopeArgs, WeightArgs};
 use crate::device;
 use crate::log::LogFormat;
 use crate::setup::{self, PolicyArgs};
@@ -37,6 +37,8 @@ pub struct Model {
 pub struct ModelPlan {
     /// The configuration; without one the checkpoint describes itself.
     pub name: Option<String>,
+    /// How the weights were trained.
+    pub rope: RopeArgs,
     /// Statistics, tokenizer, prompt.
     pub policy: PolicyArgs,
     /// One engine thread each, at least one.
@@ -112,10 +114,11 @@ impl ModelPlan {
             Some(name) => setup::policy_config(name)?.family,
             None => pirouette_model::Family::Pi0,
         };
-        let weight_args = WeightArgs::for_family(checkpoint, family);
+        let weight_args = WeightArgs::for_family(checkpoint, family, self.rope);
         let weights = Weights::open(&weight_args)?;
-        let config = setup::choose(self.name.as_deref(), weights.checkpoint())?;
-        let steps = self.steps.unwrap_or(config.steps);
+        let mut config = setup::choose(self.name.as_deref(), weights.checkpoint())?;
+        config.steps = self.steps.unwrap_or(config.steps);
+        let steps = config.steps;
         let model = weights.config;
         let (policy, warnings) = setup::policy(config, &model, weights.checkpoint(), &self.policy)?;
         for warning in &warnings {
@@ -356,13 +359,14 @@ mod tests {
     use pirouette_testing::fixture::testdata;
 
     use super::*;
-    use crate::args::Precision;
+    use crate::args::{Precision, Rope};
 
     fn plan() -> ModelPlan {
         let tokenizer = Some(testdata().join("D_preprocess/tokenizer/tok_bpe.model"));
         let device = "cpu".to_string();
         ModelPlan {
             name: Some("pi05_droid".into()),
+            rope: RopeArgs::default(),
             policy: PolicyArgs { tokenizer, norm_stats: None, default_prompt: None },
             devices: vec![DeviceArgs { device, precision: Precision::F32, threads: Some(1) }],
             max_batch: None,
@@ -418,10 +422,14 @@ mod tests {
     }
 
     fn served(checkpoint: PathBuf) -> Served {
-        let model = plan().open(Some(checkpoint.clone())).unwrap().start().unwrap();
+        served_by(plan(), checkpoint)
+    }
+
+    fn served_by(plan: ModelPlan, checkpoint: PathBuf) -> Served {
+        let model = plan.open(Some(checkpoint.clone())).unwrap().start().unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         runtime.block_on(model.engine.wait_ready()).unwrap();
-        Served::new(plan(), Some(checkpoint), model)
+        Served::new(plan, Some(checkpoint), model)
     }
 
     fn actions(served: &Served) -> Vec<f64> {
@@ -497,5 +505,33 @@ mod tests {
         let fixed = ModelPlan { deterministic: true, ..plan }.open(None).unwrap().options;
         assert_eq!((fixed.rule.batches, fixed.warm.len()), (vec![8], 1));
         assert_eq!(fixed.warm[0].prompt_tokens, 200);
+    }
+
+    #[test]
+    fn rope_is_rounded_where_it_is_asked_for_and_stays_so() {
+        let exact = actions(&served(checkpoint("pi05_droid")));
+        let plan = ModelPlan { rope: RopeArgs { rope: Rope::Bf16 }, ..plan() };
+        let rounded = served_by(plan, checkpoint("pi05_droid"));
+        assert!(rounded.model().engine.options().tables[0].config.rope_bf16);
+        let before = actions(&rounded);
+        assert_ne!(before, exact);
+        assert!(!rounded.swap(None).unwrap().changed);
+        assert_eq!(actions(&rounded), before);
+    }
+
+    #[test]
+    fn flags_are_in_the_contract() {
+        let card = |steps, prompt: Option<&str>| {
+            let policy = PolicyArgs { default_prompt: prompt.map(String::from), ..plan().policy };
+            let plan =
+                ModelPlan { steps, policy, name: Some("pi05_aloha_pen_uncap".into()), ..plan() };
+            plan.open(None).map(|parts| parts.policy.contract())
+        };
+        let own = card(None, None).unwrap();
+        assert_eq!((own.model.steps, own.prompt.default.as_deref()), (10, Some("uncap the pen")));
+        let flagged = card(Some(4), Some("wait")).unwrap();
+        assert_eq!((flagged.model.steps, flagged.prompt.default.as_deref()), (4, Some("wait")));
+        let error = card(Some(0), None).unwrap_err().to_string();
+        assert!(error.contains("`steps` is 0; it must be 1 to 1000"), "{error}");
     }
 }

@@ -65,7 +65,7 @@ mod tests {
     use pirouette_testing::plain::{Observation, Plain};
 
     use super::*;
-    use crate::args::{DeviceArgs, Precision, WeightArgs};
+    use crate::args::{DeviceArgs, Precision, RopeArgs, WeightArgs};
     use crate::model::{self, ModelPlan};
     use crate::service::PolicyService;
     use crate::setup::PolicyArgs;
@@ -88,6 +88,7 @@ mod tests {
             let (device, steps) = ("cpu".to_string(), 4);
             let plan = ModelPlan {
                 name: Some(name.into()),
+                rope: RopeArgs::default(),
                 policy: PolicyArgs { tokenizer, norm_stats: None, default_prompt: None },
                 devices: vec![DeviceArgs { device, precision: Precision::F32, threads: None }],
                 max_batch: None,
@@ -103,8 +104,8 @@ mod tests {
             let policy = parts.policy.clone();
             let family = policy.config().family;
             let checkpoint = Some(checkpoint);
-            let weights = Weights::open(&WeightArgs::for_family(checkpoint.clone(), family));
-            let weights = weights.unwrap();
+            let args = WeightArgs::for_family(checkpoint.clone(), family, plan.rope);
+            let weights = Weights::open(&args).unwrap();
             let served = model::Served::new(plan, checkpoint, parts.start().unwrap());
             let service = PolicyService::new(served).unwrap();
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();

@@ -9,27 +9,28 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use pirouette_policy::PolicyConfig;
 use pirouette_policy::config::{environment, names};
 use pirouette_policy::robots::Robot;
-use pirouette_policy::{PolicyConfig, contract};
+use pirouette_policy::tokenizer::SearchPlaces;
 use pirouette_server::{
     ApiKeys, Dialect, Doors, RecordOptions, Recorder, ServeOptions, Service, Tls,
     check_admin_exposure, check_exposure, check_lerobot_exposure,
 };
 
-use crate::args::DeviceArgs;
+use crate::args::{DeviceArgs, RopeArgs};
 use crate::descriptors;
 use crate::device::{self, Target};
 use crate::log::{self, LogFormat};
 use crate::model::{Isolate, ModelPlan, Served};
 use crate::service::PolicyService;
-use crate::setup::PolicyArgs;
+use crate::setup::{ConfigArgs, PolicyArgs};
 
 /// Arguments of `serve`.
 #[derive(clap::Args)]
 pub struct ServeArgs {
-    /// A configuration's name, a TOML file, or openpi's `policy:checkpoint` / `policy:default`.
-    pub config: Option<String>,
+    #[command(flatten)]
+    pub config: ConfigArgs,
     /// openpi's environment: ALOHA, ALOHA_SIM, DROID or LIBERO; its policy and checkpoint.
     #[arg(long)]
     pub env: Option<String>,
@@ -42,6 +43,8 @@ pub struct ServeArgs {
     /// Checkpoint directory (default: random weights of the full size, for trying things out).
     #[arg(long)]
     pub checkpoint: Option<PathBuf>,
+    #[command(flatten)]
+    pub rope: RopeArgs,
     #[command(flatten)]
     pub policy: PolicyArgs,
     #[command(flatten)]
@@ -156,9 +159,9 @@ fn typed(args: &ServeArgs) -> (Option<&str>, Option<&Path>) {
     let policy = record.and_then(Path::to_str).filter(|value| {
         value.starts_with("policy:") || value.ends_with(".toml") || names().any(|n| n == *value)
     });
-    match (&args.config, policy) {
+    match (args.config.name(), policy) {
         (None, Some(policy)) => (Some(policy), Some(Path::new(RECORD_DIR))),
-        (config, _) => (config.as_deref(), record),
+        (config, _) => (config, record),
     }
 }
 
@@ -201,6 +204,7 @@ pub fn load(args: &ServeArgs) -> Result<PolicyService> {
     let (name, checkpoint) = what_to_serve(args)?;
     let plan = ModelPlan {
         name,
+        rope: args.rope,
         policy: args.policy.clone(),
         devices: device::targets(&args.device, args.gpus.as_deref(), args.replicas.into())?,
         max_batch: args.max_batch,
@@ -233,7 +237,7 @@ pub fn load(args: &ServeArgs) -> Result<PolicyService> {
     if args.lerobot_port.is_some() {
         check_lerobot(parts.policy.config())?;
     }
-    for line in contract(parts.policy.config()).lines() {
+    for line in parts.policy.contract().lines() {
         tracing::info!("{line}");
     }
     PolicyService::new(Served::new(plan, checkpoint, parts.start()?))
@@ -342,10 +346,9 @@ fn what_to_serve(args: &ServeArgs) -> Result<(Option<String>, Option<PathBuf>)> 
 /// A checkpoint's path: as it is, or where openpi caches a `gs://` one.
 fn local(uri: &str) -> Result<PathBuf> {
     let Some(rest) = uri.strip_prefix("gs://") else { return Ok(PathBuf::from(uri)) };
-    let home = std::env::var_os("OPENPI_DATA_HOME").map(PathBuf::from).or_else(|| {
-        std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache").join("openpi"))
-    });
-    let Some(home) = home else { bail!("{uri}: set OPENPI_DATA_HOME to openpi's cache") };
+    let Some(home) = SearchPlaces::from_env().openpi_home else {
+        bail!("{uri}: set OPENPI_DATA_HOME to openpi's cache")
+    };
     let path = home.join(rest);
     if !path.exists() {
         bail!(
@@ -450,6 +453,24 @@ mod tests {
         match Cli::try_parse_from(words).unwrap().command {
             Command::Serve(args) => args,
             _ => panic!("this is serve"),
+        }
+    }
+
+    #[test]
+    fn a_configuration_is_named_in_its_place_or_by_a_flag_or_as_openpi_does() {
+        let openpi = "policy:checkpoint --policy.config=pi05_droid --policy.dir=d";
+        for line in ["pi05_droid", "--config pi05_droid", "--record d --config=pi05_droid", openpi]
+        {
+            let name = what_to_serve(&serve(line)).unwrap().0;
+            assert_eq!(name.as_deref(), Some("pi05_droid"), "{line}");
+        }
+        for command in ["serve", "infer", "replay d"] {
+            let parse = |flags: &str| {
+                Cli::try_parse_from(format!("pirouette {command} {flags}").split_whitespace())
+            };
+            assert!(parse("a.toml").is_ok() && parse("--config a.toml").is_ok(), "{command}");
+            let twice = parse("a.toml --config b.toml").map(drop).unwrap_err().to_string();
+            assert!(twice.contains("--config") && twice.contains("cannot be used"), "{twice}");
         }
     }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use pirouette_cuda::gauge::Gauge;
 use pirouette_engine::{BatchRecord, Noise, Request, StatsSnapshot};
-use pirouette_policy::{PolicyConfig, PolicyError, Value, contract};
+use pirouette_policy::{PolicyConfig, PolicyError, Value};
 use pirouette_server::{
     GpuReading, Method, Page, PageRequest, Preparation, Reply, RequestContext, Service,
     ServiceError, ServiceFuture, Spans, render_engine, timing,
@@ -201,7 +201,7 @@ impl Service for PolicyService {
     }
 
     fn contract(&self) -> String {
-        let mut card = serde_json::json!(contract(self.model().policy.config()));
+        let mut card = serde_json::json!(self.model().policy.contract());
         if self.null {
             card["null_device"] = "no model runs: the actions are made up".into();
         }
@@ -227,14 +227,18 @@ impl Service for PolicyService {
             serde_json::json!({ "name": device.name, "fingerprint": fingerprint })
         });
         let model = self.model();
-        let c = model.policy.config();
-        serde_json::json!({
+        let (c, table) = (model.policy.config(), &model.engine.options().tables[0]);
+        let mut identity = serde_json::json!({
             "config": c.name,
             "family": c.family.name(),
             "horizon": c.horizon,
-            "steps": self.model().engine.options().tables[0].steps,
+            "steps": table.steps,
             "devices": devices.collect::<Vec<_>>(),
-        })
+        });
+        if table.config.rope_bf16 {
+            identity["rope"] = "bf16".into();
+        }
+        identity
     }
 
     fn stats(&self) -> Option<StatsSnapshot> {

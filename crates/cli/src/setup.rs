@@ -4,14 +4,34 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use pirouette_checkpoint::Checkpoint;
 use pirouette_checkpoint::lerobot::LeRobot;
+use pirouette_checkpoint::{Checkpoint, NormStatsFile};
 use pirouette_model::Config;
 use pirouette_policy::config::{from_toml, named};
+use pirouette_policy::norm::LEROBOT_EPS;
 use pirouette_policy::tokenizer::find_tokenizer;
 use pirouette_policy::{NormStats, Policy, PolicyConfig, Tokenizer};
 
 use crate::lerobot;
+
+/// Which policy.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ConfigArgs {
+    /// A configuration's name or a TOML file (a LeRobot checkpoint describes itself). `serve` and
+    /// `replay` also take openpi's `policy:checkpoint` and `policy:default`.
+    #[arg(value_name = "CONFIG")]
+    place: Option<String>,
+    /// The same as a flag.
+    #[arg(long = "config", value_name = "NAME|FILE.toml", conflicts_with = "place")]
+    flag: Option<String>,
+}
+
+impl ConfigArgs {
+    /// However it was given.
+    pub fn name(&self) -> Option<&str> {
+        self.place.as_deref().or(self.flag.as_deref())
+    }
+}
 
 /// What a policy is set up from.
 #[derive(clap::Args, Clone, Debug)]
@@ -65,37 +85,52 @@ pub fn policy(
             model.family.name()
         );
     }
+    if let Some(lerobot) = checkpoint.and_then(|c| c.lerobot.as_ref()) {
+        check_lerobot(lerobot)?;
+    }
     if config.action_dim != model.action_dim {
         // The width belongs to the weights; named configurations assume the released ones.
         config.action_dim = model.action_dim;
     }
+    config.default_prompt = args.default_prompt.clone().or(config.default_prompt);
     let mut warnings = Vec::new();
     let stats = statistics(&config, checkpoint, args, &mut warnings)?;
     let tokenizer = tokenizer(checkpoint, args, model, &mut warnings)?;
-    let policy = Policy::new(config, &stats, Arc::new(tokenizer), model.vision.image)?
-        .with_default_prompt(args.default_prompt.clone());
+    let found = stats.is_some();
+    let stats = stats.unwrap_or_default();
+    let policy = Policy::new(config, &stats, Arc::new(tokenizer), model.vision.image)?;
+    if found {
+        warnings.extend(policy.warnings());
+    }
     Ok((policy, warnings))
 }
 
+/// `None`, and why, where none are to be had.
 fn statistics(
     config: &PolicyConfig,
     checkpoint: Option<&Checkpoint>,
     args: &PolicyArgs,
     warnings: &mut Vec<String>,
-) -> Result<NormStats> {
+) -> Result<Option<NormStats>> {
+    let parsed = |file: NormStatsFile| {
+        let stats = NormStats::from_json(&file.bytes);
+        stats.map(Some).with_context(|| file.path.display().to_string())
+    };
+    if let Some(path) = &args.norm_stats {
+        return parsed(NormStatsFile::at(path, config.asset_id.as_deref())?);
+    }
     let Some(checkpoint) = checkpoint else {
         warnings.push("random weights: states and actions are not normalised".into());
-        return Ok(NormStats::default());
+        return Ok(None);
     };
-    if let (Some(lerobot), None) = (&checkpoint.lerobot, &args.norm_stats) {
-        return lerobot::statistics(lerobot, warnings);
+    if let Some(lerobot) = &checkpoint.lerobot {
+        return lerobot::statistics(lerobot).map(Some);
     }
     let Some(asset_id) = &config.asset_id else {
         warnings.push(format!("{} has no asset id: nothing is normalised", config.name));
-        return Ok(NormStats::default());
+        return Ok(None);
     };
-    let file = checkpoint.norm_stats(asset_id, args.norm_stats.as_deref())?;
-    NormStats::from_json(&file.bytes).with_context(|| file.path.display().to_string())
+    parsed(checkpoint.norm_stats(asset_id)?)
 }
 
 fn tokenizer(
@@ -167,7 +202,17 @@ pub fn describe(policy: &Policy) -> String {
 }
 
 /// Where LeRobot's own facts contradict the program's fixed ones.
-pub fn check_lerobot(lerobot: &LeRobot) -> Result<()> {
+fn check_lerobot(lerobot: &LeRobot) -> Result<()> {
+    for (step, normaliser) in
+        [("normalizer", &lerobot.input_stats), ("unnormalizer", &lerobot.output_stats)]
+    {
+        let eps = normaliser.eps;
+        if eps as f32 != LEROBOT_EPS {
+            bail!(
+                "{step}_processor: `eps` is {eps}, only LeRobot's own {LEROBOT_EPS:e} is supported"
+            );
+        }
+    }
     let (low, high) = lerobot.periods;
     if (low - 4e-3).abs() > 1e-9 || (high - 4.0).abs() > 1e-9 {
         bail!("min_period {low} and max_period {high} differ from 0.004 and 4: not supported");
@@ -177,7 +222,81 @@ pub fn check_lerobot(lerobot: &LeRobot) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
+    use pirouette_policy::norm::NormMode;
+    use pirouette_testing::fixture::testdata;
+
     use super::*;
+
+    const MEANS: &str = r#"{"norm_stats": {
+        "state": {"mean": [1, 2], "std": [1, 1]}, "actions": {"mean": [3, 4], "std": [1, 1]}}}"#;
+
+    fn put(path: &Path, text: &str) {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+
+    /// The tiny π0 as a LeRobot directory without processors.
+    fn lerobot_directory() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let weights = "model.safetensors";
+        std::fs::copy(testdata().join("A_tiny/pi0").join(weights), folder.path().join(weights))
+            .unwrap();
+        let config = serde_json::json!({
+            "type": "pi0",
+            "input_features": {
+                "observation.images.top": {"type": "VISUAL", "shape": [3, 48, 64]},
+                "observation.state": {"type": "STATE", "shape": [2]},
+            },
+            "output_features": {"action": {"type": "ACTION", "shape": [2]}},
+            "normalization_mapping": {"STATE": "MEAN_STD", "ACTION": "MIN_MAX"},
+            "vision": {"num_attention_heads": 4},
+        });
+        put(&folder.path().join("config.json"), &config.to_string());
+        folder
+    }
+
+    fn args(norm_stats: Option<PathBuf>) -> PolicyArgs {
+        PolicyArgs { tokenizer: None, norm_stats, default_prompt: None }
+    }
+
+    /// The statistics of a configuration without an asset id.
+    fn found(checkpoint: &Checkpoint, norm_stats: PathBuf) -> Result<Option<NormStats>> {
+        let mut config = match &checkpoint.lerobot {
+            Some(lerobot) => lerobot::policy_config(lerobot)?,
+            None => named("pi0_droid")?,
+        };
+        config.asset_id = None;
+        statistics(&config, Some(checkpoint), &args(Some(norm_stats)), &mut vec![])
+    }
+
+    #[test]
+    fn statistics_named_by_a_flag_are_used_without_an_asset_id() {
+        let folder = lerobot_directory();
+        let file = folder.path().join("mine/my/arm/norm_stats.json");
+        put(&file, MEANS);
+        let want = NormStats::from_json(MEANS.as_bytes()).unwrap();
+        for dir in [folder.path(), &testdata().join("A_tiny/pi0")] {
+            let checkpoint = pirouette_checkpoint::open(dir).unwrap();
+            let got = found(&checkpoint, file.clone()).unwrap();
+            assert_eq!(got.as_ref(), Some(&want), "{}", dir.display());
+            let error = found(&checkpoint, folder.path().join("mine")).unwrap_err().to_string();
+            assert!(error.contains("asset ids there: my/arm"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_lerobot_directory_without_processors_keeps_its_normalisation() {
+        let folder = lerobot_directory();
+        let checkpoint = pirouette_checkpoint::open(folder.path()).unwrap();
+        let mut lerobot = checkpoint.lerobot.unwrap();
+        let config = lerobot::policy_config(&lerobot).unwrap();
+        assert_eq!((config.state_norm, config.action_norm), (NormMode::MeanStd, NormMode::MinMax));
+        lerobot.output_stats.eps = 1e-6;
+        let error = check_lerobot(&lerobot).unwrap_err().to_string();
+        assert!(error.contains("unnormalizer_processor: `eps` is 0.000001"), "{error}");
+    }
 
     #[test]
     fn the_byte_model_reads_any_text() {

@@ -47,6 +47,7 @@ pub fn run(args: &VerifyArgs) -> Result<()> {
         checkpoint: args.dir.clone(),
         model: args.model,
         weight_seed: 1,
+        rope: args.rope,
     })?;
     let table = Arc::new(WeightTable::new(weights.config, args.shape.steps));
     let program = Arc::new(record_with(table, args.shape.shape(1))?);

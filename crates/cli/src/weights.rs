@@ -4,13 +4,13 @@ use anyhow::{Context, Result};
 use pirouette_checkpoint::{Checkpoint, Synthetic};
 use pirouette_model::{Config, TensorSource};
 
-use crate::args::WeightArgs;
+use crate::args::{Rope, WeightArgs};
 
 /// Tensors to load, and what is known about them.
 pub struct Weights {
-    /// Sizes.
+    /// Sizes, and how RoPE is rounded.
     pub config: Config,
-    /// What to call them: a path, or the recipe.
+    /// What to call them: a path, or the recipe; and what is not as usual.
     pub origin: String,
     kind: Kind,
 }
@@ -23,17 +23,23 @@ enum Kind {
 impl Weights {
     /// Opens the checkpoint, or says that weights are random.
     pub fn open(args: &WeightArgs) -> Result<Self> {
-        let Some(dir) = &args.checkpoint else {
-            return Ok(Self::synthetic(args.model.config(), args.weight_seed));
+        let mut weights = match &args.checkpoint {
+            None => Self::synthetic(args.model.config(), args.weight_seed),
+            Some(dir) => {
+                let checkpoint = pirouette_checkpoint::open(dir)
+                    .with_context(|| format!("checkpoint {}", dir.display()))?;
+                Weights {
+                    config: checkpoint.config,
+                    origin: dir.display().to_string(),
+                    kind: Kind::Checkpoint(Box::new(checkpoint)),
+                }
+            }
         };
-        let checkpoint = pirouette_checkpoint::open(dir)
-            .with_context(|| format!("checkpoint {}", dir.display()))?;
-        let origin = dir.display().to_string();
-        Ok(Weights {
-            config: checkpoint.config,
-            origin,
-            kind: Kind::Checkpoint(Box::new(checkpoint)),
-        })
+        if args.rope.rope == Rope::Bf16 {
+            weights.config.rope_bf16 = true;
+            weights.origin += ", RoPE in bf16";
+        }
+        Ok(weights)
     }
 
     /// Random weights of any size.

@@ -123,6 +123,44 @@ fn the_wrong_configuration() {
 }
 
 #[test]
+fn openpis_cache_is_looked_for_as_openpi_does() {
+    let home = tempfile::tempdir().unwrap();
+    for (variable, cache) in [("", ".cache/openpi"), ("~/data", "data"), ("/data", "/data")] {
+        let output = Command::new(env!("CARGO_BIN_EXE_pirouette"))
+            .args(["serve", "--env", "DROID", "--port", "0"])
+            .env("HOME", home.path())
+            .env("OPENPI_DATA_HOME", variable)
+            .output()
+            .unwrap();
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        let want = format!("pi05_droid is not in {}:", home.path().join(cache).display());
+        assert!(told.contains(&want), "{variable}: {told}");
+    }
+}
+
+#[test]
+fn inspect_looks_for_tokenizers_where_infer_does() {
+    let folder = edited(|_| ());
+    let json = folder.path().join("tokenizer/tokenizer.json");
+    std::fs::create_dir_all(json.parent().unwrap()).unwrap();
+    std::fs::write(&json, "{}").unwrap();
+    let told = |output: Output| String::from_utf8(output.stdout).unwrap();
+    let page = told(pirouette(&["inspect", text(folder.path())]));
+    assert!(page.contains(&format!("{} (not read:", json.display())), "{page}");
+    assert!(page.contains("none that is read; pass one with --tokenizer"), "{page}");
+    let model = folder.path().join("assets/tokenizer.model");
+    std::fs::copy(tokenizer(), &model).unwrap();
+    let page = told(pirouette(&["inspect", text(folder.path()), "--json", "-"]));
+    let page: serde_json::Value = serde_json::from_str(&page).unwrap();
+    assert_eq!(page["tokenizers"], serde_json::json!([text(&model)]));
+    assert_eq!(page["tokenizers_not_read"], serde_json::json!([text(&json)]));
+    assert_eq!(page["family"], "pi05");
+    let output =
+        pirouette(&["infer", "pi05_droid", "--checkpoint", text(folder.path()), "--device", "cpu"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
 fn files_that_are_something_else() {
     let dir = checkpoint();
     let dir = text(&dir);

@@ -119,7 +119,7 @@ pub enum ConfigError {
     /// No configuration of that name.
     #[error(
         "there is no policy `{name}`; {near}all names: {all}; a robot of your own is a TOML file \
-         (crates/policy/docs/so101.toml shows one)"
+         (examples/so101.toml shows one)"
     )]
     Unknown {
         /// The name asked for.

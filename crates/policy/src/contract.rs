@@ -89,8 +89,12 @@ pub struct PromptCard {
 pub struct NormalisationCard {
     /// Mode of the state.
     pub state: &'static str,
+    /// Numbers of the state that the statistics cover, once they are read.
+    pub state_covered: Option<usize>,
     /// Mode of the actions.
     pub actions: &'static str,
+    /// Columns of the actions that the statistics cover, once they are read.
+    pub actions_covered: Option<usize>,
     /// Folder of the statistics below `assets/`.
     pub asset_id: Option<String>,
     /// Action columns to which the state is added.
@@ -110,7 +114,7 @@ pub struct ModelCard {
     pub cameras: usize,
 }
 
-/// The contract card of a policy.
+/// The contract card of a policy; [`crate::Policy::contract`] knows its statistics, too.
 pub fn contract(config: &PolicyConfig) -> Contract {
     let text = |key: &str| Field {
         path: vec![key.into()],
@@ -160,7 +164,9 @@ pub fn contract(config: &PolicyConfig) -> Contract {
         },
         normalisation: NormalisationCard {
             state: config.state_norm.name(),
+            state_covered: None,
             actions: config.action_norm.name(),
+            actions_covered: None,
             asset_id: config.asset_id.clone(),
             relative_columns: (0..config.output_dims())
                 .filter(|&column| config.absolute_mask.get(column) == Some(&true))

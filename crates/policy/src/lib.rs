@@ -15,6 +15,7 @@ mod light;
 pub mod norm;
 mod policy;
 pub mod prompt;
+pub mod reserved;
 pub mod robots;
 mod scene;
 pub mod tokenizer;

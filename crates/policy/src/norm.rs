@@ -11,8 +11,8 @@ use thiserror::Error;
 
 /// openpi's guard against a zero spread.
 const OPENPI_EPS: f64 = 1e-6;
-/// LeRobot's guard against a zero spread.
-const LEROBOT_EPS: f32 = 1e-8;
+/// LeRobot's guard against a zero spread, unless a processor names another.
+pub const LEROBOT_EPS: f32 = 1e-8;
 
 /// How one feature is normalised. x is raw, x' normalised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -114,6 +114,23 @@ impl Normalizer {
     /// Number of dimensions the statistics cover; `None` for identity, which covers any.
     pub fn covered(&self) -> Option<usize> {
         (self.mode != NormMode::Identity).then_some(self.low.len())
+    }
+
+    /// What is done; [`NormMode::Identity`] where there are no statistics.
+    pub fn mode(&self) -> NormMode {
+        self.mode
+    }
+
+    /// Fails at a statistic of the first `columns` that is no finite number.
+    pub(crate) fn check_finite(&self, feature: &str, columns: usize) -> Result<(), NormError> {
+        for (statistic, values) in self.mode.needs().into_iter().zip([&self.low, &self.high]) {
+            let mut used = values.iter().take(columns).enumerate();
+            if let Some((index, &value)) = used.find(|(_, value)| !value.is_finite()) {
+                let feature = feature.into();
+                return Err(NormError::NotFinite { feature, statistic, index, value });
+            }
+        }
+        Ok(())
     }
 
     /// Raw to normalised; `x` may be shorter than the statistics, which are then cut.
@@ -240,6 +257,32 @@ pub enum NormError {
         a: usize,
         /// The other.
         b: usize,
+    },
+    /// Fewer dimensions than the robot's state, so that every request would fail.
+    #[error(
+        "norm stats: `state` covers {len} numbers, this robot's state has {dims}; these are \
+         another robot's statistics"
+    )]
+    TooShort {
+        /// Length of its statistics.
+        len: usize,
+        /// Length of the state.
+        dims: usize,
+    },
+    /// A statistic that spoils every number it meets.
+    #[error(
+        "norm stats: `{feature}.{statistic}` is {value} at index {index}; recompute the \
+         statistics, without the frames that are not finite"
+    )]
+    NotFinite {
+        /// `state` or `actions`.
+        feature: String,
+        /// The statistic.
+        statistic: &'static str,
+        /// Where in it.
+        index: usize,
+        /// NaN or an infinity.
+        value: f64,
     },
     /// More dimensions than the model has.
     #[error(

@@ -3,9 +3,10 @@
 use crate::ModelInput;
 use crate::array::element_count;
 use crate::config::{ConfigError, PolicyConfig, Processing};
+use crate::contract::{Contract, contract};
 use crate::error::PolicyError;
 use crate::light::is_light;
-use crate::norm::{NormError, NormStats, Normalizer};
+use crate::norm::{NormError, NormMode, NormStats, Normalizer};
 use crate::prompt::{PromptFormat, prompt_tokens};
 use crate::robots::{RobotInput, broadcast_error};
 use crate::tokenizer::Tokenizer;
@@ -23,7 +24,6 @@ pub struct Policy {
     config: PolicyConfig,
     tokenizer: Arc<Tokenizer>,
     image_side: usize,
-    default_prompt: Option<String>,
     state: Normalizer,
     actions: Normalizer,
 }
@@ -88,14 +88,58 @@ impl Policy {
         };
         let state = normalizer("state", config.state_norm)?;
         let actions = normalizer("actions", config.action_norm)?;
-        Ok(Policy { config, tokenizer, image_side, default_prompt: None, state, actions })
+        let robot = &config.robot;
+        if let (Some(len), Some(dims)) = (state.covered(), robot.exact_state_dims())
+            && len < dims
+        {
+            return Err(NormError::TooShort { len, dims }.into());
+        }
+        state.check_finite("state", robot.state_dims().unwrap_or(usize::MAX))?;
+        actions.check_finite("actions", robot.output_dims())?;
+        Ok(Policy { config, tokenizer, image_side, state, actions })
     }
 
-    /// Sets the prompt of `--default-prompt`, which comes before the configuration's and after a
-    /// request's own.
-    pub fn with_default_prompt(mut self, prompt: Option<String>) -> Policy {
-        self.default_prompt = prompt;
-        self
+    /// What the statistics leave out, for people: openpi says nothing of it.
+    pub fn warnings(&self) -> Vec<String> {
+        let config = &self.config;
+        let mut warnings = Vec::new();
+        for (feature, norm, mode) in [
+            ("state", &self.state, config.state_norm),
+            ("actions", &self.actions, config.action_norm),
+        ] {
+            if mode != NormMode::Identity && norm.mode() == NormMode::Identity {
+                warnings.push(format!(
+                    "the statistics have no `{feature}`: not normalised, though {} is wanted",
+                    mode.name()
+                ));
+            }
+        }
+        let wanted = config.output_dims();
+        if let Some(len) = self.actions.covered().filter(|&len| len < wanted) {
+            warnings.push(format!(
+                "the statistics of `actions` cover {len} of the robot's {wanted} columns: the \
+                 others leave as the model gives them"
+            ));
+        }
+        if let (Some(len), Some(dims)) = (self.state.covered(), config.robot.state_dims())
+            && len < dims
+        {
+            warnings.push(format!(
+                "the statistics of `state` cover {len} numbers, {}'s state has {dims}: only \
+                 requests of {len} are answered",
+                config.robot.name()
+            ));
+        }
+        warnings
+    }
+
+    /// The contract card, with what is done to the numbers by the statistics that were found.
+    pub fn contract(&self) -> Contract {
+        let mut card = contract(&self.config);
+        let norm = &mut card.normalisation;
+        (norm.state, norm.state_covered) = (self.state.mode().name(), self.state.covered());
+        (norm.actions, norm.actions_covered) = (self.actions.mode().name(), self.actions.covered());
+        card
     }
 
     /// The configuration it was made from.
@@ -111,11 +155,6 @@ impl Policy {
     /// Side of the model's images in pixels.
     pub fn image_side(&self) -> usize {
         self.image_side
-    }
-
-    /// The prompt of a request that brings none.
-    pub fn default_prompt(&self) -> Option<&str> {
-        self.default_prompt.as_deref().or(self.config.default_prompt.as_deref())
     }
 
     /// Whether [`Policy::prepare`] takes microseconds: `observation` is short but for images that
@@ -281,7 +320,7 @@ impl Policy {
         Ok(normalized)
     }
 
-    /// The request's instruction, else the command line's, else the configuration's.
+    /// The request's instruction, else the configuration's.
     fn instruction(&self, observation: &Value) -> Result<String, PolicyError> {
         let key = self.config.robot.prompt_key();
         let required = || {
@@ -291,7 +330,7 @@ impl Policy {
             )
         };
         let Some(value) = observation.get(key) else {
-            return self.default_prompt().map(String::from).ok_or_else(required);
+            return self.config.default_prompt.clone().ok_or_else(required);
         };
         let not_text = |kind: &str, attribute: &str| PolicyError::Attribute {
             message: format!("'{kind}' object has no attribute '{attribute}'"),

@@ -79,6 +79,15 @@ impl Robot {
         }
     }
 
+    /// Length of the state, where any other is refused. LIBERO's and DROID's keys are used by other
+    /// arms too, which openpi takes.
+    pub(crate) fn exact_state_dims(&self) -> Option<usize> {
+        match self {
+            Robot::Libero | Robot::Droid => None,
+            robot => robot.state_dims(),
+        }
+    }
+
     /// Key of the instruction.
     pub fn prompt_key(&self) -> &str {
         match self {

@@ -8,7 +8,7 @@ mod pieces;
 mod proto;
 mod unigram;
 
-pub use find::{SearchPlaces, find_tokenizer, find_tokenizer_in};
+pub use find::{SearchPlaces, find_tokenizer, find_tokenizer_in, tokenizers, unread_tokenizers};
 
 use normalise::Normaliser;
 use pieces::Pieces;

@@ -14,8 +14,7 @@ const MAX_DEADLINE_MS: f64 = 86_400_000.0;
 const MAX_MATRIX: usize = 1 << 20;
 
 /// The optional keys; those of real-time chunking are [`crate::RtcFields`].
-pub(crate) const KEYS: [&str; 7] =
-    ["seed", "noise", "deadline_ms", "num_steps", "explain", "newest_wins", "session"];
+pub(crate) const KEYS: [&str; 7] = pirouette_policy::reserved::REQUEST;
 
 /// Takes the optional keys, those of real-time chunking included, out of the observation. A key
 /// that is nil counts as absent.

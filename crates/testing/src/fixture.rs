@@ -43,20 +43,6 @@ pub fn testdata() -> PathBuf {
     }
 }
 
-/// The full golden set, where it is at hand: `PIROUETTE_GOLDEN`, or `../shared/golden` beside the
-/// repository. `None` prints why the full set is skipped.
-pub fn full_golden() -> Option<PathBuf> {
-    let dir = match std::env::var_os("PIROUETTE_GOLDEN") {
-        Some(dir) => PathBuf::from(dir),
-        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/golden"),
-    };
-    if dir.is_dir() {
-        return Some(dir);
-    }
-    eprintln!("skipped: the full golden set is not here (set PIROUETTE_GOLDEN to its folder)");
-    None
-}
-
 impl Fixture {
     /// Reads a whole fixture file.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, FixtureError> {

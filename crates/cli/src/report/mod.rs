@@ -12,7 +12,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result};
 use pirouette_model::{Config, Shape, WeightTable, record, record_with};
 
-use crate::args::{ReportArgs, WeightArgs};
+use crate::args::{ReportArgs, RopeArgs, WeightArgs};
 use crate::device;
 use crate::ladder::{self, WHOLE};
 use crate::profile::{
@@ -84,6 +84,8 @@ fn measure_all(args: &ReportArgs) -> Result<Report> {
             checkpoint: args.checkpoint.clone(),
             model,
             weight_seed: args.weight_seed,
+            // It does not change the work.
+            rope: RopeArgs::default(),
         })
         .collect();
     for weights in &models {

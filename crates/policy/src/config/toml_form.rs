@@ -129,8 +129,8 @@ fn yes() -> bool {
     true
 }
 
-/// A policy from TOML text; `docs/so101.toml` of this crate shows every field with its meaning
-/// and default. Misspelt fields are errors.
+/// A policy from TOML text; `examples/so101.toml` shows every field with its meaning and default.
+/// Misspelt fields are errors.
 pub fn from_toml(text: &str) -> Result<PolicyConfig, ConfigError> {
     if text.len() > MAX_BYTES {
         return Err(ConfigError::Toml(format!("{} bytes; at most {MAX_BYTES}", text.len())));
@@ -231,7 +231,7 @@ fn plain(value: toml::Value) -> Value {
 mod tests {
     use super::*;
 
-    const EXAMPLE: &str = include_str!("../../docs/so101.toml");
+    const EXAMPLE: &str = include_str!("../../../../examples/so101.toml");
 
     #[test]
     fn the_documented_example_is_read() {
@@ -258,6 +258,21 @@ mod tests {
         let family = EXAMPLE.replace("family = \"pi05\"", "family = \"pi7\"");
         assert!(from_toml(&family).unwrap_err().to_string().contains("pi7"));
         assert!(from_toml(&"#".repeat(MAX_BYTES + 1)).is_err());
+    }
+
+    #[test]
+    fn what_would_fail_at_every_request_is_refused() {
+        for key in ["noise", "session", "inference_delay", "batch"] {
+            for own in ["observation/image", "observation/gripper_position"] {
+                let error = from_toml(&EXAMPLE.replace(own, key)).unwrap_err().to_string();
+                assert!(error.contains(&format!("uses the key `{key}`")), "{error}");
+            }
+        }
+        let camera = |i| format!("[[robot.cameras]]\nkey = \"camera {i}\"\n");
+        let more = EXAMPLE.to_string() + &camera(3);
+        assert_eq!(from_toml(&more).unwrap().robot.cameras(), 3);
+        let error = from_toml(&(more + &camera(4))).unwrap_err().to_string();
+        assert!(error.contains("has 4 entries in `cameras`; it must be 1 to 3"), "{error}");
     }
 
     #[test]

@@ -27,13 +27,17 @@ impl Contract {
         lines.push(format!(
             "asset {}: state {}, actions {}; {relative}",
             norm.asset_id.as_deref().unwrap_or("none"),
-            norm.state,
-            norm.actions,
+            over(norm.state, norm.state_covered),
+            over(norm.actions, norm.actions_covered),
         ));
         lines.extend(self.observation.iter().map(|field| format!("takes {}", one(field))));
         lines.extend(self.response.first().map(|field| format!("gives {}", one(field))));
         lines
     }
+}
+
+fn over(mode: &str, covered: Option<usize>) -> String {
+    covered.map_or_else(|| mode.into(), |n| format!("{mode} over {n}"))
 }
 
 fn one(field: &Field) -> String {

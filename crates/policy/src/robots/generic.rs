@@ -1,10 +1,11 @@
 //! A robot described by data: which keys are cameras and state, how many actions it takes.
 
-use super::{Reader, RobotInput, Seen};
+use super::{Reader, RobotInput, SLOTS, Seen};
 use crate::error::{PolicyError, wrong_shape};
 use crate::image::Layout;
+use crate::reserved;
 
-/// Most cameras or state keys of one robot.
+/// Most state keys of one robot.
 const MAX_KEYS: usize = 16;
 
 /// A lab's own robot.
@@ -61,9 +62,17 @@ impl GenericRobot {
         if keys.contains(&"") {
             return Err("has an empty key".into());
         }
-        for (what, count) in [("cameras", self.cameras.len()), ("state", self.state.len())] {
-            if !(1..=MAX_KEYS).contains(&count) {
-                return Err(format!("has {count} entries in `{what}`; it must be 1 to {MAX_KEYS}"));
+        if let Some(key) = keys.iter().find(|key| reserved::is(key)) {
+            return Err(format!(
+                "uses the key `{key}`, which the server takes out of a request for itself; choose \
+                 another"
+            ));
+        }
+        for (what, count, most) in
+            [("cameras", self.cameras.len(), SLOTS.len()), ("state", self.state.len(), MAX_KEYS)]
+        {
+            if !(1..=most).contains(&count) {
+                return Err(format!("has {count} entries in `{what}`; it must be 1 to {most}"));
             }
         }
         if !self.cameras.iter().any(|camera| camera.required) {

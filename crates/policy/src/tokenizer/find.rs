@@ -1,6 +1,7 @@
 //! Where the tokenizer's file may lie on a robot's or a lab's machine.
 
 use super::TokenizerError;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 /// Most snapshots of one Hugging Face repository looked into.
@@ -8,6 +9,11 @@ const MAX_SNAPSHOTS: usize = 32;
 /// The repositories whose `tokenizer.model` is PaliGemma's.
 const HUGGING_FACE: [&str; 3] =
     ["paligemma-3b-pt-224", "paligemma-3b-mix-224", "paligemma-3b-pt-448"];
+
+/// Names of PaliGemma's SentencePiece file.
+const NAMES: [&str; 2] = ["paligemma_tokenizer.model", "tokenizer.model"];
+/// Where it lies in a checkpoint.
+const FOLDERS: [&str; 4] = ["", "tokenizer", "assets", "assets/tokenizer"];
 
 /// Caches to look into; [`SearchPlaces::from_env`] fills it from the environment.
 #[derive(Clone, Debug, Default)]
@@ -21,9 +27,12 @@ pub struct SearchPlaces {
 impl SearchPlaces {
     /// As openpi and Hugging Face resolve them.
     pub fn from_env() -> SearchPlaces {
-        let variable = |name: &str| {
-            std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
-        };
+        Self::resolve(|name| std::env::var_os(name))
+    }
+
+    fn resolve(variable: impl Fn(&str) -> Option<OsString>) -> SearchPlaces {
+        let variable =
+            |name: &str| variable(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let home = variable("HOME");
         let cache = |name: &str| home.as_ref().map(|home| home.join(".cache").join(name));
         let expand = |path: PathBuf| match (path.strip_prefix("~"), &home) {
@@ -32,7 +41,7 @@ impl SearchPlaces {
         };
         SearchPlaces {
             openpi_home: variable("OPENPI_DATA_HOME").map(expand).or_else(|| cache("openpi")),
-            hf_home: variable("HF_HOME").or_else(|| cache("huggingface")),
+            hf_home: variable("HF_HOME").map(expand).or_else(|| cache("huggingface")),
         }
     }
 }
@@ -52,38 +61,53 @@ pub fn find_tokenizer_in(
     checkpoint: Option<&Path>,
     places: &SearchPlaces,
 ) -> Result<PathBuf, TokenizerError> {
-    let mut looked = Vec::new();
-    let mut note = String::new();
-    if let Some(flag) = flag {
-        looked.push(flag.to_path_buf());
-        if flag.is_dir() {
-            looked = ["paligemma_tokenizer.model", "tokenizer.model"].map(|n| flag.join(n)).into();
-        }
-    } else {
-        if let Some(directory) = checkpoint {
-            for folder in ["", "tokenizer", "assets", "assets/tokenizer"] {
-                for name in ["paligemma_tokenizer.model", "tokenizer.model"] {
-                    looked.push(directory.join(folder).join(name));
-                }
-            }
-            let json = directory.join("tokenizer").join("tokenizer.json");
-            if json.is_file() {
-                note = format!("; {} is there, but in a format not read", json.display());
-            }
-        }
-        if let Some(home) = &places.openpi_home {
-            looked.push(home.join("big_vision").join("paligemma_tokenizer.model"));
-        }
-        if let Some(home) = &places.hf_home {
-            for name in HUGGING_FACE {
-                looked.extend(snapshots(&home.join("hub").join(format!("models--google--{name}"))));
-            }
-        }
-    }
+    let mut looked = match flag {
+        Some(flag) if flag.is_dir() => NAMES.map(|name| flag.join(name)).into(),
+        Some(flag) => vec![flag.to_path_buf()],
+        None => usual_places(checkpoint, places),
+    };
     match looked.iter().position(|path| path.is_file()) {
         Some(index) => Ok(looked.swap_remove(index)),
-        None => Err(TokenizerError::NotFound { looked, note }),
+        None => {
+            let unread = checkpoint.filter(|_| flag.is_none()).map(unread_tokenizers);
+            let note = unread.iter().flatten().next().map_or_else(String::new, |json| {
+                format!("; {} is there, but in a format not read", json.display())
+            });
+            Err(TokenizerError::NotFound { looked, note })
+        }
     }
+}
+
+/// Every tokenizer file where [`find_tokenizer`] looks, the one it takes first.
+pub fn tokenizers(checkpoint: &Path) -> Vec<PathBuf> {
+    let mut found = usual_places(Some(checkpoint), &SearchPlaces::from_env());
+    found.retain(|path| path.is_file());
+    found
+}
+
+/// Tokenizers of a checkpoint in Hugging Face's format, which is not read.
+pub fn unread_tokenizers(checkpoint: &Path) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> =
+        FOLDERS.iter().map(|folder| checkpoint.join(folder).join("tokenizer.json")).collect();
+    found.retain(|path| path.is_file());
+    found
+}
+
+/// In the checkpoint, then in the caches.
+fn usual_places(checkpoint: Option<&Path>, places: &SearchPlaces) -> Vec<PathBuf> {
+    let mut looked = Vec::new();
+    for folder in checkpoint.into_iter().flat_map(|root| FOLDERS.map(|folder| root.join(folder))) {
+        looked.extend(NAMES.map(|name| folder.join(name)));
+    }
+    if let Some(home) = &places.openpi_home {
+        looked.push(home.join("big_vision").join("paligemma_tokenizer.model"));
+    }
+    if let Some(home) = &places.hf_home {
+        for name in HUGGING_FACE {
+            looked.extend(snapshots(&home.join("hub").join(format!("models--google--{name}"))));
+        }
+    }
+    looked
 }
 
 /// `tokenizer.model` of every snapshot; of a repository that is not there, the pattern.
@@ -142,9 +166,27 @@ mod tests {
     }
 
     #[test]
+    fn caches_are_resolved_as_openpi_does() {
+        let resolve = |home: &str, openpi: &str| {
+            let value = |name: &str| match name {
+                "HOME" => Some(home.into()),
+                "OPENPI_DATA_HOME" => Some(openpi.into()),
+                _ => None,
+            };
+            SearchPlaces::resolve(value).openpi_home
+        };
+        assert_eq!(resolve("/h", "/data").unwrap(), Path::new("/data"));
+        assert_eq!(resolve("/h", "~/data").unwrap(), Path::new("/h/data"));
+        assert_eq!(resolve("/h", "").unwrap(), Path::new("/h/.cache/openpi"));
+        assert_eq!(resolve("", ""), None);
+    }
+
+    #[test]
     fn a_hugging_face_json_is_mentioned() {
         let root = tempfile::tempdir().unwrap();
-        touch(&root.path().join("tokenizer/tokenizer.json"));
+        let json = root.path().join("tokenizer/tokenizer.json");
+        touch(&json);
+        assert_eq!(unread_tokenizers(root.path()), [json]);
         let error = find_tokenizer_in(None, Some(root.path()), &SearchPlaces::default());
         assert!(error.unwrap_err().to_string().contains("tokenizer.json is there"));
     }

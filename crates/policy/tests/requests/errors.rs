@@ -169,7 +169,7 @@ fn what_is_missing_is_told_in_openpis_order_with_the_schema() {
 }
 
 #[test]
-fn request_before_command_line_before_configuration() {
+fn request_before_configuration() {
     let towel = policy("pi0_aloha_towel");
     let without = changed(&towel, "prompt", None);
     let with = changed(&towel, "prompt", text("uncap the pen"));
@@ -179,9 +179,7 @@ fn request_before_command_line_before_configuration() {
         [&[t.bos()][..], &t.encode(s), &t.encode("\n")].concat()
     };
     assert_eq!(tokens(&towel, &without), encode("fold the towel"));
-    let flagged = towel.clone().with_default_prompt(Some("pick up".into()));
-    assert_eq!(tokens(&flagged, &without), encode("pick up"));
-    assert_eq!(tokens(&flagged, &with), encode("uncap the pen"));
+    assert_eq!(tokens(&towel, &with), encode("uncap the pen"));
     let points: Vec<u8> = "pick up".chars().flat_map(|c| (c as u32).to_le_bytes()).collect();
     let array = NdArray { dtype: Scalar::Unicode(7), shape: vec![], data: points.into() };
     let numpy = changed(&towel, "prompt", Some(Value::Array(array)));
@@ -259,11 +257,45 @@ fn statistics_may_be_shorter_or_padded() {
     // Padded statistics of an old checkpoint: the robot's own length is fine.
     let droid = policy_of(named("pi0_droid").unwrap(), 32);
     assert!(droid.prepare(&sample_observation(droid.config(), 1)).is_ok());
-    // Another arm behind DROID's keys: its own statistics say so.
+    // Another arm behind DROID's or LIBERO's keys: its own statistics say so, as in openpi.
     let six = policy_of(named("pi0_droid").unwrap(), 7);
     let observation = changed(&six, "observation/joint_position", zeros(&[6]));
     assert!(six.prepare(&observation).is_ok());
     assert!(six.prepare(&sample_observation(six.config(), 1)).is_err());
+    let seven = policy_of(named("pi0_libero").unwrap(), 7);
+    let observation = changed(&seven, "observation/state", zeros(&[7]));
+    assert!(seven.prepare(&observation).is_ok());
+    assert!(seven.prepare(&sample_observation(seven.config(), 1)).is_err());
+}
+
+fn z_score_of(len: usize, std: f64) -> FeatureStats {
+    let mut stats = FeatureStats::default();
+    stats.set("mean", vec![0.0; len]);
+    stats.set("std", vec![std; len]);
+    stats
+}
+
+#[test]
+fn what_the_statistics_leave_out_is_told_and_shown() {
+    let start = |name: &str, stats: &NormStats| {
+        Policy::new(named(name).unwrap(), stats, crate::tokenizer(), 224).unwrap()
+    };
+    let mut stats = NormStats::default();
+    stats.set("actions", z_score_of(6, 1.0));
+    let droid = start("pi0_droid", &stats);
+    let [state, actions] = &droid.warnings()[..] else { panic!("{:?}", droid.warnings()) };
+    assert!(state.contains("no `state`") && state.contains("z_score"), "{state}");
+    assert!(actions.contains("cover 6 of the robot's 8 columns"), "{actions}");
+    let line = "asset droid: state identity, actions z_score over 6; actions absolute";
+    assert_eq!(droid.contract().lines()[1], line);
+    stats.set("actions", z_score_of(32, 1.0));
+    stats.set("state", z_score_of(7, 1.0));
+    let libero = start("pi0_libero", &stats);
+    let [state] = &libero.warnings()[..] else { panic!("{:?}", libero.warnings()) };
+    assert!(state.contains("cover 7 numbers, libero's state has 8"), "{state}");
+    let zeros = zeros(&[7]);
+    assert!(libero.prepare(&changed(&libero, "observation/state", zeros)).is_ok());
+    assert!(policy("pi0_droid").warnings().is_empty());
 }
 
 #[test]
@@ -271,12 +303,25 @@ fn statistics_that_can_not_work_stop_the_start() {
     let start = |name: &str, stats: &NormStats| {
         Policy::new(named(name).unwrap(), stats, crate::tokenizer(), 224).unwrap_err().to_string()
     };
-    let mut z_score = FeatureStats::default();
-    z_score.set("mean", vec![0.0; 40]);
-    z_score.set("std", vec![1.0; 40]);
+    let z_score = z_score_of(40, 1.0);
     let mut stats = NormStats::default();
     stats.set("actions", z_score.clone());
     assert!(start("pi0_droid", &stats).contains("40 dimensions"));
+    let mut short = NormStats::default();
+    short.set("state", z_score_of(7, 1.0));
+    let error = start("pi0_aloha_towel", &short);
+    assert!(error.contains("covers 7 numbers, this robot's state has 14"), "{error}");
+    for (feature, name) in [("state", "mean"), ("actions", "std")] {
+        let mut broken = z_score_of(8, 1.0);
+        broken.set(name, [&[0.0; 7][..], &[f64::NAN]].concat());
+        let mut stats = NormStats::default();
+        stats.set(feature, broken);
+        let want = format!("`{feature}.{name}` is NaN at index 7");
+        assert!(start("pi0_droid", &stats).contains(&want));
+        // LIBERO has one action column less.
+        let libero = Policy::new(named("pi0_libero").unwrap(), &stats, crate::tokenizer(), 224);
+        assert_eq!(libero.is_ok(), feature == "actions");
+    }
     assert!(start("pi05_droid", &stats).contains("q01"));
     stats.set("reward", z_score);
     assert!(start("pi0_droid", &stats).starts_with("Selector key reward not found in tree"));

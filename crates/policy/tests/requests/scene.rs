@@ -65,7 +65,8 @@ fn what_a_scene_lacks_is_named() {
 
 #[test]
 fn a_robot_of_ones_own_is_filled_part_by_part() {
-    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/so101.toml"));
+    let text =
+        std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/so101.toml"));
     let config = from_toml(&text.unwrap()).unwrap();
     let dims = config.robot.state_dims().unwrap();
     let own = policy_of(config, dims);
