@@ -44,7 +44,7 @@ pub const TARGETS: &[Target] = &[
         run: stats,
     },
     Target { name: "tokenizer", seeds: &[("D_preprocess/tokenizer", ".model")], run: tokenizer },
-    Target { name: "policy_toml", seeds: &[("../crates/policy/docs", ".toml")], run: toml },
+    Target { name: "policy_toml", seeds: &[("../examples", ".toml")], run: toml },
 ];
 
 /// The seed files of a target.

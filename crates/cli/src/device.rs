@@ -143,7 +143,23 @@ fn available_memory() -> Option<u64> {
 }
 
 fn has_gpu() -> bool {
-    Driver::open().is_ok_and(|driver| driver.device_count() > 0)
+    no_gpu().is_none()
+}
+
+fn no_gpu() -> Option<String> {
+    match Driver::open() {
+        Err(error) => Some(error.to_string()),
+        Ok(driver) if driver.device_count() == 0 => Some("the driver shows none".into()),
+        Ok(_) => None,
+    }
+}
+
+/// What to say where `auto` means the CPU because there is no GPU.
+pub fn on_cpu(args: &DeviceArgs) -> Option<String> {
+    if args.device != "auto" || args.precision == Precision::F32 {
+        return None;
+    }
+    no_gpu().map(|why| format!("no GPU can be used ({why}): the model runs on the CPU"))
 }
 
 /// The sensors of the GPUs the flags name, with the GPUs' names.

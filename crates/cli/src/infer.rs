@@ -68,7 +68,7 @@ pub fn run(args: &InferArgs) -> Result<()> {
     let (policy, warnings) =
         setup::policy(config, &weights.config, weights.checkpoint(), &policy_args)?;
     eprintln!("{}; {}", setup::describe(&policy), weights.origin);
-    warnings.iter().for_each(|w| eprintln!("note: {w}"));
+    warnings.iter().chain(&device::on_cpu(&args.device)).for_each(|w| eprintln!("note: {w}"));
     let observation = match &args.observation {
         Some(path) => read(path)?,
         None => {
