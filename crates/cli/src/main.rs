@@ -5,6 +5,7 @@ mod bench;
 mod descriptors;
 mod device;
 mod doctor;
+mod ending;
 #[cfg(feature = "fault-injection")]
 mod fault;
 mod golden;

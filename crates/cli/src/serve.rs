@@ -21,6 +21,7 @@ use pirouette_server::{
 use crate::args::{DeviceArgs, RopeArgs};
 use crate::descriptors;
 use crate::device::{self, Target};
+use crate::ending;
 use crate::log::{self, LogFormat};
 use crate::model::{Isolate, ModelPlan, Served};
 use crate::service::PolicyService;
@@ -194,9 +195,11 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     });
     // Also the admin port's connections and the checkpoint's files.
     descriptors::raise((serve.max_connections + serve.max_handshakes + 256) as u64);
-    let service = load(args)?;
+    let service = Arc::new(load(args)?);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(listen(doors, service, serve, record))
+    let served = runtime.block_on(listen(doors, &service, serve, record));
+    ending::leave(runtime, service);
+    served
 }
 
 /// The policy and its engine, as the flags say; the devices open on their own threads.
@@ -363,7 +366,7 @@ fn local(uri: &str) -> Result<PathBuf> {
 
 async fn listen(
     doors: Doors<SocketAddr>,
-    service: PolicyService,
+    service: &Arc<PolicyService>,
     mut options: ServeOptions,
     record: Option<RecordOptions>,
 ) -> Result<()> {
@@ -390,10 +393,9 @@ async fn listen(
         tracing::info!("LeRobot's clients are served at {address}, without keys and without TLS");
     }
     let listeners = Doors { public, admin, lerobot };
-    let service = Arc::new(service);
-    options.recorder = recorder(record.as_ref(), &service)?;
+    options.recorder = recorder(record.as_ref(), service)?;
     let recorder = options.recorder.clone();
-    let watched = Arc::clone(&service);
+    let watched = Arc::clone(service);
     let (failed, failure) = tokio::sync::oneshot::channel();
     tokio::spawn(async move {
         let started = std::time::Instant::now();
@@ -411,14 +413,8 @@ async fn listen(
         }
     };
     let served =
-        pirouette_server::serve_doors(listeners, Arc::clone(&service) as _, options, shutdown)
-            .await;
-    let engine = Arc::clone(&service);
-    tokio::task::spawn_blocking(move || {
-        recorder.inspect(|recorder| recorder.finish());
-        engine.model().engine.drain(Duration::from_secs(10))
-    })
-    .await?;
+        pirouette_server::serve_doors(listeners, Arc::clone(service) as _, options, shutdown).await;
+    ending::settle(service, recorder).await;
     match cause {
         Some(why) => bail!("the model could not be loaded: {why}"),
         None if served.drained => tracing::info!("drained"),

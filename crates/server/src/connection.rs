@@ -36,6 +36,9 @@ use crate::socket::{Fault, Message, Socket};
 /// openpi's own reason, byte for byte.
 const ERROR_REASON: &str = "Internal server error. Traceback included in previous frame.";
 
+/// Reason of a close at shutdown.
+const STOPS: &str = "server is shutting down";
+
 /// How long a closing handshake may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -137,8 +140,7 @@ pub(crate) async fn run<S: AsyncRead + AsyncWrite>(socket: Socket<S>, terms: Ter
 impl<S: AsyncRead + AsyncWrite> Connection<S> {
     /// Never returns `Ok`: a conversation ends with an [`End`].
     async fn converse(&mut self) -> Result<(), End> {
-        let service = self.shared.service.clone();
-        self.while_listening(service.warm()).await?;
+        self.warm().await?;
         self.greet().await?;
         let mut previous_ms = None;
         loop {
@@ -172,6 +174,20 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
         }
     }
 
+    /// Waits until the service is warm, or says goodbye where the server stops before.
+    async fn warm(&mut self) -> Result<(), End> {
+        let (service, mut draining) = (self.shared.service.clone(), self.draining.clone());
+        let warm = async {
+            tokio::select! {
+                biased;
+                () = service.warm() => Ok(()),
+                // The channel closes only when the server is dropped.
+                _ = draining.wait_for(|draining| *draining) => Err(End::Close(GOING_AWAY, STOPS)),
+            }
+        };
+        self.while_listening(warm).await?
+    }
+
     /// Sends the metadata, unless the client is one that speaks first.
     async fn greet(&mut self) -> Result<(), End> {
         if self.dialect == Dialect::Auto {
@@ -203,7 +219,7 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
                 return Ok(next);
             }
             if *self.draining.borrow() {
-                return Err(End::Close(GOING_AWAY, "server is shutting down"));
+                return Err(End::Close(GOING_AWAY, STOPS));
             }
             self.listen().await?;
         }
@@ -274,7 +290,7 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
             () = &mut self.alarm => self.silence().await,
             changed = self.draining.changed(), if !draining => {
                 // The channel closes only when the server is dropped.
-                changed.map_err(|_| End::Close(GOING_AWAY, "server is shutting down"))
+                changed.map_err(|_| End::Close(GOING_AWAY, STOPS))
             }
         }
     }

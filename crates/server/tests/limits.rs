@@ -260,6 +260,23 @@ async fn shutdown_answers_what_runs_then_says_goodbye() {
 }
 
 #[tokio::test]
+async fn shutdown_says_goodbye_to_those_who_wait_for_a_model() {
+    let mut server = Server::start(Value::Map(vec![]), false, defaults()).await;
+    let mut waiting = server.websocket().await;
+    // Whoever has spoken already is not answered either.
+    let mut early = server.websocket().await;
+    early.ask(&[state(1.0)]).await;
+    server.shut_down();
+    for client in [&mut waiting, &mut early] {
+        assert_eq!(client.frame().await.close(), (1001, "server is shutting down"));
+        client.send(8, &1001u16.to_be_bytes()).await;
+        client.closed().await;
+    }
+    let served = tokio::time::timeout(rig::PATIENCE, &mut server.task).await.unwrap().unwrap();
+    assert!(served.drained);
+}
+
+#[tokio::test]
 async fn a_drain_that_takes_too_long_is_given_up() {
     let options = ServeOptions { drain_timeout: Duration::from_millis(200), ..defaults() };
     let mut server = Server::plain(options).await;
