@@ -193,8 +193,10 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         dir: dir.to_owned(),
         limit_bytes: args.record_limit_mib.saturating_mul(1 << 20),
     });
-    // Also the admin port's connections and the checkpoint's files.
-    descriptors::raise((serve.max_connections + serve.max_handshakes + 256) as u64);
+    // LeRobot's port has handshakes of its own; then the admin port's connections and the
+    // checkpoint's files.
+    let handshakes = serve.max_handshakes * (1 + usize::from(doors.lerobot.is_some()));
+    descriptors::raise((serve.max_connections + handshakes + 256) as u64);
     let service = Arc::new(load(args)?);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let served = runtime.block_on(listen(doors, &service, serve, record));

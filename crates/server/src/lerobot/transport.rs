@@ -26,8 +26,9 @@ const MAX_STREAMS: u32 = 8;
 /// Bytes of all calls of a connection that may be on their way unread.
 const WINDOW: u32 = 1 << 20;
 
-/// Accepts for as long as the server lives. A connection holds a life from its beginning on, and
-/// a place among the connections from its first call on.
+/// Accepts for as long as the server lives. A connection holds a life from its beginning on, a
+/// place among those that shake hands at first, and one among the connections from the first call
+/// on that finds one free.
 pub(crate) async fn listen<L: Listener>(
     mut listener: L,
     shared: Arc<Shared>,
@@ -69,7 +70,8 @@ struct Link {
     shared: Arc<Shared>,
     robot: Robot,
     admission: Mutex<Admission>,
-    called: AtomicBool,
+    /// Whether it has a place among the connections.
+    admitted: AtomicBool,
 }
 
 /// A connection to its end.
@@ -82,7 +84,7 @@ async fn converse<Io>(
     Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let options = &shared.options;
-    let first_call = Instant::now() + options.handshake_timeout;
+    let admitted_by = Instant::now() + options.handshake_timeout;
     let mut builder = http2::Builder::new(TokioExecutor::new());
     builder
         .timer(TokioTimer::new())
@@ -96,7 +98,7 @@ async fn converse<Io>(
     let number = shared.metrics.opened.fetch_add(1, Relaxed) + 1;
     let robot = Robot::new(shared.clone(), draining.clone(), number);
     let admission = Mutex::new(Admission { handshake: Some(permit), slot: None });
-    let link = Arc::new(Link { shared, robot, admission, called: AtomicBool::new(false) });
+    let link = Arc::new(Link { shared, robot, admission, admitted: AtomicBool::new(false) });
     let answering = link.clone();
     let answer = service_fn(move |request| {
         let link = answering.clone();
@@ -113,8 +115,8 @@ async fn converse<Io>(
                 }
                 return;
             }
-            () = sleep_until(first_call), if !link.called.load(Relaxed) => {
-                if !link.called.load(Relaxed) {
+            () = sleep_until(admitted_by), if !link.admitted.load(Relaxed) => {
+                if !link.admitted.load(Relaxed) {
                     link.shared.metrics.refused("handshake_timeout");
                     return;
                 }
@@ -155,11 +157,10 @@ impl Link {
         response
     }
 
-    /// The first call takes a place among the connections and gives that of the handshake back.
+    /// A call takes a place among the connections, if it has none, and gives that of the handshake
+    /// back. Without one the handshake goes on, with its own bound and end.
     fn admit(&self) -> Result<(), Status> {
         let mut admission = self.admission.lock().unwrap_or_else(PoisonError::into_inner);
-        self.called.store(true, Relaxed);
-        admission.handshake = None;
         if admission.slot.is_none() {
             let Ok(slot) = self.shared.slots.clone().try_acquire_owned() else {
                 self.shared.metrics.refused("connections");
@@ -168,6 +169,8 @@ impl Link {
                 return Err(Status::unavailable(text, "overloaded"));
             };
             admission.slot = Some(slot);
+            admission.handshake = None;
+            self.admitted.store(true, Relaxed);
         }
         Ok(())
     }

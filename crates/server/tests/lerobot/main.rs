@@ -324,6 +324,7 @@ async fn robots_do_not_see_each_other_and_one_that_leaves_withdraws_its_request(
 async fn connections_are_bounded_in_number_and_patience() {
     let options = ServeOptions {
         max_connections: 1,
+        max_handshakes: 4,
         handshake_timeout: Duration::from_secs(2),
         keepalive_timeout: Duration::from_secs(2),
         ..ServeOptions::default()
@@ -339,9 +340,21 @@ async fn connections_are_bounded_in_number_and_patience() {
         assert!(ended.is_ok(), "closed or reset");
     }
     let robot = Client::ready(server.lerobot_address).await;
-    let second = Client::connect(server.lerobot_address).await;
-    let (code, text) = second.call("Ready", &framed(b"")).await.unwrap_err();
-    assert!(code == UNAVAILABLE && text.contains("all 1 connections"), "{code} {text}");
+    // Those that find no place keep that of their handshake, which ends them.
+    let mut refused = Vec::new();
+    for _ in 0..4 {
+        let client = Client::connect(server.lerobot_address).await;
+        let (code, text) = client.call("Ready", &framed(b"")).await.unwrap_err();
+        assert!(code == UNAVAILABLE && text.contains("all 1 connections"), "{code} {text}");
+        refused.push(client);
+    }
+    let mut fifth = tokio::net::TcpStream::connect(server.lerobot_address).await.unwrap();
+    let mut rest = Vec::new();
+    let ended = tokio::time::timeout(PATIENCE, fifth.read_to_end(&mut rest)).await;
+    assert!(ended.is_ok(), "closed or reset");
+    let all = metrics(&server).await;
+    assert!(all.contains("refused_total{reason=\"handshakes\"} 1"), "{all}");
+    eventually("they end", || refused.iter().all(|client| client.connection.is_finished())).await;
     // An observation that never ends is given up; the robot is served on.
     let request = axum::http::Request::post("http://x/transport.AsyncInference/SendObservations")
         .header("content-type", "application/grpc");
@@ -353,7 +366,8 @@ async fn connections_are_bounded_in_number_and_patience() {
     robot.observe(&seen(0, 1.0, true, "x")).await.unwrap();
     assert_eq!(robot.actions().await.unwrap(), answer(0, 1.0));
     robot.connection.abort();
-    // Its place is free in the end.
+    // Its place is free in the end, also for one that was refused before.
+    let second = Client::connect(server.lerobot_address).await;
     for _ in 0..500 {
         if second.call("Ready", &framed(b"")).await.is_ok() {
             return;
