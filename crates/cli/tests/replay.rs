@@ -42,34 +42,48 @@ fn listens(port: u16) -> bool {
     stream.is_ok_and(|s| s.local_addr().is_ok_and(|a| a.port() != port))
 }
 
-fn record(dir: &Path, requests: usize) {
-    let port = {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.local_addr().unwrap().port()
-    };
-    let flags = ["--record", dir.to_str().unwrap(), "--port", &port.to_string()];
-    let mut served = Served(pirouette(&["serve"], &flags).spawn().unwrap());
-    let started = Instant::now();
-    while !listens(port) {
-        assert!(served.0.try_wait().unwrap().is_none(), "the server ended");
-        assert!(started.elapsed() < Duration::from_secs(60), "the server does not listen");
-        std::thread::sleep(Duration::from_millis(20));
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+impl Served {
+    fn start(command: &mut Command, port: u16) -> Served {
+        let mut served = Served(command.spawn().unwrap());
+        let started = Instant::now();
+        while !listens(port) {
+            assert!(served.0.try_wait().unwrap().is_none(), "the server ended");
+            assert!(started.elapsed() < Duration::from_secs(60), "the server does not listen");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        served
     }
+}
+
+/// Two clients ask.
+fn ask(port: u16, requests: usize, seed: u64) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
+    let report = runtime.block_on(load::run(&LoadOptions {
+        url: format!("ws://127.0.0.1:{port}"),
+        api_key: None,
+        clients: 2,
+        requests: requests / 2,
+        warm_up: 0,
+        duration: None,
+        rate: None,
+        deadline: None,
+        observation: sample_observation(&named(POLICY).unwrap(), seed),
+        timeout: Duration::from_secs(60),
+    }));
+    assert_eq!(report.unwrap().good as usize, requests);
+}
+
+fn record(dir: &Path, requests: usize) {
+    let port = free_port();
+    let flags = ["--record", dir.to_str().unwrap(), "--port", &port.to_string()];
+    let mut served = Served::start(&mut pirouette(&["serve"], &flags), port);
     for seed in 0..2 {
-        let report = runtime.block_on(load::run(&LoadOptions {
-            url: format!("ws://127.0.0.1:{port}"),
-            api_key: None,
-            clients: 2,
-            requests: requests / 4,
-            warm_up: 0,
-            duration: None,
-            rate: None,
-            deadline: None,
-            observation: sample_observation(&named(POLICY).unwrap(), seed),
-            timeout: Duration::from_secs(60),
-        }));
-        assert_eq!(report.unwrap().good as usize, requests / 2);
+        ask(port, requests / 2, seed);
     }
     let id = served.0.id().to_string();
     assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
@@ -134,4 +148,44 @@ fn what_is_no_recording_is_named() {
     assert_eq!(output.status.code(), Some(1));
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(log.contains("holds no recording"), "{log}");
+}
+
+/// What `/metrics` says of `name`.
+#[cfg(unix)]
+fn metric(port: u16, name: &str) -> u64 {
+    use std::io::{Read, Write};
+    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    let mut metrics = String::new();
+    stream.read_to_string(&mut metrics).unwrap();
+    let line = metrics.lines().find_map(|line| line.strip_prefix(name));
+    line.unwrap_or_else(|| panic!("no {name}: {metrics}")).trim().parse().unwrap()
+}
+
+/// A limit on the size of files stands for a full disk: files are made, and writing fails.
+#[cfg(unix)]
+#[test]
+fn a_full_disk_costs_no_files_and_is_not_tried_with_every_request() {
+    for (blocks, files) in [(0, 0), (8, 2)] {
+        let dir = tempfile::tempdir().unwrap();
+        let port = free_port();
+        let limit = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$0\" \"$@\"");
+        let mut command = Command::new("sh");
+        command.args(["-c", &limit, env!("CARGO_BIN_EXE_pirouette"), "serve", POLICY]);
+        command.args(["--device", "null", "--port", &port.to_string(), "--record"]);
+        let served = Served::start(command.arg(dir.path()).stdin(Stdio::null()), port);
+        ask(port, 8, 0);
+        let started = Instant::now();
+        while metric(port, "pirouette_record_dropped_total{reason=\"failed\"}") < 8 {
+            assert!(started.elapsed() < Duration::from_secs(60), "requests are not dropped");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let found: Vec<u64> = std::fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().metadata().unwrap().len())
+            .collect();
+        assert_eq!(found.len(), files, "{found:?}");
+        assert_eq!(metric(port, "pirouette_record_bytes"), found.iter().sum::<u64>());
+        drop(served);
+    }
 }

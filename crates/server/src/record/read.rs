@@ -128,8 +128,9 @@ impl Recording {
     /// Looks into a folder.
     pub fn open(dir: &Path) -> Result<Self, RecordingError> {
         let shown = dir.display().to_string();
-        let names =
-            names(dir).map_err(|error| RecordingError::Read { path: shown.clone(), error })?;
+        // Frames without an index are what a server that was killed had just begun.
+        let names = names(dir, &["jsonl"])
+            .map_err(|error| RecordingError::Read { path: shown.clone(), error })?;
         if names.is_empty() {
             return Err(RecordingError::Empty(shown));
         }

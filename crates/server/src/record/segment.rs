@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
@@ -16,6 +16,12 @@ pub(super) const VERSION: u64 = 1;
 /// Segments of a folder that is full: one of them goes when room is needed.
 const SEGMENTS: u64 = 8;
 
+/// How long a disk that failed is left alone.
+const PAUSE: Duration = Duration::from_secs(5);
+
+/// Both files of a segment. The index goes first and comes last: frames alone are no recording.
+const FILES: [&str; 2] = ["jsonl", "frames"];
+
 /// A folder that is recorded into.
 pub(super) struct Folder {
     dir: PathBuf,
@@ -24,6 +30,8 @@ pub(super) struct Folder {
     finished: Vec<(String, u64)>,
     open: Option<Segment>,
     made: u64,
+    /// Until when nothing is tried after a failure.
+    paused: Option<Instant>,
 }
 
 struct Segment {
@@ -38,15 +46,26 @@ struct Segment {
 impl Folder {
     pub(super) fn open(options: &RecordOptions) -> std::io::Result<Self> {
         make_private_dir(&options.dir)?;
-        let dir = options.dir.clone();
-        let mut finished = Vec::new();
-        for name in names(&dir)? {
-            let size =
-                |e: &str| std::fs::metadata(dir.join(format!("{name}.{e}"))).map(|m| m.len());
-            let bytes = size("frames").unwrap_or(0) + size("jsonl").unwrap_or(0);
-            finished.push((name, bytes));
+        let (dir, limit) = (options.dir.clone(), options.limit_bytes);
+        let names = names(&dir, &FILES)?;
+        let mut folder =
+            Folder { dir, limit, finished: Vec::new(), open: None, made: 0, paused: None };
+        for name in names {
+            folder.finish(name);
         }
-        Ok(Folder { dir, limit: options.limit_bytes, finished, open: None, made: 0 })
+        Ok(folder)
+    }
+
+    fn file(&self, name: &str, extension: &str) -> PathBuf {
+        self.dir.join(format!("{name}.{extension}"))
+    }
+
+    /// Enters a segment with what the disk holds of it, which after a failure may be more than was
+    /// written whole.
+    fn finish(&mut self, name: String) {
+        let size = |e: &str| std::fs::metadata(self.file(&name, e)).map_or(0, |m| m.len());
+        let bytes = FILES.map(size).iter().sum();
+        self.finished.push((name, bytes));
     }
 
     /// Bytes in the folder.
@@ -55,9 +74,18 @@ impl Folder {
         self.finished.iter().map(|(_, bytes)| bytes).sum::<u64>() + open
     }
 
-    /// Writes an entry; false when it is larger than the whole folder may be.
+    /// Writes an entry; false when it is larger than the whole folder may be. After a failure
+    /// nothing is tried for a while.
     pub(super) fn write(&mut self, entry: &Entry, identity: &Identity) -> std::io::Result<bool> {
-        let identity = identity();
+        if self.paused.is_some_and(|until| Instant::now() < until) {
+            return Err(std::io::Error::other("the disk failed a moment ago"));
+        }
+        let written = self.try_write(entry, identity());
+        self.paused = written.is_err().then(|| Instant::now() + PAUSE);
+        written
+    }
+
+    fn try_write(&mut self, entry: &Entry, identity: Value) -> std::io::Result<bool> {
         let share = self.limit / SEGMENTS;
         let need = |at: u64| entry.bytes() + entry.line(at).to_string().len() as u64 + 1;
         let at = self.open.as_ref().map_or(0, |s| s.frame_bytes);
@@ -82,7 +110,7 @@ impl Folder {
         match segment.write(entry) {
             Ok(()) => self.open = Some(segment),
             Err(error) => {
-                self.finished.push((segment.name.clone(), segment.bytes()));
+                self.finish(segment.name);
                 return Err(error);
             }
         }
@@ -91,7 +119,7 @@ impl Folder {
 
     fn close(&mut self) {
         if let Some(segment) = self.open.take() {
-            self.finished.push((segment.name.clone(), segment.bytes()));
+            self.finish(segment.name);
         }
     }
 
@@ -102,9 +130,8 @@ impl Folder {
                 self.close();
             }
             let Some((name, _)) = self.finished.first() else { break };
-            for extension in ["frames", "jsonl"] {
-                let file = self.dir.join(format!("{name}.{extension}"));
-                match std::fs::remove_file(file) {
+            for extension in FILES {
+                match std::fs::remove_file(self.file(name, extension)) {
                     Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                         return Err(error);
                     }
@@ -118,13 +145,21 @@ impl Folder {
 
     fn begin(&mut self, identity: Value) -> std::io::Result<Segment> {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        // Names sort by time also where the clock was set back: the oldest segment goes first.
+        let newest = self.finished.last().map_or(0, |(name, _)| time_of(name));
+        let time = now.as_millis().max(newest + 1);
         self.made += 1;
-        // The number keeps the order of segments that begin in one millisecond.
-        let name = format!("{:014}-{:06}", now.as_millis(), self.made);
-        let frames = create_private(&self.dir.join(format!("{name}.frames")))?;
-        let mut index = create_private(&self.dir.join(format!("{name}.jsonl")))?;
+        let name = format!("{time:014}-{:06}", self.made % 1_000_000);
         let head = head(&identity);
-        index.write_all(head.as_bytes())?;
+        let (frames_path, index_path) = (self.file(&name, "frames"), self.file(&name, "jsonl"));
+        // Nothing half begun stays behind; what can't be removed is found at the next start.
+        let remove = |path: &Path| drop(std::fs::remove_file(path));
+        let frames = create_private(&frames_path)?;
+        let mut index = create_private(&index_path).inspect_err(|_| remove(&frames_path))?;
+        index.write_all(head.as_bytes()).inspect_err(|_| {
+            remove(&index_path);
+            remove(&frames_path);
+        })?;
         let index_bytes = head.len() as u64;
         Ok(Segment { name, identity, frames, index, frame_bytes: 0, index_bytes })
     }
@@ -154,20 +189,30 @@ impl Segment {
     }
 }
 
-/// Names of a folder's segments, oldest first; whatever else lies there is left alone.
-pub(super) fn names(dir: &Path) -> std::io::Result<Vec<String>> {
+/// Names of a folder's segments that have a file of these, oldest first; whatever else lies there
+/// is left alone.
+pub(super) fn names(dir: &Path, extensions: &[&str]) -> std::io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(dir)? {
         let file = entry?.file_name();
-        let Some(name) = file.to_str().and_then(|f| f.strip_suffix(".jsonl")) else { continue };
+        let parts = file.to_str().and_then(|file| file.split_once('.'));
+        let Some((name, extension)) = parts else { continue };
         let digits =
             |part: &str, n: usize| part.len() == n && part.bytes().all(|b| b.is_ascii_digit());
-        if name.split_once('-').is_some_and(|(time, count)| digits(time, 14) && digits(count, 6)) {
+        let ours =
+            name.split_once('-').is_some_and(|(time, count)| digits(time, 14) && digits(count, 6));
+        if ours && extensions.contains(&extension) {
             names.push(name.to_owned());
         }
     }
     names.sort();
+    names.dedup();
     Ok(names)
+}
+
+/// Milliseconds in a segment's name.
+fn time_of(name: &str) -> u128 {
+    name.split('-').next().and_then(|time| time.parse().ok()).unwrap_or(0)
 }
 
 fn make_private_dir(dir: &Path) -> std::io::Result<()> {
@@ -184,4 +229,83 @@ fn create_private(path: &Path) -> std::io::Result<File> {
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
     options.open(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recent::RequestRecord;
+
+    fn entry() -> Entry {
+        let now = Instant::now();
+        let record = RequestRecord::begin(1, 4, now, now);
+        Entry { record, request: "asks".into(), reply: "told".into() }
+    }
+
+    fn folder(dir: &Path, limit_bytes: u64) -> Folder {
+        Folder::open(&RecordOptions { dir: dir.to_owned(), limit_bytes }).unwrap()
+    }
+
+    fn write(folder: &mut Folder) -> std::io::Result<bool> {
+        folder.write(&entry(), &(Box::new(|| json!("test")) as Identity))
+    }
+
+    fn files(dir: &Path) -> Vec<String> {
+        let name = |e: std::io::Result<std::fs::DirEntry>| e.unwrap().file_name();
+        let files = std::fs::read_dir(dir).unwrap();
+        let mut files: Vec<String> = files.map(|e| name(e).into_string().unwrap()).collect();
+        files.sort();
+        files
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_does_not_make_the_newest_the_oldest() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["00000000000001-000001", "90000000000000-000007"] {
+            std::fs::write(dir.path().join(format!("{name}.jsonl")), "{}\n").unwrap();
+            std::fs::write(dir.path().join(format!("{name}.frames")), "").unwrap();
+        }
+        for number in 1..=2 {
+            let mut folder = folder(dir.path(), 1 << 20);
+            assert!(write(&mut folder).unwrap());
+            let newest = format!("{}-000001", 90_000_000_000_000_u64 + number);
+            assert_eq!(names(dir.path(), &FILES).unwrap().last(), Some(&newest));
+            assert_eq!(folder.bytes(), folder_bytes(dir.path()));
+        }
+    }
+
+    fn folder_bytes(dir: &Path) -> u64 {
+        std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().metadata().unwrap().len()).sum()
+    }
+
+    #[test]
+    fn halves_of_segments_count_and_go() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("00000000000001-000001.frames"), [0; 1000]).unwrap();
+        std::fs::write(dir.path().join("00000000000002-000001.jsonl"), [0; 1000]).unwrap();
+        std::fs::write(dir.path().join("notes.frames"), [0; 1000]).unwrap();
+        let mut folder = folder(dir.path(), 1200);
+        assert_eq!(folder.bytes(), 2000);
+        assert_eq!(names(dir.path(), &["jsonl"]).unwrap(), ["00000000000002-000001"]);
+        assert!(write(&mut folder).unwrap());
+        assert_eq!(folder.bytes() + 1000, folder_bytes(dir.path()));
+        let files = files(dir.path());
+        assert_eq!((files.len(), files[2].as_str()), (3, "notes.frames"), "{files:?}");
+    }
+
+    #[test]
+    fn a_segment_that_can_not_begin_leaves_nothing_and_the_disk_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("90000000000000-000001.jsonl"), "{}\n").unwrap();
+        let mut folder = folder(dir.path(), 1 << 20);
+        std::fs::create_dir(dir.path().join("90000000000001-000001.jsonl")).unwrap();
+        let before = files(dir.path());
+        write(&mut folder).unwrap_err();
+        assert_eq!(files(dir.path()), before, "no frames without an index");
+        let error = write(&mut folder).unwrap_err().to_string();
+        assert!(error.contains("a moment ago") && folder.made == 1, "{error}");
+        folder.paused = Some(Instant::now());
+        assert!(write(&mut folder).unwrap(), "tried again after the pause");
+        assert!(folder.paused.is_none());
+    }
 }
