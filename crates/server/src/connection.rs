@@ -29,6 +29,7 @@ use crate::msgpack;
 use crate::newest::Session;
 use crate::quota::Pass;
 use crate::recent::RequestRecord;
+use crate::seldom::Seldom;
 use crate::serve::Shared;
 use crate::service::ServiceError;
 use crate::socket::{Fault, Message, Socket};
@@ -314,7 +315,7 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
 
     fn broken(&self, fault: Fault) -> End {
         match fault {
-            Fault::Gone => End::Gone,
+            Fault::Gone | Fault::Unread => End::Gone,
             Fault::TooBig => {
                 self.shared.metrics.outcome("too_big");
                 End::Close(TOO_BIG, "the message is longer than this server accepts")
@@ -372,14 +373,20 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
         &mut self,
         send: impl AsyncFnOnce(&mut Socket<S>) -> Result<(), Fault>,
     ) -> Result<(), End> {
-        match timeout(self.shared.options.write_timeout, send(&mut self.socket)).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(_)) => Err(End::Gone),
-            Err(_) => {
-                self.shared.metrics.outcome("slow_reader");
-                Err(End::Gone)
-            }
+        let outcome = match timeout(self.shared.options.write_timeout, send(&mut self.socket)).await
+        {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(Fault::Unread)) => "unread",
+            Ok(Err(_)) => return Err(End::Gone),
+            Err(_) => "slow_reader",
+        };
+        self.shared.metrics.outcome(outcome);
+        static LINE: Seldom = Seldom::new();
+        if let Some(unsaid) = LINE.pass() {
+            let connection = self.number;
+            tracing::warn!(connection, outcome, unsaid, "dropped: answers are not taken in time");
         }
+        Err(End::Gone)
     }
 
     /// The closing handshake; code 0 only finishes the one the peer began.

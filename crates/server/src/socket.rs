@@ -15,8 +15,8 @@ use tungstenite::protocol::frame::coding::{CloseCode, Control, Data, OpCode};
 /// What is read when it is not known how long the next frame is.
 const HEAD: usize = 4 << 10;
 
-/// What may wait to be taken by one client. Far above any answer: 1024 actions of 32 dimensions
-/// are 256 KiB.
+/// What may wait to be taken by one client before another message joins it. A message alone may be
+/// longer: 128 chunks of 1024 actions of 32 dimensions are 32 MiB.
 const MAX_UNSENT_BYTES: usize = 8 << 20;
 
 /// Longest payload of a control frame.
@@ -38,6 +38,8 @@ pub(crate) enum Message {
 pub(crate) enum Fault {
     /// The conversation is over, or the transport broke.
     Gone,
+    /// The client does not take what it was sent, and that is too much by now.
+    Unread,
     /// Longer than is accepted.
     TooBig,
     /// Against the protocol.
@@ -146,8 +148,11 @@ impl<S: AsyncRead + AsyncWrite> Socket<S> {
     }
 
     fn push(&mut self, kind: OpCode, payload: &[u8]) -> Result<(), Fault> {
-        if self.closing || self.out.len() + payload.len() > MAX_UNSENT_BYTES {
+        if self.closing {
             return Err(Fault::Gone);
+        }
+        if self.out.len() > MAX_UNSENT_BYTES {
+            return Err(Fault::Unread);
         }
         let header = FrameHeader { opcode: kind, ..FrameHeader::default() };
         header.format(payload.len() as u64, &mut (&mut self.out).writer()).map_err(fault)?;

@@ -202,6 +202,20 @@ async fn a_reader_that_does_not_read_is_dropped_and_costs_one_answer() {
 }
 
 #[tokio::test]
+async fn an_answer_of_many_megabytes_is_sent() {
+    let server = Server::plain(defaults()).await;
+    let mut client = server.client().await;
+    let one =
+        Value::Map(vec![("state".into(), Value::Float(1.0)), ("rows".into(), Value::Int(100_000))]);
+    client.ask(&[("batch", Value::List(vec![one; 3]))]).await;
+    let answer = client.frame().await;
+    assert!(answer.payload.len() > 3 * 5_600_000);
+    let (_, Value::List(results)) = &answer.map()[0] else { panic!("a batch") };
+    assert_eq!(results.len(), 3);
+    assert!(results.iter().all(|result| result.get("actions").is_some()));
+}
+
+#[tokio::test]
 async fn silence_is_pinged_and_then_ended() {
     let options = ServeOptions {
         keepalive_interval: Duration::from_millis(100),

@@ -88,6 +88,7 @@ async fn what_is_against_the_protocol_ends_the_socket() {
             Fault::TooBig => "too big",
             Fault::Utf8 => "no text",
             Fault::Gone => "gone",
+            Fault::Unread => "unread",
         };
         assert_eq!(told, want, "{bytes:?}");
         assert_eq!(socket.receive().await, Err(Fault::Gone), "{want}");
@@ -144,6 +145,26 @@ async fn pings_without_end_and_unread_answers_pile_up_nothing() {
             }
         }
     };
-    assert_eq!(unread.await, Err(Fault::Gone));
-    assert!(socket.out.len() <= MAX_UNSENT_BYTES + 1000, "{}", socket.out.len());
+    assert_eq!(unread.await, Err(Fault::Unread));
+    let most = MAX_UNSENT_BYTES + answer.len() + 1000;
+    assert!(socket.out.len() <= most, "{}", socket.out.len());
+}
+
+#[tokio::test]
+async fn a_message_of_any_length_is_sent_also_behind_a_ping() {
+    let (mut client, mut socket) = pair(1000);
+    let answer = vec![7; 3 * MAX_UNSENT_BYTES];
+    let sending = async {
+        // Given up before it is written.
+        let _ = tokio::time::timeout(Default::default(), socket.ping()).await;
+        socket.send(Data::Binary, &answer).await
+    };
+    let reading = async {
+        let mut got = vec![0; 11 + 10 + answer.len()];
+        client.read_exact(&mut got).await.unwrap();
+        got
+    };
+    let (sent, got) = tokio::join!(sending, reading);
+    assert_eq!(sent, Ok(()));
+    assert!(got.starts_with(b"\x89\x09pirouette\x82\x7f") && got.ends_with(&answer));
 }
