@@ -259,6 +259,27 @@ fn claims_cost_nothing_and_bombs_are_bounded() {
     assert_eq!(error, PickleError::TooMany { what: "keys of a dictionary", limit: 256 });
 }
 
+/// A call or a state of many parts costs their number each time it is used, five bytes.
+#[test]
+fn calls_and_states_of_more_parts_than_anything_has_are_refused() {
+    let dtype = b"\x8c\x05numpy\x8c\x05dtype\x93";
+    let many = |first: &[u8], n: usize| [b"(", first, &b"N".repeat(n - 1), b"t"].concat();
+    let called = |n: usize| holding(&[&b"]("[..], dtype, &many(b"\x8c\x02f8", n), b"Re"].concat());
+    let filled = |n: usize| {
+        let state = many(b"K\x03\x8c\x01<", n - 1);
+        holding(&[&b"]("[..], dtype, b"\x8c\x02f8\x85R", &state, b"be"].concat())
+    };
+    for pickle in [called(3), filled(8), filled(9)] {
+        // Element types are no data; they were read.
+        assert!(matches!(decode(pickle), Err(PickleError::Content(_))));
+    }
+    for pickle in [called(32_768), called(10), filled(32_768), filled(10)] {
+        let error = decode(pickle).unwrap_err();
+        assert!(matches!(error, PickleError::Numpy { .. }), "{error}");
+        assert!(error.to_string().contains("as NumPy 1 and 2 do"), "{error}");
+    }
+}
+
 #[test]
 fn shapes_that_do_not_add_up() {
     let from_buffer = |shape: &[u8]| {

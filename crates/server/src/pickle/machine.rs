@@ -351,10 +351,19 @@ impl Machine<'_> {
         else {
             return Err(self.stack_fault());
         };
-        let arguments: Vec<&Node> = arguments.iter().map(|id| &self.nodes[*id]).collect();
-        let built = numpy::call(global, &arguments, &self.nodes);
+        let built = numpy::call(global, &self.arguments(arguments)?, &self.nodes);
         let offset = self.offset;
         self.push(built.map_err(|reason| PickleError::Numpy { offset, reason })?)
+    }
+
+    /// The nodes of a tuple that something is called or filled with. One of more than anything
+    /// takes is not gone through: it may be used again and again.
+    fn arguments(&self, ids: &[Id]) -> Result<Vec<&Node>, PickleError> {
+        if ids.len() > numpy::MAX_ARGUMENTS {
+            let reason = numpy::UNKNOWN_FORM.into();
+            return Err(PickleError::Numpy { offset: self.offset, reason });
+        }
+        Ok(ids.iter().map(|id| &self.nodes[*id]).collect())
     }
 
     fn build(&mut self) -> Result<(), PickleError> {
@@ -364,8 +373,7 @@ impl Machine<'_> {
                 Ok(Node::Instance(module.clone(), *class, Some(state)))
             }
             (object @ (Node::Dtype(..) | Node::ArrayToFill), Node::Tuple(state)) => {
-                let state: Vec<&Node> = state.iter().map(|id| &self.nodes[*id]).collect();
-                numpy::fill(object, &state, &self.nodes)
+                numpy::fill(object, &self.arguments(state)?, &self.nodes)
             }
             _ => return Err(self.stack_fault()),
         };

@@ -8,6 +8,11 @@ use super::machine::{Global, Id, Node, text_of};
 /// Most axes of an array.
 const MAX_AXES: usize = 8;
 
+/// Most arguments of a call, or parts of a state: an element type's has 8, and 9 with metadata.
+pub(super) const MAX_ARGUMENTS: usize = 9;
+
+pub(super) const UNKNOWN_FORM: &str = "it is not put together as NumPy 1 and 2 do";
+
 const COLUMNS_FIRST: &str = "it lies in Fortran's order: send numpy.ascontiguousarray of it";
 
 /// What a named function would have given.
@@ -35,7 +40,7 @@ pub(super) fn call(global: &Global, arguments: &[&Node], nodes: &[Node]) -> Resu
             }
             array(*dtype, shape_of(shape, nodes)?, data.clone()).map(Node::Array)
         }
-        _ => Err("it is not put together as NumPy 1 and 2 do".into()),
+        _ => Err(UNKNOWN_FORM.into()),
     }
 }
 
@@ -61,7 +66,7 @@ pub(super) fn fill(object: &Node, state: &[&Node], nodes: &[Node]) -> Result<Nod
             }
             array(*dtype, shape_of(shape, nodes)?, data.clone()).map(Node::Array)
         }
-        _ => Err("it is not put together as NumPy 1 and 2 do".into()),
+        _ => Err(UNKNOWN_FORM.into()),
     }
 }
 
