@@ -72,7 +72,7 @@ pub enum DecodeError {
         /// Start of the string.
         offset: usize,
     },
-    /// A map key that is no string.
+    /// A map key that is neither a string nor bytes.
     #[error("{found} is not allowed for map key when strict_map_key=True (offset {offset})")]
     Key {
         /// Where.
@@ -81,8 +81,10 @@ pub enum DecodeError {
         found: &'static str,
     },
     /// A tagged map is no valid array or scalar.
-    #[error("the NumPy value at offset {offset}: {reason}")]
+    #[error("the NumPy value{} at offset {offset}: {reason}", of_key(.key))]
     Numpy {
+        /// The map key it stands under, shortened; none outside of maps.
+        key: Option<String>,
         /// Start of its map.
         offset: usize,
         /// What is wrong with it.
@@ -90,7 +92,24 @@ pub enum DecodeError {
     },
 }
 
+/// How a message names the place of a value.
+fn of_key(key: &Option<String>) -> String {
+    key.as_ref().map_or_else(String::new, |key| format!(" of `{key}`"))
+}
+
 impl DecodeError {
+    /// Names the key that the value stands under, unless a nearer one is named.
+    fn under(mut self, of: &Key) -> Self {
+        if let DecodeError::Numpy { key: key @ None, .. } = &mut self {
+            let text = match of {
+                Key::Text(text) => text.as_str().into(),
+                Key::Tag(bytes) => String::from_utf8_lossy(&bytes[..bytes.len().min(320)]),
+            };
+            *key = Some(text.chars().take(80).flat_map(char::escape_default).collect());
+        }
+        self
+    }
+
     /// The exception type openpi's Python server would raise.
     pub fn python_type(&self) -> &'static str {
         match self {
@@ -124,7 +143,7 @@ pub fn decode_with(frame: &Bytes, limits: &Limits) -> Result<Value, DecodeError>
     }
 }
 
-/// One key of a map: openpi's tags are bin, ordinary keys are str.
+/// One key of a map: ordinary keys are str, openpi's tags are bin.
 enum Key {
     Text(String),
     Tag(Bytes),
@@ -271,7 +290,7 @@ impl Reader<'_> {
         let mut tags: Vec<(Bytes, Value)> = Vec::new();
         for _ in 0..n {
             let key = self.key()?;
-            let value = self.value(depth)?;
+            let value = self.value(depth).map_err(|error| error.under(&key))?;
             match key {
                 // As in a Python dictionary: the last value wins, at the first one's place.
                 Key::Text(key) => match text.iter_mut().find(|(k, _)| *k == key) {
@@ -284,12 +303,12 @@ impl Reader<'_> {
                 },
             }
         }
-        if tags.is_empty() {
-            return Ok(Value::Map(text));
-        }
         match ndarray::from_tags(&tags) {
-            Some(tagged) => tagged.map_err(|reason| DecodeError::Numpy { offset, reason }),
-            None => Err(DecodeError::Key { offset, found: "bytes" }),
+            Some(tagged) => {
+                tagged.map_err(|reason| DecodeError::Numpy { key: None, offset, reason })
+            }
+            // No policy has keys of bytes: they are as unknown to it as other keys it ignores.
+            None => Ok(Value::Map(text)),
         }
     }
 }
