@@ -9,7 +9,7 @@ use pirouette_cuda::gauge::Gauge;
 use pirouette_engine::{BatchRecord, Noise, Request, StatsSnapshot};
 use pirouette_policy::{PolicyConfig, PolicyError, Value};
 use pirouette_server::{
-    GpuReading, Method, Page, PageRequest, Preparation, Reply, RequestContext, Service,
+    GpuReading, Method, Page, PageRequest, Preparation, Reply, RequestContext, Seldom, Service,
     ServiceError, ServiceFuture, Spans, render_engine, timing,
 };
 
@@ -98,8 +98,12 @@ impl PolicyService {
         };
         let (waited, took) = (preparing.waited, preparing.took);
         let prepared = preparing.value.map_err(refused)?;
-        if prepared.dropped_tokens > 0 {
-            tracing::warn!(dropped = prepared.dropped_tokens, "the prompt was cut at its end");
+        static CUT: Seldom = Seldom::new();
+        if prepared.dropped_tokens > 0
+            && let Some(unsaid) = CUT.pass()
+        {
+            let dropped = prepared.dropped_tokens;
+            tracing::warn!(dropped, unsaid, "the prompt was cut at its end");
         }
         let drawn = context.seed.is_none() && context.noise.is_none();
         let noise = match (&context.noise, context.seed) {

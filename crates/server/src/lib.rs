@@ -56,6 +56,7 @@ pub use preparation::{Preparation, Prepared};
 pub use record::{RecordOptions, Recorded, Recorder, Recording, RecordingError};
 pub use render::render_engine;
 pub use rtc::{LeftOver, RtcFields, Space};
+pub use seldom::Seldom;
 pub use serve::{Doors, Served, bind, serve, serve_doors, termination};
 pub use service::{
     Failure, GivenNoise, GpuReading, Reply, RequestContext, Service, ServiceError, ServiceFuture,

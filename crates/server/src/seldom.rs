@@ -4,20 +4,22 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Instant;
 
-/// Lets one in a second pass.
-pub(crate) struct Seldom {
+/// Lets one line in a second pass. A `static` beside each such line.
+#[derive(Debug, Default)]
+pub struct Seldom {
     /// Milliseconds since the process's first line at which the next may pass.
     next: AtomicU64,
     held: AtomicU64,
 }
 
 impl Seldom {
-    pub(crate) const fn new() -> Self {
+    /// The first line passes.
+    pub const fn new() -> Self {
         Seldom { next: AtomicU64::new(0), held: AtomicU64::new(0) }
     }
 
     /// Whether this one passes, and how many were held back since the last that did.
-    pub(crate) fn pass(&self) -> Option<u64> {
+    pub fn pass(&self) -> Option<u64> {
         static BEGAN: OnceLock<Instant> = OnceLock::new();
         self.pass_at(BEGAN.get_or_init(Instant::now).elapsed().as_millis() as u64)
     }

@@ -10,6 +10,7 @@ use pirouette_policy::{NdArray, PolicyConfig, Scalar, Value};
 
 use super::setup::{Features, text};
 use super::wire::Status;
+use crate::seldom::Seldom;
 
 /// Prefix of a camera's feature.
 const IMAGES: &str = "observation.images.";
@@ -179,7 +180,7 @@ fn vector(features: &Features, part: &StateKey) -> Result<Vector, Status> {
 }
 
 fn cameras(features: &Features, wanted: &[robots::Camera]) -> Result<Vec<Camera>, Status> {
-    let mut out = Vec::new();
+    let (mut out, mut masked) = (Vec::new(), Vec::new());
     for camera in wanted {
         let key = &camera.key;
         let found = features.cameras.iter().find(|feature| features.is(feature, key));
@@ -198,7 +199,7 @@ fn cameras(features: &Features, wanted: &[robots::Camera]) -> Result<Vec<Camera>
                 let text = format!("the policy needs camera `{key}`");
                 return Err(Status::invalid(text + &known(features)));
             }
-            None => tracing::info!("the robot has no camera `{key}`: it is masked"),
+            None => masked.push(&**key),
         }
     }
     for feature in &features.cameras {
@@ -212,6 +213,12 @@ fn cameras(features: &Features, wanted: &[robots::Camera]) -> Result<Vec<Camera>
             );
             return Err(Status::invalid(text));
         }
+    }
+    static LINE: Seldom = Seldom::new();
+    if !masked.is_empty()
+        && let Some(unsaid) = LINE.pass()
+    {
+        tracing::info!(unsaid, "a LeRobot robot lacks cameras, they are masked: {masked:?}");
     }
     Ok(out)
 }

@@ -5,6 +5,7 @@ use pirouette_policy::{PolicyConfig, Value};
 use super::fit::Fit;
 use super::wire::Status;
 use crate::pickle::{Class, Instance};
+use crate::seldom::Seldom;
 
 /// A robot that fits the policy.
 #[derive(Debug, Default)]
@@ -62,12 +63,16 @@ pub(super) fn read(wanted: &Instance, config: &PolicyConfig) -> Result<Setup, St
         features.renames = renames_of(renames)?;
     }
     let fit = Fit::new(&features, config)?;
-    tracing::info!(
-        "a LeRobot robot is served by {}: `{}` on {}, which it asked for, is not loaded",
-        config.name,
-        field("pretrained_name_or_path").map_or_else(|_| String::new(), shown),
-        field("device").map_or_else(|_| String::new(), shown),
-    );
+    static LINE: Seldom = Seldom::new();
+    if let Some(unsaid) = LINE.pass() {
+        tracing::info!(
+            unsaid,
+            "a LeRobot robot is served by {}: `{}` on {}, which it asked for, is not loaded",
+            config.name,
+            field("pretrained_name_or_path").map_or_else(|_| String::new(), shown),
+            field("device").map_or_else(|_| String::new(), shown),
+        );
+    }
     Ok(Setup { actions_per_chunk, fit })
 }
 

@@ -169,3 +169,36 @@ fn images_of_another_size_than_in_training_are_stretched() {
     assert_eq!(stretched.get("observation.images.front"), Some(&Value::Array(want)));
     assert!(!setup.fit.must_stretch(&stretched));
 }
+
+#[test]
+fn robots_that_are_set_up_again_and_again_do_not_fill_the_log() {
+    use std::sync::{Arc, Mutex};
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl std::io::Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    let lines = Lines::default();
+    let writer = lines.clone();
+    let log = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
+    // Without the wrist's camera.
+    let robot = wanted("pi05", vec![state(&["a", "b"]), camera("front")], vec![]);
+    let begun = std::time::Instant::now();
+    tracing::subscriber::with_default(log, || {
+        for _ in 0..500 {
+            setup::read(&robot, &policy()).unwrap();
+        }
+    });
+    let lines = String::from_utf8(lines.0.lock().unwrap().clone()).unwrap();
+    let most = 2 * (2 + begun.elapsed().as_secs() as usize);
+    assert!(lines.lines().count() <= most, "{lines}");
+}
