@@ -14,7 +14,7 @@ use pirouette_policy::config::{environment, names};
 use pirouette_policy::robots::Robot;
 use pirouette_policy::tokenizer::SearchPlaces;
 use pirouette_server::{
-    ApiKeys, Dialect, Doors, RecordOptions, Recorder, ServeOptions, Service, Tls,
+    ApiKeys, Dialect, Doors, Listener as _, RecordOptions, Recorder, ServeOptions, Service, Tls,
     check_admin_exposure, check_exposure, check_lerobot_exposure,
 };
 
@@ -386,12 +386,15 @@ async fn listen(
         Some(address) => Some(bind(address, "--lerobot-port").await?),
         None => None,
     };
+    // Port 0 is one that the system chose.
     let s = if options.tls.is_some() { "s" } else { "" };
-    tracing::info!("listening on ws{s}://{}; clients wait until the model is warm", doors.public);
-    if let Some(address) = doors.admin {
-        tracing::info!("admin pages on http{s}://{address}");
+    let address = public.local_addr()?;
+    tracing::info!("listening on ws{s}://{address}; clients wait until the model is warm");
+    if let Some(admin) = &admin {
+        tracing::info!("admin pages on http{s}://{}", admin.local_addr()?);
     }
-    if let Some(address) = doors.lerobot {
+    if let Some(lerobot) = &lerobot {
+        let address = lerobot.local_addr()?;
         tracing::info!("LeRobot's clients are served at {address}, without keys and without TLS");
     }
     let listeners = Doors { public, admin, lerobot };

@@ -43,6 +43,7 @@ mod tls;
 mod trace;
 mod validity;
 
+pub use axum::serve::Listener;
 pub use chrome_trace::{ChromeTrace, Track};
 pub use dialect::Dialect;
 pub use explain::{Spans, timing};
