@@ -17,6 +17,7 @@ mod load;
 mod log;
 mod model;
 mod npz;
+mod opening;
 mod plan;
 mod profile;
 mod provenance;

@@ -14,7 +14,7 @@ use serde_json::Value;
 use tokio::runtime::Runtime;
 
 use crate::log;
-use crate::serve::{self, ServeArgs};
+use crate::opening::{self, OpenArgs};
 use crate::service::PolicyService;
 use crate::text::write_json;
 
@@ -24,7 +24,7 @@ pub struct ReplayArgs {
     /// The folder that `serve --record` wrote.
     pub dir: PathBuf,
     #[command(flatten)]
-    pub serve: ServeArgs,
+    pub open: OpenArgs,
     /// Stop after this many requests.
     #[arg(long)]
     pub limit: Option<usize>,
@@ -64,9 +64,9 @@ struct Difference {
 
 /// Runs a recording again.
 pub fn run(args: &ReplayArgs) -> Result<()> {
-    log::start(args.serve.log_format);
+    log::start(args.open.log_format);
     let recording = Recording::open(&args.dir)?;
-    let service = serve::load(&args.serve)?;
+    let service = opening::load(&args.open, args.open.config.name(), |_| Ok(()))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let ready = runtime.block_on(service.model().engine.wait_ready());
     ready.map_err(|why| anyhow::anyhow!("the model could not be loaded: {why}"))?;

@@ -142,6 +142,17 @@ fn a_recording_is_reproduced_bit_for_bit_and_a_flipped_bit_is_found() {
 }
 
 #[test]
+fn it_starts_no_server_and_has_no_flags_of_one() {
+    let output = pirouette(&["replay", "records"], &["--help"]).output().unwrap();
+    let help = String::from_utf8(output.stdout).unwrap();
+    let has = |flag: &str| help.lines().any(|line| line.trim_start().starts_with(flag));
+    assert!(has("--checkpoint") && has("--isolate"), "{help}");
+    for flag in ["--port", "--host", "--tls-cert", "--api-key-file", "--insecure", "--record"] {
+        assert!(!has(flag), "{flag}: {help}");
+    }
+}
+
+#[test]
 fn what_is_no_recording_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let output = pirouette(&["replay", dir.path().to_str().unwrap()], &[]).output().unwrap();
