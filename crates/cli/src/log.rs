@@ -16,7 +16,12 @@ pub enum LogFormat {
 /// one with `info,pirouette::request=debug`.
 pub fn start(format: LogFormat) {
     let filter = EnvFilter::try_from_env("PIROUETTE_LOG").unwrap_or(EnvFilter::new("info"));
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // A line that can't be written, to a file on a full disk, is lost: to say so on standard error
+    // would panic.
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .log_internal_errors(false);
     match format {
         LogFormat::Text => lines.init(),
         LogFormat::Json => lines.json().flatten_event(true).init(),

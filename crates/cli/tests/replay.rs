@@ -173,7 +173,8 @@ fn metric(port: u16, name: &str) -> u64 {
     line.unwrap_or_else(|| panic!("no {name}: {metrics}")).trim().parse().unwrap()
 }
 
-/// A limit on the size of files stands for a full disk: files are made, and writing fails.
+/// A limit on the size of files stands for a full disk: files are made, and writing fails, that of
+/// the log, too.
 #[cfg(unix)]
 #[test]
 fn a_full_disk_costs_no_files_and_is_not_tried_with_every_request() {
@@ -184,7 +185,9 @@ fn a_full_disk_costs_no_files_and_is_not_tried_with_every_request() {
         let mut command = Command::new("sh");
         command.args(["-c", &limit, env!("CARGO_BIN_EXE_pirouette"), "serve", POLICY]);
         command.args(["--device", "null", "--port", &port.to_string(), "--record"]);
-        let served = Served::start(command.arg(dir.path()).stdin(Stdio::null()), port);
+        let log = tempfile::tempfile().unwrap();
+        command.arg(dir.path()).stdin(Stdio::null()).stderr(log);
+        let served = Served::start(&mut command, port);
         ask(port, 8, 0);
         let started = Instant::now();
         while metric(port, "pirouette_record_dropped_total{reason=\"failed\"}") < 8 {
