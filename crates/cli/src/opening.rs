@@ -119,6 +119,9 @@ pub fn load(
     {
         tracing::warn!("{warning}");
     }
+    if let Some(warning) = device::on_cpu(&plan.devices[0]) {
+        tracing::warn!("{warning}");
+    }
     if plan.is_null()? {
         tracing::warn!(
             "NULL DEVICE: no model runs and the actions are MADE UP. Do not connect a robot."

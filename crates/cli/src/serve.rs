@@ -235,7 +235,12 @@ async fn listen(
     tokio::spawn(async move {
         let started = std::time::Instant::now();
         match watched.model().engine.wait_ready().await {
-            Ok(()) => tracing::info!("ready after {:.1} s", started.elapsed().as_secs_f64()),
+            Ok(()) => {
+                let devices = watched.model().engine.stats().devices;
+                let names: Vec<String> = devices.into_iter().map(|device| device.name).collect();
+                let seconds = started.elapsed().as_secs_f64();
+                tracing::info!("ready after {seconds:.1} s on {}", names.join(", "));
+            }
             // The first load failed: nobody is served yet, so say it and leave.
             Err(why) => drop(failed.send(why)),
         }

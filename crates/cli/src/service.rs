@@ -196,6 +196,10 @@ impl Service for PolicyService {
         Box::pin(async { self.model().engine.readiness().await })
     }
 
+    fn alive(&self) -> Result<(), String> {
+        self.model().engine.beyond_help().map_or(Ok(()), Err)
+    }
+
     fn roboarena(&self) -> Option<Value> {
         self.model().policy.roboarena()
     }

@@ -15,7 +15,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 use crate::dashboard;
-use crate::http::{page_request, plain, readiness, rendered, unauthorized};
+use crate::http::{liveness, page_request, plain, readiness, rendered, unauthorized};
 use crate::pages::{self, Method, Page};
 use crate::quota::Pass;
 use crate::serve::{Door, Shared, converse};
@@ -62,7 +62,7 @@ pub(crate) async fn answer(
     };
     match (method, parts.uri.path()) {
         (Method::Get, "/healthz") => return plain(StatusCode::OK, "OK\n"),
-        (Method::Get, "/livez") => return plain(StatusCode::OK, "alive\n"),
+        (Method::Get, "/livez") => return liveness(shared),
         (Method::Get, "/readyz") => return readiness(shared, draining).await,
         _ => {}
     }

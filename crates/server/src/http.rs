@@ -44,7 +44,7 @@ pub(crate) async fn answer(
     let fault = handshake_fault(&parts.headers);
     if fault.is_some() {
         match path.as_str() {
-            "/livez" => return plain(StatusCode::OK, "alive\n"),
+            "/livez" => return liveness(&shared),
             "/readyz" => return readiness(&shared, &draining).await,
             _ => {}
         }
@@ -80,6 +80,16 @@ pub(crate) async fn answer(
 pub(crate) fn page_request(method: Method, uri: &Uri, body: Bytes) -> PageRequest {
     let query = uri.query().unwrap_or_default().to_owned();
     PageRequest { method, path: uri.path().to_owned(), query, body }
+}
+
+pub(crate) fn liveness(shared: &Shared) -> Response {
+    match shared.service.alive() {
+        Ok(()) => plain(StatusCode::OK, "alive\n"),
+        Err(why) => {
+            tracing::warn!(%why, "liveness probe");
+            plain(StatusCode::SERVICE_UNAVAILABLE, "only a new process helps\n")
+        }
+    }
 }
 
 pub(crate) async fn readiness(shared: &Shared, draining: &watch::Receiver<bool>) -> Response {

@@ -35,6 +35,11 @@ pub trait Service: Send + Sync + 'static {
     /// time it waits for this.
     fn readiness(&self) -> ServiceFuture<'_, Result<(), String>>;
 
+    /// Whether it can ever answer again without a new process; if not, why.
+    fn alive(&self) -> Result<(), String> {
+        Ok(())
+    }
+
     /// RoboArena's `PolicyServerConfig` as a map, if the policy's robot is DROID's.
     fn roboarena(&self) -> Option<Value> {
         None

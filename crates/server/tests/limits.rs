@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use pirouette_policy::Value;
 use pirouette_server::load::{LoadOptions, run, sample_observation};
-use pirouette_server::{ApiKeys, ServeOptions};
+use pirouette_server::{
+    ApiKeys, Reply, RequestContext, ServeOptions, Service, ServiceError, ServiceFuture,
+};
 use rig::{Raw, Server, eventually, first_action, state, text};
 use tokio::io::AsyncWriteExt;
 
@@ -246,6 +248,41 @@ async fn idleness_is_ended_only_when_asked_for() {
         client.frame().await.map();
     }
     assert_eq!(client.frame().await.close(), (1001, "no request for too long"));
+}
+
+/// Whose devices are beyond help.
+struct Lost;
+
+impl Service for Lost {
+    fn warm(&self) -> ServiceFuture<'_, ()> {
+        Box::pin(async {})
+    }
+
+    fn metadata(&self) -> Value {
+        Value::Map(vec![])
+    }
+
+    fn infer(&self, _: Value, _: RequestContext) -> ServiceFuture<'_, Result<Reply, ServiceError>> {
+        Box::pin(async { Err(ServiceError::refusal("unavailable", "no device is ready")) })
+    }
+
+    fn readiness(&self) -> ServiceFuture<'_, Result<(), String>> {
+        Box::pin(async { self.alive() })
+    }
+
+    fn alive(&self) -> Result<(), String> {
+        Err("/dev/nvidia0 hung 3 times: restart the process".into())
+    }
+}
+
+#[tokio::test]
+async fn a_process_that_can_not_answer_again_says_that_it_should_be_restarted() {
+    let server = Server::with(std::sync::Arc::new(Lost), defaults(), true).await;
+    let (status, _, body) = server.get(&get("/livez", "")).await;
+    assert_eq!(status, "HTTP/1.1 503 Service Unavailable");
+    assert_eq!(body, "only a new process helps\n", "the reason is the log's");
+    assert!(server.admin(&get("/livez", "")).await.0.contains(" 503 "));
+    assert!(server.get(&get("/healthz", "")).await.0.contains(" 200 "));
 }
 
 #[tokio::test]
