@@ -33,6 +33,7 @@ fn the_port_is_told_that_the_system_chose_and_long_prompts_do_not_fill_the_log()
     let mut served = Served(child);
     let mut port = |before: &str| -> u16 {
         let line = log.find(|line| line.contains(before)).unwrap();
+        assert!(!line.contains('\x1b'), "colours in a file: {line}");
         let digits = line.rsplit(before).next().unwrap();
         digits.split(';').next().unwrap().trim().parse().unwrap()
     };
