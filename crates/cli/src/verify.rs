@@ -1,22 +1,24 @@
 //! `pirouette verify`: a device at its precision against the F32 reference, step by step.
 //!
 //! Both run the same recorded program on the same random observation. What is compared after a
-//! step is the buffer it wrote; only steps that end a residual update are kept, so that the
-//! reference fits in memory beside nothing else.
+//! step is what it wrote; only steps that end a residual update are kept, so that the reference
+//! fits in memory beside nothing else. The actions compared are those of a whole run, on a GPU its
+//! graph's.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use pirouette_cpu::{Arena, CpuDevice, Isa, Options};
-use pirouette_model::program::{BufferId, Epilogue, Op, Step};
-use pirouette_model::{Program, WeightTable, record_with};
+use pirouette_cuda::CudaDevice;
+use pirouette_model::program::{Epilogue, Op, Step, View};
+use pirouette_model::{Executable, Program, WeightTable, record_with};
 use pirouette_testing::fixture::relative_l2;
 use serde::Serialize;
 
 use crate::args::{DeviceArgs, Precision, VerifyArgs, WeightArgs};
 use crate::bench::RandomInputs;
-use crate::device;
+use crate::device::{self, Opened, Target};
 use crate::text::{table, write_json};
 use crate::weights::Weights;
 
@@ -60,6 +62,37 @@ pub fn run(args: &VerifyArgs) -> Result<()> {
             device::open_cpu(&portable, weights.config, args.shape.steps, weights.source())?;
         observe(&mut cpu, &program, &inputs)?
     };
+    let (name, tested) = match device::target(&args.device)? {
+        Target::Cpu => on_cpu(args, &weights, &program, &inputs)?,
+        Target::Cuda(_) | Target::Null(_) => {
+            let steps = args.shape.steps;
+            match device::open(&args.device, weights.config, steps, weights.source())? {
+                Opened::Cuda(mut cuda) => {
+                    let name = pirouette_model::Device::name(&*cuda);
+                    eprintln!("under test: {name}");
+                    (name, observe_cuda(&mut cuda, &program, &inputs)?)
+                }
+                Opened::Cpu(_) => bail!("{} is no GPU", args.device.device),
+            }
+        }
+    };
+    let report = compare(&reference, &tested, weights.origin, name);
+    match &args.json {
+        Some(path) => write_json(path, &report)?,
+        None => print(&report),
+    }
+    match report.first_diverging {
+        Some(step) => bail!("diverges at `{step}`"),
+        None => Ok(()),
+    }
+}
+
+fn on_cpu(
+    args: &VerifyArgs,
+    weights: &Weights,
+    program: &Arc<Program>,
+    inputs: &RandomInputs,
+) -> Result<(String, Run)> {
     let mut cpu =
         device::open_cpu(&args.device, weights.config, args.shape.steps, weights.source())?;
     if args.device.precision == Precision::F32 && cpu.isa() != Isa::Portable {
@@ -76,16 +109,7 @@ pub fn run(args: &VerifyArgs) -> Result<()> {
     }
     let name = pirouette_model::Device::name(&cpu);
     eprintln!("under test: {name}");
-    let tested = observe(&mut cpu, &program, &inputs)?;
-    let report = compare(&reference, &tested, weights.origin, name);
-    match &args.json {
-        Some(path) => write_json(path, &report)?,
-        None => print(&report),
-    }
-    match report.first_diverging {
-        Some(step) => bail!("diverges at `{step}`"),
-        None => Ok(()),
-    }
+    Ok((name, observe(&mut cpu, program, inputs)?))
 }
 
 /// Values of a run: what each kept step wrote, and the actions.
@@ -94,20 +118,31 @@ struct Run {
     actions: Vec<f32>,
 }
 
-/// The buffer whose value is kept after a step: residual streams and the last keys.
-fn kept(step: &Step) -> Option<BufferId> {
+/// What is kept of a step: residual streams and the last keys.
+fn kept(step: &Step) -> Option<View> {
     match &step.op {
         Op::Linear(l) => match &l.epilogue {
             Epilogue::Add { out, .. }
             | Epilogue::AddFree { out }
             | Epilogue::Guide { out, .. }
-            | Epilogue::StorePosition { out, .. } => Some(out.buffer),
-            Epilogue::Store { out } if !step.name.ends_with(".qkv") => Some(out.buffer),
-            Epilogue::Rope { q: None, k, .. } => Some(k.buffer),
+            | Epilogue::StorePosition { out, .. } => Some(*out),
+            Epilogue::Store { out } if !step.name.ends_with(".qkv") => Some(*out),
+            Epilogue::Rope { q: None, k, .. } => Some(*k),
             _ => None,
         },
         _ => None,
     }
+}
+
+/// The part of a buffer's `values` that a view shows.
+fn part(program: &Program, view: View, values: &[f32]) -> Vec<f32> {
+    let width = program.buffers[view.buffer.0].cols;
+    let groups = values.chunks(view.stride * width);
+    let rows = groups.filter_map(|group| {
+        let first = view.first * width;
+        Some(group.get(first..first + view.count * width)?.chunks(width))
+    });
+    rows.flatten().flat_map(|row| &row[view.col..view.col + view.cols]).copied().collect()
 }
 
 fn observe(cpu: &mut CpuDevice, program: &Arc<Program>, inputs: &RandomInputs) -> Result<Run> {
@@ -115,17 +150,42 @@ fn observe(cpu: &mut CpuDevice, program: &Arc<Program>, inputs: &RandomInputs) -
     let mut actions = vec![0.0; inputs.noise.len()];
     let mut steps = Vec::new();
     executable.run_observed(&inputs.inputs(), &mut actions, &mut |step, arena: &Arena<'_>| {
-        if let Some(buffer) = kept(step) {
-            steps.push((step.name.clone(), arena.floats(buffer).to_vec()));
+        if let Some(view) = kept(step) {
+            steps.push((step.name.clone(), part(program, view, arena.floats(view.buffer))));
         }
     })?;
+    Ok(Run { steps, actions })
+}
+
+fn observe_cuda(
+    cuda: &mut CudaDevice,
+    program: &Arc<Program>,
+    inputs: &RandomInputs,
+) -> Result<Run> {
+    let mut executable = cuda.compile_cuda(Arc::clone(program))?;
+    let mut actions = vec![0.0; inputs.noise.len()];
+    executable.run(&inputs.inputs(), &mut actions)?;
+    // Once more, launch by launch: the inputs are there, but for the noise that became actions.
+    executable.write_buffer("actions", &inputs.noise)?;
+    let mut steps = Vec::new();
+    for (at, step) in program.steps.iter().enumerate() {
+        executable.run_steps(at..at + 1)?;
+        // The state's row is written together with the first action rows, one step later.
+        let Some(view) = kept(step).filter(|_| !step.name.ends_with(".state")) else { continue };
+        let name = &program.buffers[view.buffer.0].name;
+        let Some(values) = executable.read_buffer(name)? else { continue };
+        steps.push((step.name.clone(), part(program, view, &values)));
+    }
     Ok(Run { steps, actions })
 }
 
 fn compare(reference: &Run, tested: &Run, weights: String, device: String) -> Report {
     let mut steps: Vec<Row> = Vec::new();
     let mut first_diverging = None;
-    for ((name, want), (_, got)) in reference.steps.iter().zip(&tested.steps) {
+    // In the order of the program, but not every device tells of every step.
+    let mut wanted = reference.steps.iter();
+    for (name, got) in &tested.steps {
+        let Some((_, want)) = wanted.find(|(known, _)| known == name) else { continue };
         let error = relative_l2(got, want);
         let jumped = steps
             .last()
@@ -135,12 +195,16 @@ fn compare(reference: &Run, tested: &Run, weights: String, device: String) -> Re
         }
         steps.push(Row { step: name.clone(), relative_l2: error });
     }
+    let actions_relative_l2 = relative_l2(&tested.actions, &reference.actions);
+    if steps.is_empty() || actions_relative_l2.is_nan() || actions_relative_l2 > DIVERGED {
+        first_diverging = first_diverging.or(Some("actions".into()));
+    }
     Report {
         weights,
         reference: "cpu f32".into(),
         device,
         steps,
-        actions_relative_l2: relative_l2(&tested.actions, &reference.actions),
+        actions_relative_l2,
         first_diverging,
     }
 }
@@ -165,5 +229,49 @@ fn print(report: &Report) {
     match &report.first_diverging {
         Some(step) => println!("first diverging step: {step}"),
         None => println!("no step diverges"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pirouette_model::{Config, Rtc, Shape};
+
+    use super::*;
+
+    fn run(steps: &[(&str, f32)], actions: f32) -> Run {
+        let steps = steps.iter().map(|(name, value)| (name.to_string(), vec![*value; 8]));
+        Run { steps: steps.collect(), actions: vec![actions; 4] }
+    }
+
+    fn diverging(tested: &Run) -> Option<String> {
+        let reference = run(&[("a", 1.0), ("b.state", 2.0), ("c", 3.0)], 1.0);
+        compare(&reference, tested, String::new(), String::new()).first_diverging
+    }
+
+    #[test]
+    fn the_first_step_that_diverges_is_named_also_where_a_device_tells_of_fewer() {
+        assert_eq!(diverging(&run(&[("a", 1.001), ("c", 3.01)], 1.001)), None);
+        assert_eq!(diverging(&run(&[("a", 1.001), ("c", 4.0)], 2.0)).unwrap(), "c");
+        assert_eq!(diverging(&run(&[("a", f32::NAN), ("c", 4.0)], 2.0)).unwrap(), "a");
+        // The graph is another way than step by step.
+        for actions in [1.2, f32::NAN] {
+            assert_eq!(diverging(&run(&[("a", 1.0), ("c", 3.0)], actions)).unwrap(), "actions");
+        }
+        assert_eq!(diverging(&run(&[], 1.0)).unwrap(), "actions", "nothing was compared");
+    }
+
+    #[test]
+    fn what_a_step_wrote_is_taken_out_of_its_buffer() {
+        let shape =
+            Shape { batch: 1, cameras: 2, prompt_tokens: 3, horizon: 4, steps: 1, rtc: Rtc::Off };
+        let table = Arc::new(WeightTable::new(Config::pi0(), 1));
+        let program = record_with(table, shape).unwrap();
+        let at = program.buffers.iter().position(|b| b.name == "actions").unwrap();
+        let (buffer, width) = (pirouette_model::program::BufferId(at), program.buffers[at].cols);
+        let values: Vec<f32> = (0..4 * width).map(|i| i as f32).collect();
+        let view = View { buffer, col: 1, cols: 2, stride: 2, first: 1, count: 1 };
+        let rows = [1, 3].map(|row| [row * width + 1, row * width + 2]);
+        let want: Vec<f32> = rows.as_flattened().iter().map(|i| *i as f32).collect();
+        assert_eq!(part(&program, view, &values), want);
     }
 }
