@@ -52,7 +52,8 @@ fn came_back(shared: &Arc<Shared>, index: usize) {
     let device = &mut state.devices[index];
     device.hung = device.hung.saturating_sub(1);
     let generation = device.generation;
-    let again = std::mem::take(&mut device.abandoned) && !state.stop;
+    let abandoned = std::mem::take(&mut device.abandoned);
+    let again = abandoned && !state.stop && !state.draining;
     drop(state);
     if again {
         tracing::info!(device = index, "a device thread that was given up ended: opened again");
