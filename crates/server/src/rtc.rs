@@ -45,17 +45,7 @@ pub enum Space {
 impl RtcFields {
     /// Takes one key; `None` if it is not one of these, else what its value must be if it isn't.
     pub(crate) fn take(&mut self, key: &str, value: &Value) -> Option<Result<(), String>> {
-        let known = [
-            "prev_chunk_left_over",
-            "prev_chunk_left_over_actions",
-            "inference_delay",
-            "execution_horizon",
-            "prefix_attention_schedule",
-            "max_guidance_weight",
-            "rtc_mode",
-            "return_model_actions",
-        ];
-        if !known.contains(&key) {
+        if !pirouette_policy::reserved::RTC.contains(&key) {
             return None;
         }
         if *value == Value::Nil {
