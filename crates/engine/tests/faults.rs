@@ -138,16 +138,17 @@ async fn a_deadline_that_passes_behind_a_slow_run_is_answered_before_that_ends()
 
 #[tokio::test]
 async fn one_slow_run_does_not_shut_out_requests_with_deadlines() {
-    let engine = rig::faulty(10.0, rig::options(1), |run| {
-        (run == BEFORE).then_some(Fault::Hang(Duration::from_millis(1000)))
+    let engine = rig::faulty(100.0, rig::options(1), |run| {
+        (run == BEFORE).then_some(Fault::Hang(Duration::from_millis(1500)))
     });
     engine.wait_ready().await.unwrap();
     engine.submit(request(0)).unwrap().await.unwrap();
-    for i in 0..20 {
-        engine.submit(due(i, 35)).unwrap().await.unwrap();
+    // By mean and deviation it would take 230 ms now; the runs before took 100.
+    for i in 0..4 {
+        engine.submit(due(i, 190)).unwrap().await.unwrap();
     }
     // What never went well is refused as before.
-    assert!(matches!(engine.submit(due(1, 5)), Err(EngineError::Deadline { .. })));
+    assert!(matches!(engine.submit(due(1, 50)), Err(EngineError::Deadline { .. })));
 }
 
 #[tokio::test]
