@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use crate::args::{DeviceArgs, Precision, VerifyArgs, WeightArgs};
 use crate::bench::RandomInputs;
-use crate::device::{self, Opened, Target};
+use crate::device::{self, Opened};
 use crate::text::{table, write_json};
 use crate::weights::Weights;
 
@@ -62,18 +62,14 @@ pub fn run(args: &VerifyArgs) -> Result<()> {
             device::open_cpu(&portable, weights.config, args.shape.steps, weights.source())?;
         observe(&mut cpu, &program, &inputs)?
     };
-    let (name, tested) = match device::target(&args.device)? {
-        Target::Cpu => on_cpu(args, &weights, &program, &inputs)?,
-        Target::Cuda(_) | Target::Null(_) => {
-            let steps = args.shape.steps;
-            match device::open(&args.device, weights.config, steps, weights.source())? {
-                Opened::Cuda(mut cuda) => {
-                    let name = pirouette_model::Device::name(&*cuda);
-                    eprintln!("under test: {name}");
-                    (name, observe_cuda(&mut cuda, &program, &inputs)?)
-                }
-                Opened::Cpu(_) => bail!("{} is no GPU", args.device.device),
-            }
+    let steps = args.shape.steps;
+    let (name, tested) = match device::open(&args.device, weights.config, steps, weights.source())?
+    {
+        Opened::Cpu(cpu) => on_cpu(args, &weights, &program, &inputs, cpu)?,
+        Opened::Cuda(mut cuda) => {
+            let name = pirouette_model::Device::name(&*cuda);
+            eprintln!("under test: {name}");
+            (name, observe_cuda(&mut cuda, &program, &inputs)?)
         }
     };
     let report = compare(&reference, &tested, weights.origin, name);
@@ -92,9 +88,8 @@ fn on_cpu(
     weights: &Weights,
     program: &Arc<Program>,
     inputs: &RandomInputs,
+    mut cpu: CpuDevice,
 ) -> Result<(String, Run)> {
-    let mut cpu =
-        device::open_cpu(&args.device, weights.config, args.shape.steps, weights.source())?;
     if args.device.precision == Precision::F32 && cpu.isa() != Isa::Portable {
         // F32 against itself says nothing: the portable path is the other implementation.
         let options = Options {
