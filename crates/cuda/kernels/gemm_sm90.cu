@@ -133,6 +133,16 @@
 // eight token groups staged at a time; more token tiles side by side (`group` 4 to 16) and L2's
 // eviction hints for up, at 10.0 to 10.3 ms each; 128 × 200 tiles in turns for up (prefill 292.8
 // against 294.7 ms, the whole batch the same).
+// B = 1, 788 rows (H100, 2026-11-27): up in pairs that share tokens (x2) instead of weights (w2)
+// asks a seventh less of L2: alone at the power limit 165 instead of 175 µs, the whole run by the
+// GPU's clock 8.80 → 8.74 ms (40 a second) and on another card 8.86 → 8.78 (60 a second); B = 2 to
+// 8 the same or 1 % better. So x2 alone is left of 200 tokens; of 144, 168 and 184 w2 is as good or
+// 0.03 ms better. No gain, whole runs: up in 256 × 200 tiles (8.94 and 8.97 against 8.80: epilogues
+// in the open) or without clusters (8.79), fc1 without clusters (8.81), vision.out in pairs that
+// share weights (8.81); against 8.78: qkv in pairs that share tokens (8.81, with 200 tokens 8.86),
+// prefill.out (8.79), vision.out (8.79) and fc2 (8.90) likewise, fc2 in 128 × 96 tiles (9.05). Up
+// in clusters of four takes as long at the power limit as in pairs of w2 (173), with 120
+// processors.
 #include "gemm_sm90.cuh"
 
 // X(name, consumers, MI, BN, stages, CM, CN, CK, turns, epilogue)
@@ -149,7 +159,6 @@
     X(gemm_geglu_128x168_t_x2, 2, 2, 168, 4, 2, 1, 1, 1, GEGLU)                       \
     X(gemm_geglu_128x184_t_w2, 2, 2, 184, 4, 1, 2, 1, 1, GEGLU)                       \
     X(gemm_geglu_128x184_t_x2, 2, 2, 184, 4, 2, 1, 1, 1, GEGLU)                       \
-    X(gemm_geglu_128x200_t_w2, 2, 2, 200, 4, 1, 2, 1, 1, GEGLU)                       \
     X(gemm_geglu_128x200_t_x2, 2, 2, 200, 4, 2, 1, 1, 1, GEGLU)                       \
     X(gemm_geglu_256x192_w2, 2, 2, 192, 3, 1, 2, 1, 0, GEGLU)                         \
     X(gemm_add_128x64, 2, 1, 64, 8, 1, 1, 1, 0, ADD)                                  \

@@ -452,8 +452,8 @@ static double time_us(const Instance& in, const Case& c, Arena& a, int rows, int
         }
         const double took = now() - half;
         joules = nvml().joules() - joules;
-        printf("   %.0f W, %u MHz, %.3f J a launch\n", joules / took, clock_mhz,
-               joules / replays / launches);
+        printf("   %.0f W, %u MHz, %.3f mJ a launch\n", joules / took, clock_mhz,
+               joules * 1e3 / replays / launches);
         ms.assign(1, took * 1e3 / replays);
     }
     std::sort(ms.begin(), ms.end());
@@ -534,7 +534,7 @@ int main(int argc, char** argv) {
                   {"vision.fc2", "gemm_add_128x128_w2_k2"}}, 768);
         chain(a, {{"prefill.qkv", "gemm_rope_128x136_w2"},
                   {"prefill.out", "gemm_add_128x104_w2"},
-                  {"prefill.up", "gemm_geglu_128x200_t_w2"},
+                  {"prefill.up", "gemm_geglu_128x200_t_x2"},
                   {"prefill.down", "gemm_add_128x200_k2"}}, 788);
         return 0;
     }

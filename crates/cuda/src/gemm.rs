@@ -158,7 +158,6 @@ const TILES: &[Tile] = {
         tile("gemm_geglu_128x168_t_x2", [2, 2, 168, 4], [2, 1, 1], true, GeGlu),
         tile("gemm_geglu_128x184_t_w2", [2, 2, 184, 4], [1, 2, 1], true, GeGlu),
         tile("gemm_geglu_128x184_t_x2", [2, 2, 184, 4], [2, 1, 1], true, GeGlu),
-        tile("gemm_geglu_128x200_t_w2", [2, 2, 200, 4], [1, 2, 1], true, GeGlu),
         tile("gemm_geglu_128x200_t_x2", [2, 2, 200, 4], [2, 1, 1], true, GeGlu),
         tile("gemm_geglu_256x192_w2", [2, 2, 192, 3], [1, 2, 1], false, GeGlu),
         tile("gemm_add_128x64", [2, 1, 64, 8], [1, 1, 1], false, Add),
@@ -453,7 +452,7 @@ mod tests {
             (Rope, [788, 2560, 2048], "gemm_rope_128x136_w2"),
             (Rope, [788, 512, 2048], "gemm_rope_128x32"),
             (Add, [788, 2048, 2048], "gemm_add_128x104_w2"),
-            (GeGlu, [788, 32768, 2048], "gemm_geglu_128x200_t_w2"),
+            (GeGlu, [788, 32768, 2048], "gemm_geglu_128x200_t_x2"),
             (Add, [788, 2048, 16384], "gemm_add_128x200_k2"),
             (Add, [968, 2048, 16384], "gemm_add_128x248_k2"),
             // Two cameras, one.
