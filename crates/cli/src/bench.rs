@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::args::BenchArgs;
 use crate::device;
-use crate::provenance::Provenance;
+use crate::provenance::{Provenance, stolen_s};
 use crate::text::{table, write_json};
 use crate::weights::Weights;
 
@@ -64,6 +64,9 @@ struct Row {
     denoise_ms: f64,
     #[serde(flatten)]
     gpu: Option<Gpu>,
+    /// Seconds of this machine's cores that its host gave to others meanwhile, warm-up included.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stolen_s: Option<f64>,
     /// How many runs were [`slow`], of the median; of those the first [`SLOW_TOLD`].
     slow: usize,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -76,7 +79,10 @@ struct SlowRun {
     /// Its begin, since that of the first measured run.
     at_s: f64,
     ms: f64,
-    /// Of these, from the graph's begin to its end by the GPU's clock.
+    /// Of these, until the inputs were copied together and the graph was queued.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    queued_ms: Option<f64>,
+    /// Of these, from before the graph was queued to its end by the GPU's clock.
     #[serde(skip_serializing_if = "Option::is_none")]
     device_ms: Option<f64>,
     /// Right after it, of runs with pauses.
@@ -131,17 +137,20 @@ pub fn run(args: &BenchArgs) -> Result<()> {
                 let run = |inputs: &Inputs<'_>, actions: &mut [f32]| {
                     Ok(Run::new(executable.run(inputs, actions)?, None))
                 };
-                Measured { runs: time(run, &sample, [warmup, runs], period, None)?, gpu: None }
+                let (runs, stolen_s) =
+                    with_stolen(|| time(run, &sample, [warmup, runs], period, None))?;
+                Measured { runs, stolen_s, gpu: None }
             }
             device::Opened::Cuda(cuda) => {
                 let mut executable = cuda.compile_cuda(program)?;
                 let gauge = Gauge::open(&cuda.context().properties).ok();
                 let run = |inputs: &Inputs<'_>, actions: &mut [f32]| {
-                    let (times, device_ms) = executable.run_timed(inputs, actions)?;
-                    Ok(Run::new(times, Some(device_ms)))
+                    let run = executable.run_timed(inputs, actions)?;
+                    Ok(Run::new(run.times, Some([run.queued_ms, run.device_ms])))
                 };
-                let runs = time(run, &sample, [warmup, runs], period, gauge.as_ref())?;
-                Measured { gpu: Some(gpu(cuda, &mut executable, &runs)?), runs }
+                let (runs, stolen_s) =
+                    with_stolen(|| time(run, &sample, [warmup, runs], period, gauge.as_ref()))?;
+                Measured { gpu: Some(gpu(cuda, &mut executable, &runs)?), runs, stolen_s }
             }
         };
         Ok(row(shape, &measured))
@@ -176,28 +185,33 @@ fn longest_prompt(family: Family) -> usize {
 /// What was measured of one shape.
 struct Measured {
     runs: Vec<Run>,
+    stolen_s: Option<f64>,
     gpu: Option<Gpu>,
 }
 
 /// What was measured of one run.
 struct Run {
     times: StageTimes,
-    device_ms: Option<f64>,
+    /// Until its graph was queued, and of the GPU.
+    parts_ms: Option<[f64; 2]>,
     at_s: f64,
     sm_mhz: Option<u32>,
     clock_limits: Vec<&'static str>,
 }
 
 impl Run {
-    fn new(times: StageTimes, device_ms: Option<f64>) -> Run {
-        Run { times, device_ms, at_s: 0.0, sm_mhz: None, clock_limits: vec![] }
+    fn new(times: StageTimes, parts_ms: Option<[f64; 2]>) -> Run {
+        Run { times, parts_ms, at_s: 0.0, sm_mhz: None, clock_limits: vec![] }
     }
 }
 
 /// What only a GPU tells.
 #[derive(Clone, Serialize)]
 struct Gpu {
-    /// From a run's graph's begin to its end, by the GPU's clock.
+    /// From a run's begin until its inputs were copied together and its graph was queued.
+    queued_p50_ms: f64,
+    queued_p99_ms: f64,
+    /// From before a run's graph was queued to its end, by the GPU's clock.
     device_p50_ms: f64,
     device_p99_ms: f64,
     replay_p50_ms: f64,
@@ -210,6 +224,13 @@ struct Gpu {
     temperature_celsius: Option<u32>,
     #[serde(skip)]
     stages: [f64; 3],
+}
+
+/// What `timed` gives, and the seconds that this machine's host gave to others meanwhile.
+fn with_stolen<T>(timed: impl FnOnce() -> Result<T>) -> Result<(T, Option<f64>)> {
+    let before = stolen_s();
+    let value = timed()?;
+    Ok((value, stolen_s().zip(before).map(|(after, before)| after - before)))
 }
 
 /// Runs warm-up and measured runs, one every `period`; the actions of the last must be finite. In
@@ -256,8 +277,12 @@ fn time(
 
 /// Replays without copies, stages as graphs of their own, sensors after a second of load.
 fn gpu(device: &CudaDevice, executable: &mut CudaExecutable, measured: &[Run]) -> Result<Gpu> {
-    let mut device_ms: Vec<f64> = measured.iter().filter_map(|run| run.device_ms).collect();
-    device_ms.sort_by(f64::total_cmp);
+    let part = |i: usize| {
+        let mut ms: Vec<f64> = measured.iter().filter_map(|r| r.parts_ms.map(|p| p[i])).collect();
+        ms.sort_by(f64::total_cmp);
+        ms
+    };
+    let (queued_ms, device_ms) = (part(0), part(1));
     let runs = measured.len().clamp(5, 200);
     let mut replays = executable.replay_ms(runs)?;
     replays.sort_by(f64::total_cmp);
@@ -278,6 +303,8 @@ fn gpu(device: &CudaDevice, executable: &mut CudaExecutable, measured: &[Run]) -
     let joules = energy(&gauge).zip(before).map(|(after, before)| after - before);
     let (free, total) = device.memory_info()?;
     Ok(Gpu {
+        queued_p50_ms: quantile(&queued_ms, 0.5),
+        queued_p99_ms: quantile(&queued_ms, 0.99),
         device_p50_ms: quantile(&device_ms, 0.5),
         device_p99_ms: quantile(&device_ms, 0.99),
         replay_p50_ms: quantile(&replays, 0.5),
@@ -377,6 +404,7 @@ fn row(shape: Shape, measured: &Measured) -> Row {
         prefill_ms,
         denoise_ms,
         gpu: measured.gpu.clone(),
+        stolen_s: measured.stolen_s,
         slow: total.iter().filter(|&&ms| slow(ms, quantile(&total, 0.5))).count(),
         slow_runs: slow_runs(runs, quantile(&total, 0.5)),
     }
@@ -394,7 +422,8 @@ fn slow_runs(runs: &[Run], median_ms: f64) -> Vec<SlowRun> {
         .map(|run| SlowRun {
             at_s: run.at_s,
             ms: run.times.total_ms,
-            device_ms: run.device_ms,
+            queued_ms: run.parts_ms.map(|p| p[0]),
+            device_ms: run.parts_ms.map(|p| p[1]),
             sm_mhz: run.sm_mhz,
             clock_limits: run.clock_limits.clone(),
         })
@@ -443,9 +472,11 @@ fn print(report: &Report) {
     for r in &report.results {
         let Some(g) = &r.gpu else { continue };
         println!(
-            "batch {}: by the GPU's clock {:.2} ms, p99 {:.2}; replay {:.2} ms, {} kernels, \
-             {:.2} GB in use, {} W, {} J a chunk, {} MHz, {} °C",
+            "batch {}: queued after {:.2} ms, p99 {:.2}; by the GPU's clock {:.2} ms, p99 {:.2}; \
+             replay {:.2} ms, {} kernels, {:.2} GB in use, {} W, {} J a chunk, {} MHz, {} °C",
             r.batch,
+            g.queued_p50_ms,
+            g.queued_p99_ms,
             g.device_p50_ms,
             g.device_p99_ms,
             g.replay_p50_ms,
@@ -469,6 +500,9 @@ fn print(report: &Report) {
                 r.slow_runs.iter().filter(on_gpu).count(),
             );
         }
+        if let Some(s) = r.stolen_s.filter(|&s| s > 0.0) {
+            println!("batch {}: this machine's host took {s:.2} s of its cores meanwhile", r.batch);
+        }
     }
 }
 
@@ -478,7 +512,7 @@ mod tests {
 
     fn of(times: &[f64]) -> Vec<Run> {
         let run = |&total_ms: &f64| {
-            Run::new(StageTimes { total_ms, ..StageTimes::default() }, Some(total_ms - 0.1))
+            Run::new(StageTimes { total_ms, ..StageTimes::default() }, Some([0.05, total_ms - 0.1]))
         };
         times.iter().map(run).collect()
     }

@@ -112,30 +112,30 @@ impl CudaExecutable {
         self.bound.bytes()
     }
 
-    /// As [`Executable::run`], and the milliseconds from the graph's begin to its end, copies
-    /// included, by the GPU's clock.
+    /// As [`Executable::run`], with what the host and the GPU take of it.
     pub fn run_timed(
         &mut self,
         inputs: &Inputs<'_>,
         actions: &mut [f32],
-    ) -> Result<(StageTimes, f64), BackendError> {
+    ) -> Result<TimedRun, BackendError> {
         let marks = match self.marks.take() {
             Some(marks) => marks,
             None => [Event::new(&self.shared.context)?, Event::new(&self.shared.context)?],
         };
-        let times = self.run_between(inputs, actions, Some(&marks))?;
+        let (times, queued_ms) = self.run_between(inputs, actions, Some(&marks))?;
         let device_ms = marks[1].ms_since(&marks[0])?;
         self.marks = Some(marks);
-        Ok((times, device_ms))
+        Ok(TimedRun { times, queued_ms, device_ms })
     }
 
-    /// A run, with events on both sides of its graph if they are given.
+    /// A run, with events on both sides of its graph if they are given; and the milliseconds until
+    /// the graph was queued.
     fn run_between(
         &mut self,
         inputs: &Inputs<'_>,
         actions: &mut [f32],
         marks: Option<&[Event; 2]>,
-    ) -> Result<StageTimes, BackendError> {
+    ) -> Result<(StageTimes, f64), BackendError> {
         let program = self.bound.program.clone();
         inputs.check(&program)?;
         let want = actions_bytes(&program) / 4;
@@ -150,6 +150,7 @@ impl CudaExecutable {
             first.record(stream)?;
         }
         self.whole.launch(stream)?;
+        let queued_ms = begin.elapsed().as_secs_f64() * 1e3;
         if let Some([_, last]) = marks {
             last.record(stream)?;
         }
@@ -157,7 +158,7 @@ impl CudaExecutable {
         let bytes = &self.host.as_slice()[..want * 4];
         actions.copy_from_slice(bytemuck::cast_slice(bytes));
         let total_ms = begin.elapsed().as_secs_f64() * 1e3;
-        Ok(StageTimes { total_ms, ..StageTimes::default() })
+        Ok((StageTimes { total_ms, ..StageTimes::default() }, queued_ms))
     }
 
     /// Milliseconds of `n` replays without copies. Each starts from the actions the one before
@@ -307,7 +308,7 @@ impl Executable for CudaExecutable {
         inputs: &Inputs<'_>,
         actions: &mut [f32],
     ) -> Result<StageTimes, BackendError> {
-        self.run_between(inputs, actions, None)
+        self.run_between(inputs, actions, None).map(|(times, _)| times)
     }
 }
 
@@ -364,6 +365,17 @@ impl Plan {
 /// core's time): all cores put them together, and each part goes to the device while they are at
 /// the next.
 const APART: usize = 2 << 20;
+/// A run, and what the host and the GPU took of it.
+#[derive(Clone, Copy, Debug)]
+pub struct TimedRun {
+    /// Of the whole.
+    pub times: StageTimes,
+    /// From the run's begin until the inputs were copied together and the graph was queued.
+    pub queued_ms: f64,
+    /// From before the graph was queued to its end, copies included, by the GPU's clock.
+    pub device_ms: f64,
+}
+
 /// Bytes a core copies at a time, and how many times that a part is.
 const AT_A_TIME: usize = 256 << 10;
 const PIECES: usize = 32;

@@ -25,5 +25,5 @@ mod trace;
 mod trace_order;
 
 pub use device::{Choices, CudaDevice, Tier};
-pub use executable::CudaExecutable;
+pub use executable::{CudaExecutable, TimedRun};
 pub use trace::{ReplayTrace, TracedNode};

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use pirouette_checkpoint::Synthetic;
 use pirouette_cuda::driver::{DeviceMemory, Driver};
-use pirouette_cuda::{CudaDevice, Tier};
+use pirouette_cuda::{CudaDevice, Tier, TimedRun};
 use pirouette_model::config::Vision;
 use pirouette_model::{
     BackendError, Config, Executable, Images, Inputs, Rtc, Shape, WeightTable, record, record_with,
@@ -91,10 +91,12 @@ fn thousands_of_replays_give_the_same_bits() {
                 executable.run(&inputs, &mut actions).unwrap();
                 assert_eq!(actions, first, "run {run} of batch {batch} differs");
             }
-            let (times, device_ms) = executable.run_timed(&inputs, &mut actions).unwrap();
+            let TimedRun { times, queued_ms, device_ms } =
+                executable.run_timed(&inputs, &mut actions).unwrap();
             assert_eq!(actions, first, "a timed run of batch {batch} differs");
             let total_ms = times.total_ms;
             assert!(0.0 < device_ms && device_ms < total_ms, "{device_ms} of {total_ms} ms");
+            assert!(0.0 < queued_ms && queued_ms < total_ms, "{queued_ms} of {total_ms} ms");
         }
     }
 }
