@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::args::BenchArgs;
 use crate::device;
-use crate::provenance::{Provenance, stolen_s};
+use crate::provenance::{Provenance, stolen};
 use crate::text::{table, write_json};
 use crate::weights::Weights;
 
@@ -90,6 +90,13 @@ struct SlowRun {
     sm_mhz: Option<u32>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     clock_limits: Vec<&'static str>,
+}
+
+impl SlowRun {
+    /// Whether it would not be slow if its graph had been queued as early as others'.
+    fn queued_late(&self, queued_p50_ms: f64, p50_ms: f64) -> bool {
+        self.queued_ms.is_some_and(|queued| !slow(self.ms - (queued - queued_p50_ms), p50_ms))
+    }
 }
 
 /// What a slow run takes longer than others: as much as p99 may at batch 1, or of long runs a part.
@@ -228,9 +235,10 @@ struct Gpu {
 
 /// What `timed` gives, and the seconds that this machine's host gave to others meanwhile.
 fn with_stolen<T>(timed: impl FnOnce() -> Result<T>) -> Result<(T, Option<f64>)> {
-    let before = stolen_s();
+    let before = stolen();
     let value = timed()?;
-    Ok((value, stolen_s().zip(before).map(|(after, before)| after - before)))
+    let since = |(after, before): (u64, u64)| after.saturating_sub(before) as f64 / 100.0;
+    Ok((value, stolen().zip(before).map(since)))
 }
 
 /// Runs warm-up and measured runs, one every `period`; the actions of the last must be finite. In
@@ -470,6 +478,9 @@ fn print(report: &Report) {
         );
     }
     for r in &report.results {
+        if let Some(s) = r.stolen_s.filter(|&s| s > 0.0) {
+            println!("batch {}: this machine's host took {s:.2} s of its cores meanwhile", r.batch);
+        }
         let Some(g) = &r.gpu else { continue };
         println!(
             "batch {}: queued after {:.2} ms, p99 {:.2}; by the GPU's clock {:.2} ms, p99 {:.2}; \
@@ -488,20 +499,17 @@ fn print(report: &Report) {
             g.temperature_celsius.map_or("–".into(), |t| t.to_string()),
         );
         if r.slow > 0 {
-            let on_gpu = |run: &&SlowRun| run.device_ms.is_some_and(|ms| slow(ms, g.device_p50_ms));
+            let late = |run: &&SlowRun| run.queued_late(g.queued_p50_ms, r.p50_ms);
             println!(
                 "batch {}: {} of {} runs were slow ({SLOW_MS} ms or {:.0} % above the median); of \
-                 the first {} the GPU itself was in {} (--json tells when)",
+                 the first {} {} were so by being queued late (--json tells when)",
                 r.batch,
                 r.slow,
                 r.runs,
                 SLOW_PART * 100.0,
                 r.slow_runs.len(),
-                r.slow_runs.iter().filter(on_gpu).count(),
+                r.slow_runs.iter().filter(late).count(),
             );
-        }
-        if let Some(s) = r.stolen_s.filter(|&s| s > 0.0) {
-            println!("batch {}: this machine's host took {s:.2} s of its cores meanwhile", r.batch);
         }
     }
 }
@@ -532,6 +540,18 @@ mod tests {
         assert_eq!(slow_runs(&of(&[20.0; 200]), 9.0).len(), SLOW_TOLD);
         // A batch of 64: 3 % of it.
         assert_eq!(slow_runs(&of(&[379.0, 391.0]), 378.0).len(), 1);
+    }
+
+    #[test]
+    fn a_slow_run_was_queued_late_if_it_is_not_slow_without_that() {
+        let of = |ms: f64, queued_ms: f64| {
+            let parts_ms = Some([queued_ms, ms]);
+            let run = Run::new(StageTimes { total_ms: ms, ..StageTimes::default() }, parts_ms);
+            slow_runs(&[run], 9.0)[0].queued_late(0.1, 9.0)
+        };
+        assert!(of(9.7, 0.8));
+        assert!(!of(9.7, 0.1), "the GPU's");
+        assert!(!of(10.0, 0.5), "both's: without the host it is slow, too");
     }
 
     #[test]

@@ -58,6 +58,17 @@ pub struct CudaExecutable {
     pub(crate) shared: Arc<Shared>,
 }
 
+/// A run, and what the host and the GPU took of it.
+#[derive(Clone, Copy, Debug)]
+pub struct TimedRun {
+    /// Of the whole.
+    pub times: StageTimes,
+    /// From the run's begin until the inputs were copied together and the graph was queued.
+    pub queued_ms: f64,
+    /// From before the graph was queued to its end, copies included, by the GPU's clock.
+    pub device_ms: f64,
+}
+
 impl CudaExecutable {
     pub(crate) fn compile(
         shared: Arc<Shared>,
@@ -365,17 +376,6 @@ impl Plan {
 /// core's time): all cores put them together, and each part goes to the device while they are at
 /// the next.
 const APART: usize = 2 << 20;
-/// A run, and what the host and the GPU took of it.
-#[derive(Clone, Copy, Debug)]
-pub struct TimedRun {
-    /// Of the whole.
-    pub times: StageTimes,
-    /// From the run's begin until the inputs were copied together and the graph was queued.
-    pub queued_ms: f64,
-    /// From before the graph was queued to its end, copies included, by the GPU's clock.
-    pub device_ms: f64,
-}
-
 /// Bytes a core copies at a time, and how many times that a part is.
 const AT_A_TIME: usize = 256 << 10;
 const PIECES: usize = 32;
