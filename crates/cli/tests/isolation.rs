@@ -3,7 +3,7 @@
 #![cfg(target_os = "linux")]
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex};
@@ -11,11 +11,15 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+#[path = "../src/stress/port.rs"]
+mod port;
+use port::Port;
+
 const PATIENCE: Duration = Duration::from_secs(120);
 
 struct Server {
     child: Child,
-    port: u16,
+    port: Port,
     log: Arc<Mutex<Vec<String>>>,
 }
 
@@ -35,9 +39,10 @@ impl Server {
     }
 
     fn with(flags: &[&str]) -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = Port::free().unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_pirouette"))
-            .args(["serve", "pi0_libero", "--isolate", "always", "--port", &port.to_string()])
+            .args(["serve", "pi0_libero", "--isolate", "always"])
+            .args(["--port", &port.number.to_string()])
             .args(flags)
             .stdin(Stdio::null())
             .stderr(Stdio::piped())
@@ -70,7 +75,7 @@ impl Server {
 
     fn ask(&self, method: &str, path: &str, body: &str) -> String {
         let mut answer = String::new();
-        if let Ok(mut stream) = TcpStream::connect(("127.0.0.1", self.port)) {
+        if let Ok(mut stream) = TcpStream::connect(("127.0.0.1", self.port.number)) {
             let head = format!("Host: x\r\nConnection: close\r\nContent-Length: {}", body.len());
             let ask = format!("{method} {path} HTTP/1.1\r\n{head}\r\n\r\n{body}");
             // What could not be asked or read has no answer.
@@ -95,7 +100,7 @@ impl Server {
 
     fn load(&self, seconds: &str) -> Child {
         Command::new(env!("CARGO_BIN_EXE_pirouette"))
-            .args(["load", &format!("ws://127.0.0.1:{}", self.port)])
+            .args(["load", &format!("ws://127.0.0.1:{}", self.port.number)])
             .args(["--clients", "6", "--seconds", seconds, "--json", "-"])
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -152,7 +157,7 @@ fn a_swapped_checkpoint_ends_the_process_of_the_old_one() {
     let testdata = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata");
     let checkpoint = testdata.join("A_tiny/e2e/pi0_libero/checkpoint").display().to_string();
     let tokenizer = testdata.join("D_preprocess/tokenizer/tok_bpe.model").display().to_string();
-    let admin = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let admin = Port::free().unwrap();
     let mut server = Server::with(&[
         "--device",
         "cpu",
@@ -163,7 +168,7 @@ fn a_swapped_checkpoint_ends_the_process_of_the_old_one() {
         "--tokenizer",
         &tokenizer,
         "--admin-port",
-        &admin.to_string(),
+        &admin.number.to_string(),
     ]);
     let public = std::mem::replace(&mut server.port, admin);
     let answer = server.ask("POST", "/swap", &format!("{{\"checkpoint\": {checkpoint:?}}}"));

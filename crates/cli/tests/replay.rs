@@ -1,5 +1,6 @@
 //! The binary: serve a recorded checkpoint with `--record`, then `replay` what was asked.
 
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -8,6 +9,10 @@ use pirouette_policy::config::named;
 use pirouette_policy::sample_observation;
 use pirouette_server::load::{self, LoadOptions};
 use serde_json::Value;
+
+#[path = "../src/stress/port.rs"]
+mod port;
+use port::Port;
 
 const POLICY: &str = "pi0_libero";
 
@@ -25,34 +30,28 @@ fn pirouette(command: &[&str], flags: &[&str]) -> Command {
 }
 
 /// Ended with the test, whatever becomes of it.
-struct Served(Child);
+struct Served {
+    child: Child,
+    port: Port,
+}
 
 impl Drop for Served {
     fn drop(&mut self) {
         // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
-/// Whether somebody listens. A connection to a free port may come from that very port, and is then
-/// one to itself.
-fn listens(port: u16) -> bool {
-    let stream = std::net::TcpStream::connect(("127.0.0.1", port));
-    stream.is_ok_and(|s| s.local_addr().is_ok_and(|a| a.port() != port))
-}
-
-fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    listener.local_addr().unwrap().port()
-}
-
 impl Served {
-    fn start(command: &mut Command, port: u16) -> Served {
-        let mut served = Served(command.spawn().unwrap());
+    /// With `--port` and its number added to `command`, once it listens.
+    fn start(command: &mut Command) -> Served {
+        let port = Port::free().unwrap();
+        let child = command.args(["--port", &port.number.to_string()]).spawn().unwrap();
+        let mut served = Served { child, port };
         let started = Instant::now();
-        while !listens(port) {
-            assert!(served.0.try_wait().unwrap().is_none(), "the server ended");
+        while TcpStream::connect(("127.0.0.1", served.port.number)).is_err() {
+            assert!(served.child.try_wait().unwrap().is_none(), "the server ended");
             assert!(started.elapsed() < Duration::from_secs(60), "the server does not listen");
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -61,10 +60,10 @@ impl Served {
 }
 
 /// Two clients ask.
-fn ask(port: u16, requests: usize, seed: u64) {
+fn ask(served: &Served, requests: usize, seed: u64) {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let report = runtime.block_on(load::run(&LoadOptions {
-        url: format!("ws://127.0.0.1:{port}"),
+        url: format!("ws://127.0.0.1:{}", served.port.number),
         api_key: None,
         clients: 2,
         requests: requests / 2,
@@ -79,15 +78,14 @@ fn ask(port: u16, requests: usize, seed: u64) {
 }
 
 fn record(dir: &Path, requests: usize) {
-    let port = free_port();
-    let flags = ["--record", dir.to_str().unwrap(), "--port", &port.to_string()];
-    let mut served = Served::start(&mut pirouette(&["serve"], &flags), port);
+    let flags = ["--record", dir.to_str().unwrap()];
+    let mut served = Served::start(&mut pirouette(&["serve"], &flags));
     for seed in 0..2 {
-        ask(port, requests / 2, seed);
+        ask(&served, requests / 2, seed);
     }
-    let id = served.0.id().to_string();
+    let id = served.child.id().to_string();
     assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
-    assert!(served.0.wait().unwrap().success());
+    assert!(served.child.wait().unwrap().success());
 }
 
 fn replay(dir: &Path, flags: &[&str]) -> (Output, Value) {
@@ -163,9 +161,9 @@ fn what_is_no_recording_is_named() {
 
 /// What `/metrics` says of `name`.
 #[cfg(unix)]
-fn metric(port: u16, name: &str) -> u64 {
+fn metric(served: &Served, name: &str) -> u64 {
     use std::io::{Read, Write};
-    let mut stream = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
+    let mut stream = TcpStream::connect(("127.0.0.1", served.port.number)).unwrap();
     stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
     let mut metrics = String::new();
     stream.read_to_string(&mut metrics).unwrap();
@@ -180,17 +178,15 @@ fn metric(port: u16, name: &str) -> u64 {
 fn a_full_disk_costs_no_files_and_is_not_tried_with_every_request() {
     for (blocks, files) in [(0, 0), (8, 2)] {
         let dir = tempfile::tempdir().unwrap();
-        let port = free_port();
         let limit = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$0\" \"$@\"");
         let mut command = Command::new("sh");
         command.args(["-c", &limit, env!("CARGO_BIN_EXE_pirouette"), "serve", POLICY]);
-        command.args(["--device", "null", "--port", &port.to_string(), "--record"]);
-        let log = tempfile::tempfile().unwrap();
-        command.arg(dir.path()).stdin(Stdio::null()).stderr(log);
-        let served = Served::start(&mut command, port);
-        ask(port, 8, 0);
+        command.args(["--device", "null", "--record"]).arg(dir.path());
+        command.stdin(Stdio::null()).stderr(tempfile::tempfile().unwrap());
+        let served = Served::start(&mut command);
+        ask(&served, 8, 0);
         let started = Instant::now();
-        while metric(port, "pirouette_record_dropped_total{reason=\"failed\"}") < 8 {
+        while metric(&served, "pirouette_record_dropped_total{reason=\"failed\"}") < 8 {
             assert!(started.elapsed() < Duration::from_secs(60), "requests are not dropped");
             std::thread::sleep(Duration::from_millis(20));
         }
@@ -199,7 +195,7 @@ fn a_full_disk_costs_no_files_and_is_not_tried_with_every_request() {
             .map(|entry| entry.unwrap().metadata().unwrap().len())
             .collect();
         assert_eq!(found.len(), files, "{found:?}");
-        assert_eq!(metric(port, "pirouette_record_bytes"), found.iter().sum::<u64>());
+        assert_eq!(metric(&served, "pirouette_record_bytes"), found.iter().sum::<u64>());
         drop(served);
     }
 }

@@ -3,9 +3,13 @@
 #![cfg(unix)]
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
+
+#[path = "../src/stress/port.rs"]
+mod port;
+use port::Port;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -15,7 +19,7 @@ const UPGRADE: &str = "GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnec
 /// Ended with the test, whatever becomes of it.
 struct Served {
     child: Child,
-    port: u16,
+    port: Port,
 }
 
 impl Drop for Served {
@@ -28,9 +32,9 @@ impl Drop for Served {
 
 impl Served {
     fn start(flags: &[&str]) -> Served {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = Port::free().unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_pirouette"))
-            .args(["serve", "pi0_libero", "--port", &port.to_string()])
+            .args(["serve", "pi0_libero", "--port", &port.number.to_string()])
             .args(flags)
             .stdin(Stdio::null())
             .spawn()
@@ -42,10 +46,7 @@ impl Served {
     fn websocket(&self) -> TcpStream {
         let begun = Instant::now();
         loop {
-            // A connection to a free port may come from that very port, and is then one to itself.
-            if let Ok(mut stream) = TcpStream::connect(("127.0.0.1", self.port))
-                && stream.local_addr().is_ok_and(|address| address.port() != self.port)
-            {
+            if let Ok(mut stream) = TcpStream::connect(("127.0.0.1", self.port.number)) {
                 stream.set_read_timeout(Some(PATIENCE)).unwrap();
                 stream.write_all(UPGRADE.as_bytes()).unwrap();
                 let mut head = Vec::new();

@@ -8,6 +8,7 @@ mod abuse;
 mod bare;
 mod client;
 mod engine;
+mod port;
 mod server;
 mod traffic;
 

@@ -11,6 +11,8 @@ use pirouette_policy::Value;
 use pirouette_server::load::socket::{Address, get};
 use pirouette_server::load::{LoadOptions, observation_of};
 
+use super::port::Port;
+
 /// Three cameras, eight numbers, ten actions: what the measured times are of.
 const ROBOT: &str = r#"
 name = "stress"
@@ -43,8 +45,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A running server. Dropping it kills it.
 pub struct Server {
     child: Child,
-    port: u16,
-    admin: u16,
+    port: Port,
+    admin: Port,
     config: PathBuf,
 }
 
@@ -52,8 +54,8 @@ impl Server {
     /// Starts one with batches up to `max_batch` and waits until it is ready.
     pub async fn start(times: &NullTimes, max_batch: usize, flags: &[&str]) -> Result<Server> {
         let table: Vec<String> = times.0.iter().map(|(b, ms)| format!("{b}:{ms}")).collect();
-        let (port, admin) = (free_port()?, free_port()?);
-        let name = format!("pirouette-stress-{}-{port}.toml", std::process::id());
+        let (port, admin) = (Port::free()?, Port::free()?);
+        let name = format!("pirouette-stress-{}-{}.toml", std::process::id(), port.number);
         let config = std::env::temp_dir().join(name);
         std::fs::write(&config, ROBOT)?;
         let child = Command::new(std::env::current_exe()?)
@@ -61,7 +63,8 @@ impl Server {
             .arg(&config)
             .args(["--device", &format!("null:{}", table.join(","))])
             .args(["--max-batch", &max_batch.to_string()])
-            .args(["--port", &port.to_string(), "--admin-port", &admin.to_string()])
+            .args(["--port", &port.number.to_string()])
+            .args(["--admin-port", &admin.number.to_string()])
             .args(flags)
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -86,7 +89,7 @@ impl Server {
 
     /// `ws://…`
     pub fn url(&self) -> String {
-        format!("ws://127.0.0.1:{}", self.port)
+        format!("ws://127.0.0.1:{}", self.port.number)
     }
 
     /// For raw sockets.
@@ -96,14 +99,14 @@ impl Server {
 
     /// A page of the admin listener.
     pub async fn page(&self, path: &str) -> Result<String> {
-        let admin = Address::parse(&format!("ws://127.0.0.1:{}", self.admin));
+        let admin = Address::parse(&format!("ws://127.0.0.1:{}", self.admin.number));
         let admin = admin.map_err(|e| anyhow::anyhow!(e))?;
         Ok(get(&admin, path, None).await?)
     }
 
     /// `host:port` of the admin listener.
     pub fn admin(&self) -> String {
-        format!("127.0.0.1:{}", self.admin)
+        format!("127.0.0.1:{}", self.admin.number)
     }
 
     /// A sample of `/metrics`, summed over its labels.
@@ -176,9 +179,4 @@ impl Drop for Server {
         let _ = self.child.wait();
         let _ = std::fs::remove_file(&self.config);
     }
-}
-
-/// A port nobody listens on; taken by nobody else in the moment it takes to use it.
-fn free_port() -> Result<u16> {
-    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
