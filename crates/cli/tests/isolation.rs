@@ -38,7 +38,14 @@ impl Server {
         Self::with(&two)
     }
 
+    /// Once it is ready.
     fn with(flags: &[&str]) -> Self {
+        let server = Self::spawn(flags);
+        server.until("ready", || server.get("/readyz").starts_with("HTTP/1.1 200"));
+        server
+    }
+
+    fn spawn(flags: &[&str]) -> Self {
         let port = Port::free().unwrap();
         let mut child = Command::new(env!("CARGO_BIN_EXE_pirouette"))
             .args(["serve", "pi0_libero", "--isolate", "always"])
@@ -55,9 +62,7 @@ impl Server {
                 lines.lock().unwrap().push(line);
             }
         });
-        let server = Server { child, port, log };
-        server.until("ready", || server.get("/readyz").starts_with("HTTP/1.1 200"));
-        server
+        Server { child, port, log }
     }
 
     fn until(&self, what: &str, mut is_so: impl FnMut() -> bool) {
@@ -147,9 +152,20 @@ fn processes_outlive_the_signal_to_drain_and_end_with_the_server() {
     assert_eq!(server.workers(), workers, "none was started anew");
     server.child.kill().unwrap();
     server.child.wait().unwrap();
-    server.until("all ended", || {
-        workers.iter().all(|id| !Path::new(&format!("/proc/{id}/stat")).exists() || is_dead(*id))
-    });
+    server.until("all ended", || workers.iter().all(|id| is_gone(*id)));
+}
+
+#[test]
+fn a_process_in_the_middle_of_a_long_run_ends_with_the_server() {
+    let mut server = Server::spawn(&["--device", "null:1:60000"]);
+    server.until("a process that warms up", || server.workers().len() == 1);
+    let worker = server.workers()[0];
+    std::thread::sleep(Duration::from_millis(200));
+    server.child.kill().unwrap();
+    server.child.wait().unwrap();
+    let killed = Instant::now();
+    server.until("ended", || is_gone(worker));
+    assert!(killed.elapsed() < Duration::from_secs(20), "{:?}", killed.elapsed());
 }
 
 #[test]
@@ -176,15 +192,16 @@ fn a_swapped_checkpoint_ends_the_process_of_the_old_one() {
     server.port = public;
     server.until("two processes", || server.workers().len() == 2);
     let [old, new] = server.workers()[..] else { panic!("two processes") };
-    server.until("the old one ended", || !Path::new(&format!("/proc/{old}/stat")).exists());
-    assert!(Path::new(&format!("/proc/{new}/stat")).exists() && !is_dead(new));
+    server.until("the old one ended", || !Path::new(&format!("/proc/{old}")).exists());
+    assert!(!is_gone(new));
     assert!(server.get("/readyz").starts_with("HTTP/1.1 200"));
 }
 
-/// Ended, and not yet waited for by whoever inherited it.
-fn is_dead(id: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).unwrap_or_default();
-    stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z'))
+/// Ended, whether or not anybody has waited for it.
+fn is_gone(id: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{id}/stat"));
+    stat.is_ok_and(|s| s.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z')))
+        || !Path::new(&format!("/proc/{id}")).exists()
 }
 
 #[test]

@@ -15,6 +15,9 @@ use pirouette_model::{
     BackendError, Config, Device, Executable, Images, Inputs, Previous, Shape, ShapeError,
     WeightTable, record_with,
 };
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::process::{Signal, getpid, kill_process};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::watch::watch;
@@ -25,11 +28,16 @@ use crate::{log, model};
 /// milliseconds to write, those of one request a tenth of one.
 const LOOKOUT: Duration = Duration::from_micros(500);
 
+/// Time to end by itself once the server is gone. After that not even a load or a GPU that hangs
+/// keeps the GPU's memory from the next server.
+const ALONE: Duration = Duration::from_secs(2);
+
 /// `pirouette worker`: serves one device until the socket closes or the device breaks.
 pub fn run() -> Result<()> {
     let usage = "`worker` is what `serve` starts for a GPU: it is of no use by itself";
     let control = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     control.peer_addr().context(usage)?;
+    end_with_the_server(control.try_clone()?)?;
     let file = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // Whoever ends all processes of a service wants the server to drain; this one ends with it.
@@ -68,6 +76,19 @@ pub fn run() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Kills this process if it is still there a while after the other end of the socket closed:
+/// whoever runs, loads or compiles reads no socket.
+fn end_with_the_server(control: UnixStream) -> io::Result<()> {
+    let watch = move || {
+        let mut hung_up = [PollFd::new(&control, PollFlags::RDHUP)];
+        while poll(&mut hung_up, None) == Err(Errno::INTR) {}
+        std::thread::sleep(ALONE);
+        // Not by exit, which would wait for a driver that is busy. This can't fail.
+        let _ = kill_process(getpid(), Signal::KILL);
+    };
+    std::thread::Builder::new().name("server-watch".into()).spawn(watch).map(drop)
 }
 
 struct Worker {

@@ -3,7 +3,7 @@
 //!
 //! The server starts `pirouette worker` for a device and speaks with it over a socket, its standard
 //! input: one line of JSON asks, one answers. Images, numbers and actions lie in a file in memory,
-//! its standard output, where [`Places`] says. The process ends with the socket.
+//! its standard output, where [`Places`] says. The process ends with the socket, also in a run.
 
 mod child;
 mod parent;
