@@ -110,6 +110,8 @@ pub struct Report {
     pub features: Vec<String>,
     /// LeRobot features that have statistics.
     pub features_with_stats: Vec<String>,
+    /// LeRobot's processor steps before and after the model.
+    pub steps: Vec<String>,
 }
 
 impl Checkpoint {
@@ -117,8 +119,8 @@ impl Checkpoint {
     pub fn inspect(&self) -> Report {
         let c = &self.config;
         let expected = expected_tensors(c);
-        let (features, features_with_stats) = match &self.lerobot {
-            None => (vec![], vec![]),
+        let (features, features_with_stats, steps) = match &self.lerobot {
+            None => (vec![], vec![], vec![]),
             Some(policy) => (
                 policy
                     .input_features
@@ -127,6 +129,12 @@ impl Checkpoint {
                     .map(|f| format!("{} {} {:?}", f.name, f.kind.name(), f.shape))
                     .collect(),
                 policy.input_stats.stats.keys().cloned().collect(),
+                [("before", &policy.preprocessor), ("after", &policy.postprocessor)]
+                    .iter()
+                    .flat_map(|(when, steps)| {
+                        steps.iter().map(move |s| format!("{when}: {}", s.name))
+                    })
+                    .collect(),
             ),
         };
         Report {
@@ -159,6 +167,7 @@ impl Checkpoint {
             norm_stats: self.asset_ids().into_iter().map(norm_stats_found).collect(),
             features,
             features_with_stats,
+            steps,
         }
     }
 }
@@ -229,6 +238,9 @@ impl fmt::Display for Report {
                 "  feature      {feature}{}",
                 if stats { ", with statistics" } else { "" }
             )?;
+        }
+        for step in &self.steps {
+            writeln!(f, "  step         {step}")?;
         }
         Ok(())
     }

@@ -117,7 +117,17 @@ pub struct ProcessorStep {
     pub state_file: Option<String>,
 }
 
-/// Everything a LeRobot checkpoint says besides the weights.
+/// Actions that are relative to the state of the observation they answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RelativeActions {
+    /// Parts of the names of those that are absolute all the same.
+    pub exclude_joints: Vec<String>,
+    /// Names of the action's elements; without them all are relative.
+    pub action_names: Option<Vec<String>>,
+}
+
+/// Everything a LeRobot checkpoint says besides the weights. LeRobot makes its processors from
+/// their files without a look at `config.json`: where there is a file, the file counts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LeRobot {
     /// From `type`.
@@ -142,14 +152,10 @@ pub struct LeRobot {
     pub image_resolution: (usize, usize),
     /// Cameras to be added that are always masked.
     pub empty_cameras: usize,
-    /// Prompt length L.
+    /// Prompt length L: the tokenizer step's, or `config.json`'s if there is none.
     pub tokenizer_max_length: usize,
-    /// Whether actions are relative to the state.
-    pub use_relative_actions: bool,
-    /// Joints that stay absolute.
-    pub relative_exclude_joints: Vec<String>,
-    /// Names of the action's elements.
-    pub action_feature_names: Option<Vec<String>>,
+    /// Which actions are relative, if any.
+    pub relative_actions: Option<RelativeActions>,
     /// Old key → new key, applied to observations.
     pub rename_map: Vec<(String, String)>,
     /// Name or folder of the tokenizer.
@@ -187,6 +193,7 @@ impl LeRobot {
         let tokenizer = step(&pre, "tokenizer_processor");
         let rename = step(&pre, "rename_observations_processor")
             .and_then(|s| s.config.get("rename_map")?.as_object());
+        let tokenizer_settings = settings(tokenizer);
         let default_tokens = if family == Family::Pi0 { 48 } else { 200 };
         let build = || -> Result<LeRobot, Malformed> {
             Ok(LeRobot {
@@ -201,12 +208,9 @@ impl LeRobot {
                 periods: (fields.float("min_period", 0.004)?, fields.float("max_period", 4.0)?),
                 image_resolution: fields.resolution()?,
                 empty_cameras: fields.size("empty_cameras", 0)?,
-                tokenizer_max_length: fields.size("tokenizer_max_length", default_tokens)?,
-                use_relative_actions: config["use_relative_actions"] == true,
-                relative_exclude_joints: fields
-                    .strings("relative_exclude_joints")?
-                    .unwrap_or_default(),
-                action_feature_names: fields.strings("action_feature_names")?,
+                tokenizer_max_length: Fields { json: &tokenizer_settings }
+                    .size("max_length", fields.size("tokenizer_max_length", default_tokens)?)?,
+                relative_actions: relative_actions(&fields, &pre, &post)?,
                 rename_map: rename
                     .into_iter()
                     .flatten()
@@ -357,6 +361,42 @@ fn steps(root: &Path, file: &str) -> Result<Vec<ProcessorStep>, CheckpointError>
 
 fn step<'a>(steps: &'a [ProcessorStep], name: &str) -> Option<&'a ProcessorStep> {
     steps.iter().rfind(|s| s.name == name)
+}
+
+/// Its `config` object; null without the step.
+fn settings(step: Option<&ProcessorStep>) -> Value {
+    step.map_or(Value::Null, |step| Value::Object(step.config.clone()))
+}
+
+/// Whether the step after the model adds the state, and what the step before it, from which it has
+/// the state, says of the elements.
+fn relative_actions(
+    config: &Fields<'_>,
+    pre: &[ProcessorStep],
+    post: &[ProcessorStep],
+) -> Result<Option<RelativeActions>, Malformed> {
+    if post.is_empty() {
+        if config.json["use_relative_actions"] != true {
+            return Ok(None);
+        }
+        let excluded = config.strings("relative_exclude_joints")?;
+        return Ok(Some(RelativeActions {
+            exclude_joints: excluded.unwrap_or_else(|| vec!["gripper".into()]),
+            action_names: config.strings("action_feature_names")?,
+        }));
+    }
+    if settings(step(post, "absolute_actions_processor"))["enabled"] != true {
+        return Ok(None);
+    }
+    let relative = step(pre, "relative_actions_processor").ok_or_else(|| {
+        Malformed::new("absolute_actions_processor has no relative_actions_processor before it")
+    })?;
+    let relative = settings(Some(relative));
+    let relative = Fields { json: &relative };
+    Ok(Some(RelativeActions {
+        exclude_joints: relative.strings("exclude_joints")?.unwrap_or_default(),
+        action_names: relative.strings("action_names")?,
+    }))
 }
 
 fn normaliser(

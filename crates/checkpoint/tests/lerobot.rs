@@ -4,7 +4,7 @@ mod support;
 
 use std::path::Path;
 
-use pirouette_checkpoint::lerobot::{FeatureKind, NormMode};
+use pirouette_checkpoint::lerobot::{FeatureKind, NormMode, RelativeActions};
 use pirouette_checkpoint::names::openpi_torch::LM_HEAD;
 use pirouette_checkpoint::{Checkpoint, CheckpointError, Format, open};
 use pirouette_model::Family;
@@ -168,8 +168,7 @@ fn settings_and_statistics_are_read() {
         policy.rename_map,
         [("observation.images.a".to_string(), "observation.images.front".to_string())]
     );
-    assert_eq!(policy.action_feature_names, None);
-    assert_eq!(policy.relative_exclude_joints, ["gripper"]);
+    assert_eq!(policy.relative_actions, None);
     assert_eq!(policy.preprocessor[1].name, "my.module.Step");
 
     let input = &policy.input_stats;
@@ -188,9 +187,67 @@ fn settings_and_statistics_are_read() {
         "LeRobot",
         "observation.images.front VISUAL [3, 240, 320]",
         "observation.state STATE [6], with statistics",
+        "before: my.module.Step",
+        "after: unnormalizer_processor",
     ] {
         assert!(report.contains(part), "{report}\nlacks {part}");
     }
+}
+
+/// What processor files say of relative actions and of the prompt's length counts, since LeRobot
+/// looks at nothing else; without files `config.json` does.
+#[test]
+fn processor_files_go_before_the_configuration() {
+    let dir = tempfile::tempdir().unwrap();
+    let names = json!(["arm.pos", "Gripper.pos"]);
+    let read = |relative: bool, steps: Option<(bool, Value)>| {
+        let mut config = config("pi0");
+        config["use_relative_actions"] = json!(relative);
+        config["action_feature_names"] = names.clone();
+        config.as_object_mut().unwrap().remove("relative_exclude_joints");
+        config["tokenizer_max_length"] = json!(12);
+        write(dir.path(), &prefixed(tiny("pi0")), &config);
+        let (pre, post) = match steps {
+            None => {
+                for name in ["policy_preprocessor.json", "policy_postprocessor.json"] {
+                    std::fs::remove_file(dir.path().join(name)).unwrap();
+                }
+                return open(dir.path());
+            }
+            Some((enabled, before)) => (
+                processor(before),
+                processor(json!([{"registry_name": "absolute_actions_processor",
+                                  "config": {"enabled": enabled}}])),
+            ),
+        };
+        std::fs::write(dir.path().join("policy_preprocessor.json"), pre.to_string()).unwrap();
+        std::fs::write(dir.path().join("policy_postprocessor.json"), post.to_string()).unwrap();
+        open(dir.path())
+    };
+    let before = |excluded: &str| {
+        json!([
+            {"registry_name": "tokenizer_processor", "config": {"max_length": 60}},
+            {"registry_name": "relative_actions_processor",
+             "config": {"enabled": false, "exclude_joints": [excluded], "action_names": null}},
+        ])
+    };
+    let lerobot = |checkpoint: Checkpoint| checkpoint.lerobot.unwrap();
+    let names = vec!["arm.pos".to_string(), "Gripper.pos".into()];
+    let relative = |joint: &str, action_names| {
+        Some(RelativeActions { exclude_joints: vec![joint.into()], action_names })
+    };
+
+    let found = lerobot(read(true, None).unwrap());
+    assert_eq!(found.relative_actions, relative("gripper", Some(names)), "LeRobot's default joint");
+    assert_eq!(found.tokenizer_max_length, 12);
+    assert_eq!(lerobot(read(false, None).unwrap()).relative_actions, None);
+    let found = lerobot(read(false, Some((true, before("thumb")))).unwrap());
+    assert_eq!(found.relative_actions, relative("thumb", None));
+    assert_eq!(found.tokenizer_max_length, 60);
+    let found = lerobot(read(true, Some((false, before("thumb")))).unwrap());
+    assert_eq!(found.relative_actions, None);
+    let error = read(true, Some((true, json!([])))).map(drop).unwrap_err().to_string();
+    assert!(error.contains("has no relative_actions_processor before it"), "{error}");
 }
 
 #[test]

@@ -7,8 +7,23 @@ use pirouette_policy::norm::NormMode;
 use pirouette_policy::robots::{Camera, GenericRobot, Robot, StateKey};
 use pirouette_policy::{NormStats, PolicyConfig, Processing};
 
+/// Steps of LeRobot's own π0 and π0.5 processors: what [`Processing::Lerobot`] does.
+const BEFORE: [&str; 8] = [
+    "rename_observations_processor",
+    "to_batch_processor",
+    "pi0_new_line_processor",
+    "pi05_prepare_state_tokenizer_processor_step",
+    "tokenizer_processor",
+    "device_processor",
+    "relative_actions_processor",
+    "normalizer_processor",
+];
+const AFTER: [&str; 3] =
+    ["unnormalizer_processor", "absolute_actions_processor", "device_processor"];
+
 /// The configuration: cameras in the file's order, one state vector, `task` as the prompt.
 pub fn policy_config(l: &LeRobot) -> Result<PolicyConfig> {
+    check_steps(l)?;
     let of = |kind: FeatureKind| -> Vec<&Feature> {
         l.input_features.iter().filter(|f| f.kind == kind).collect()
     };
@@ -90,17 +105,56 @@ fn norm_mode(stored: Stored) -> NormMode {
     }
 }
 
+/// Refuses what a robot would feel and nothing here does: a step of somebody's own, normalised
+/// images, a prompt from elsewhere.
+fn check_steps(l: &LeRobot) -> Result<()> {
+    for (file, steps, known) in [
+        ("policy_preprocessor.json", &l.preprocessor, &BEFORE[..]),
+        ("policy_postprocessor.json", &l.postprocessor, &AFTER[..]),
+    ] {
+        if let Some(step) = steps.iter().find(|step| !known.contains(&step.name.as_str())) {
+            bail!(
+                "{file} has a step `{}`, which is none of LeRobot's own for π0 and π0.5 and is \
+                 not implemented: describe what the robot sends and gets in a TOML file instead \
+                 (--config FILE.toml)",
+                step.name
+            );
+        }
+    }
+    let images = |feature: &Feature| feature.kind == FeatureKind::Visual;
+    let visual = l.input_stats.norm_map.iter().find(|(kind, _)| *kind == FeatureKind::Visual);
+    if let Some((_, mode)) = visual.filter(|(_, mode)| *mode != Stored::Identity)
+        && let Some(camera) = l
+            .input_features
+            .iter()
+            .filter(|f| images(f))
+            .find(|camera| l.input_stats.stats.contains_key(&camera.name))
+    {
+        bail!("normalizer_processor: `{}` is normalised ({mode:?}): not supported", camera.name);
+    }
+    let tokenizer = l.preprocessor.iter().rfind(|step| step.name == "tokenizer_processor");
+    for (key, own) in [("task_key", "task"), ("padding_side", "right")] {
+        if let Some(found) = tokenizer.and_then(|step| step.config.get(key)).filter(|v| *v != own) {
+            bail!(
+                "tokenizer_processor: `{key}` is {found}, only LeRobot's own \"{own}\" is supported"
+            );
+        }
+    }
+    Ok(())
+}
+
 /// Relative actions: all columns, except those whose name contains an excluded joint.
 fn absolute_mask(l: &LeRobot, dims: usize) -> Vec<bool> {
-    if !l.use_relative_actions {
-        return vec![];
-    }
-    let Some(names) = &l.action_feature_names else { return vec![true; dims] };
+    let Some(relative) = &l.relative_actions else { return vec![] };
+    let joints: Vec<String> = relative.exclude_joints.iter().map(|j| j.to_lowercase()).collect();
     let excluded = |name: &String| {
         let name = name.to_lowercase();
-        l.relative_exclude_joints.iter().any(|joint| name.contains(&joint.to_lowercase()))
+        joints.iter().any(|joint| !joint.is_empty() && name.contains(joint))
     };
-    names.iter().take(dims).map(|name| !excluded(name)).collect()
+    let names = relative.action_names.iter().flatten();
+    let mut mask: Vec<bool> = names.take(dims).map(|name| !excluded(name)).collect();
+    mask.resize(dims, true);
+    mask
 }
 
 /// The processors' statistics under the policy's names.

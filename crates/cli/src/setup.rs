@@ -224,6 +224,9 @@ fn check_lerobot(lerobot: &LeRobot) -> Result<()> {
 mod tests {
     use std::path::Path;
 
+    use pirouette_checkpoint::lerobot::{
+        FeatureKind, NormMode as Stored, ProcessorStep, RelativeActions,
+    };
     use pirouette_policy::norm::NormMode;
     use pirouette_testing::fixture::testdata;
 
@@ -257,6 +260,10 @@ mod tests {
         folder
     }
 
+    fn lerobot_directory_read() -> LeRobot {
+        pirouette_checkpoint::open(lerobot_directory().path()).unwrap().lerobot.unwrap()
+    }
+
     fn args(norm_stats: Option<PathBuf>) -> PolicyArgs {
         PolicyArgs { tokenizer: None, norm_stats, default_prompt: None }
     }
@@ -288,14 +295,64 @@ mod tests {
 
     #[test]
     fn a_lerobot_directory_without_processors_keeps_its_normalisation() {
-        let folder = lerobot_directory();
-        let checkpoint = pirouette_checkpoint::open(folder.path()).unwrap();
-        let mut lerobot = checkpoint.lerobot.unwrap();
+        let mut lerobot = lerobot_directory_read();
         let config = lerobot::policy_config(&lerobot).unwrap();
         assert_eq!((config.state_norm, config.action_norm), (NormMode::MeanStd, NormMode::MinMax));
         lerobot.output_stats.eps = 1e-6;
         let error = check_lerobot(&lerobot).unwrap_err().to_string();
         assert!(error.contains("unnormalizer_processor: `eps` is 0.000001"), "{error}");
+    }
+
+    /// What LeRobot's loader would do and this program does not must not be left out in silence.
+    #[test]
+    fn lerobot_steps_that_are_not_implemented_are_refused() {
+        let read = lerobot_directory_read;
+        let step = |name: &str, key: &str, value: &str| {
+            let config = serde_json::json!({key: value}).as_object().unwrap().clone();
+            ProcessorStep { name: name.into(), config, state_file: None }
+        };
+        let mut before = read();
+        before.preprocessor = vec![step("mylab.Crop", "x", "y")];
+        let mut after = read();
+        after.postprocessor = vec![step("ee_so3_relative_actions_processor", "x", "y")];
+        let mut side = read();
+        side.preprocessor = vec![step("tokenizer_processor", "padding_side", "left")];
+        let mut task = read();
+        task.preprocessor = vec![step("tokenizer_processor", "task_key", "goal")];
+        let mut images = read();
+        images.input_stats.norm_map = vec![(FeatureKind::Visual, Stored::MeanStd)];
+        assert!(lerobot::policy_config(&images).is_ok(), "no statistics: nothing happens");
+        let stats = &mut images.input_stats.stats;
+        stats.insert("observation.images.top".into(), Default::default());
+        for (policy, part) in [
+            (before, "policy_preprocessor.json has a step `mylab.Crop`"),
+            (after, "policy_postprocessor.json has a step `ee_so3_relative_actions_processor`"),
+            (side, "`padding_side` is \"left\""),
+            (task, "`task_key` is \"goal\""),
+            (images, "`observation.images.top` is normalised (MeanStd)"),
+        ] {
+            let error = lerobot::policy_config(&policy).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}\nlacks {part}");
+        }
+    }
+
+    #[test]
+    fn relative_actions_are_all_but_the_named() {
+        let mut policy = lerobot_directory_read();
+        policy.output_features[0].shape = vec![4];
+        let mut mask = |exclude: &[&str], names: Option<&[&str]>| {
+            let strings = |list: &[&str]| list.iter().map(|s| s.to_string()).collect();
+            policy.relative_actions = Some(RelativeActions {
+                exclude_joints: strings(exclude),
+                action_names: names.map(strings),
+            });
+            lerobot::policy_config(&policy).unwrap().absolute_mask
+        };
+        assert_eq!(mask(&["gripper"], None), [true; 4]);
+        let names = ["left.Gripper", "arm", "grip", "x"];
+        assert_eq!(mask(&["gripper"], Some(&names)), [false, true, true, true]);
+        assert_eq!(mask(&["", "ARM"], Some(&names)), [true, false, true, true]);
+        assert_eq!(mask(&["arm"], Some(&names[..2])), [true, false, true, true], "too few names");
     }
 
     #[test]
