@@ -26,7 +26,8 @@ pub struct InferArgs {
     pub checkpoint: Option<PathBuf>,
     #[command(flatten)]
     pub rope: RopeArgs,
-    /// The observation: `.npz`, or `.msgpack` as a client sends it (default: a random one).
+    /// The observation: `.npz`, or `.msgpack` as a client sends it (default: a random one). Maps
+    /// in an `.npz` are named with a bar: `np.savez(file, **{"images|cam_high": image, …})`.
     #[arg(long)]
     pub observation: Option<PathBuf>,
     /// Instruction, when the observation brings none.

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::args::InspectArgs;
 use crate::text::write_json;
+use crate::weights;
 
 /// The checkpoint, and the tokenizers it would be served with.
 #[derive(Serialize)]
@@ -23,7 +24,7 @@ struct Inspected {
 
 /// Prints (or writes) the report.
 pub fn run(args: &InspectArgs) -> Result<()> {
-    let checkpoint = pirouette_checkpoint::open(&args.dir)
+    let checkpoint = pirouette_checkpoint::open(&weights::local(&args.dir)?)
         .with_context(|| format!("checkpoint {}", args.dir.display()))?;
     let inspected = Inspected {
         checkpoint: checkpoint.inspect(),

@@ -7,7 +7,6 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use pirouette_policy::Policy;
 use pirouette_policy::config::environment;
-use pirouette_policy::tokenizer::SearchPlaces;
 
 use crate::args::{DeviceArgs, RopeArgs};
 use crate::device::{self, Target};
@@ -170,36 +169,20 @@ pub fn what_to_open(
     {
         bail!("`{other}`: openpi knows policy:checkpoint and policy:default");
     }
-    let env = args.env.as_deref().map(environment).transpose()?;
+    // openpi's default environment, for those who ask for the default.
+    let env = args.env.as_deref().or((config == Some("policy:default")).then_some("ALOHA_SIM"));
+    let env = env.map(environment).transpose()?;
     let named = positional.or(args.policy_config.as_deref());
     let dir = match (&args.checkpoint, &args.policy_dir) {
         (Some(dir), _) => Some(dir.clone()),
-        (None, Some(uri)) => Some(local(uri)?),
+        (None, Some(uri)) => Some(PathBuf::from(uri)),
         (None, None) => match (named, env) {
-            (None, Some(env)) => Some(local(env.checkpoint)?),
+            (None, Some(env)) => Some(PathBuf::from(env.checkpoint)),
             _ => None,
         },
     };
     let name = named.map(str::to_string).or_else(|| env.map(|e| e.config.to_string()));
     Ok((name, dir))
-}
-
-/// A checkpoint's path: as it is, or where openpi caches a `gs://` one.
-fn local(uri: &str) -> Result<PathBuf> {
-    let Some(rest) = uri.strip_prefix("gs://") else { return Ok(PathBuf::from(uri)) };
-    let Some(home) = SearchPlaces::from_env().openpi_home else {
-        bail!("{uri}: set OPENPI_DATA_HOME to openpi's cache")
-    };
-    let path = home.join(rest);
-    if !path.exists() {
-        bail!(
-            "{uri} is not in {}: fetch it with `gsutil -m cp -r {uri} {}`, or name a directory \
-             with --checkpoint",
-            home.display(),
-            path.parent().unwrap_or(&home).display()
-        );
-    }
-    Ok(path)
 }
 
 #[cfg(test)]

@@ -302,6 +302,15 @@ mod tests {
             let name = what_to_open(&args.open, typed(&args).0).unwrap().0;
             assert_eq!(name.as_deref(), Some("pi05_droid"), "{line}");
         }
+        let place = |line: &str| {
+            let args = serve(line);
+            let (name, dir) = what_to_open(&args.open, typed(&args).0).unwrap();
+            (name.unwrap(), dir.unwrap().display().to_string())
+        };
+        let sim = place("policy:default");
+        assert_eq!(sim, place("--env ALOHA_SIM"), "openpi's default environment");
+        assert!(sim.1.starts_with("gs://openpi-assets/"), "{sim:?}");
+        assert_eq!(place("--env DROID policy:default"), place("--env DROID"));
         for command in ["serve", "infer", "replay d"] {
             let parse = |flags: &str| {
                 Cli::try_parse_from(format!("pirouette {command} {flags}").split_whitespace())

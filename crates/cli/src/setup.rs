@@ -8,7 +8,7 @@ use pirouette_checkpoint::lerobot::LeRobot;
 use pirouette_checkpoint::{Checkpoint, NormStatsFile};
 use pirouette_model::Config;
 use pirouette_policy::config::{from_toml, named};
-use pirouette_policy::norm::LEROBOT_EPS;
+use pirouette_policy::norm::{LEROBOT_EPS, NormMode};
 use pirouette_policy::tokenizer::find_tokenizer;
 use pirouette_policy::{NormStats, Policy, PolicyConfig, Tokenizer};
 
@@ -127,8 +127,17 @@ fn statistics(
         return lerobot::statistics(lerobot).map(Some);
     }
     let Some(asset_id) = &config.asset_id else {
-        warnings.push(format!("{} has no asset id: nothing is normalised", config.name));
-        return Ok(None);
+        if [config.state_norm, config.action_norm] == [NormMode::Identity; 2] {
+            return Ok(None);
+        }
+        let ids: Vec<String> = checkpoint.asset_ids().into_iter().map(|(id, _)| id).collect();
+        bail!(
+            "Asset id is required to load norm stats: {} names none; set `asset_id` (in this \
+             checkpoint: {}), name the statistics with --norm-stats FILE, or say that nothing is \
+             normalised (norm = \"identity\")",
+            config.name,
+            if ids.is_empty() { "none".into() } else { ids.join(", ") }
+        );
     };
     parsed(checkpoint.norm_stats(asset_id)?)
 }
@@ -227,7 +236,6 @@ mod tests {
     use pirouette_checkpoint::lerobot::{
         FeatureKind, NormMode as Stored, ProcessorStep, RelativeActions,
     };
-    use pirouette_policy::norm::NormMode;
     use pirouette_testing::fixture::testdata;
 
     use super::*;
@@ -291,6 +299,26 @@ mod tests {
             let error = found(&checkpoint, folder.path().join("mine")).unwrap_err().to_string();
             assert!(error.contains("asset ids there: my/arm"), "{error}");
         }
+    }
+
+    #[test]
+    fn without_an_asset_id_nothing_is_served_unnormalised_unless_said_so() {
+        let folder = lerobot_directory();
+        std::fs::remove_file(folder.path().join("config.json")).unwrap();
+        put(&folder.path().join("config.json"), r#"{"vision": {"num_attention_heads": 4}}"#);
+        put(&folder.path().join("assets/my/arm/norm_stats.json"), MEANS);
+        let checkpoint = pirouette_checkpoint::open(folder.path()).unwrap();
+        let mut config = named("pi0_droid").unwrap();
+        config.asset_id = None;
+        let mut warnings = vec![];
+        let mut ask = |config: &PolicyConfig| {
+            statistics(config, Some(&checkpoint), &args(None), &mut warnings)
+        };
+        let error = ask(&config).unwrap_err().to_string();
+        assert!(error.starts_with("Asset id is required to load norm stats"), "{error}");
+        assert!(error.contains("in this checkpoint: my/arm"), "{error}");
+        (config.state_norm, config.action_norm) = (NormMode::Identity, NormMode::Identity);
+        assert_eq!(ask(&config).unwrap(), None);
     }
 
     #[test]

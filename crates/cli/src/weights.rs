@@ -1,8 +1,11 @@
 //! Flags → where the weights come from: a checkpoint, or random weights of the full size.
 
-use anyhow::{Context, Result};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
 use pirouette_checkpoint::{Checkpoint, Synthetic};
 use pirouette_model::{Config, TensorSource};
+use pirouette_policy::tokenizer::SearchPlaces;
 
 use crate::args::{Rope, WeightArgs};
 
@@ -26,7 +29,7 @@ impl Weights {
         let mut weights = match &args.checkpoint {
             None => Self::synthetic(args.model.config(), args.weight_seed),
             Some(dir) => {
-                let checkpoint = pirouette_checkpoint::open(dir)
+                let checkpoint = pirouette_checkpoint::open(&local(dir)?)
                     .with_context(|| format!("checkpoint {}", dir.display()))?;
                 Weights {
                     config: checkpoint.config,
@@ -67,4 +70,24 @@ impl Weights {
             Kind::Synthetic(_) => None,
         }
     }
+}
+
+/// A checkpoint's path: as it is, or where openpi caches a `gs://` one.
+pub fn local(path: &Path) -> Result<PathBuf> {
+    let Some(uri) = path.to_str().filter(|uri| uri.starts_with("gs://")) else {
+        return Ok(path.into());
+    };
+    let Some(home) = SearchPlaces::from_env().openpi_home else {
+        bail!("{uri}: set OPENPI_DATA_HOME to openpi's cache")
+    };
+    let path = home.join(&uri["gs://".len()..]);
+    if !path.exists() {
+        bail!(
+            "{uri} is not in {}: fetch it with `mkdir -p {folder} && gsutil -m cp -r {uri} \
+             {folder}`, or name a directory with --checkpoint",
+            home.display(),
+            folder = path.parent().unwrap_or(&home).display()
+        );
+    }
+    Ok(path)
 }

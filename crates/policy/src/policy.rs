@@ -72,12 +72,12 @@ impl Policy {
         if let Some(other) = stats.features().find(|f| !["state", "actions"].contains(f)) {
             return Err(NormError::UnknownFeature(other.into()).into());
         }
-        let normalizer = |feature: &str, mode| match stats.get(feature) {
+        let normalizer = |feature: &str, mode, limit: Option<usize>| match stats.get(feature) {
             None => Ok(Normalizer::identity()),
             Some(stats) => {
                 let norm = Normalizer::new(mode, feature, stats)?;
                 match norm.covered() {
-                    Some(len) if len > config.action_dim => Err(NormError::TooLong {
+                    Some(len) if limit.is_some_and(|most| len > most) => Err(NormError::TooLong {
                         feature: feature.into(),
                         len,
                         action_dim: config.action_dim,
@@ -86,8 +86,8 @@ impl Policy {
                 }
             }
         };
-        let state = normalizer("state", config.state_norm)?;
-        let actions = normalizer("actions", config.action_norm)?;
+        let state = normalizer("state", config.state_norm, longest_state(&config))?;
+        let actions = normalizer("actions", config.action_norm, Some(config.action_dim))?;
         let robot = &config.robot;
         if let (Some(len), Some(dims)) = (state.covered(), robot.exact_state_dims())
             && len < dims
@@ -304,8 +304,8 @@ impl Policy {
                 expected(),
             ));
         }
-        if raw.len() > self.config.action_dim {
-            let (n, most) = (raw.len(), self.config.action_dim);
+        if let Some(most) = longest_state(&self.config).filter(|most| raw.len() > *most) {
+            let n = raw.len();
             return Err(PolicyError::value(
                 format!("the state has {n} numbers, the model reads {most}"),
                 expected(),
@@ -372,6 +372,15 @@ impl Policy {
             ));
         }
         Ok(text)
+    }
+}
+
+/// Most numbers of a state, if they are limited: π0 reads them in the columns of its actions, π0.5
+/// as text or not at all.
+fn longest_state(config: &PolicyConfig) -> Option<usize> {
+    match config.family {
+        Family::Pi0 => Some(config.action_dim),
+        Family::Pi05 => None,
     }
 }
 

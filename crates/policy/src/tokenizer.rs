@@ -99,10 +99,11 @@ impl Tokenizer {
 pub enum TokenizerError {
     /// It is nowhere.
     #[error(
-        "no PaliGemma tokenizer found; looked at:\n{}\nIt is one 4 MB file: `gsutil cp \
-         gs://big_vision/paligemma_tokenizer.model ~/.cache/openpi/big_vision/` (openpi's own \
-         copy works too), or tokenizer.model of google/paligemma-3b-pt-224 on Hugging Face \
-         (accept its licence first); or name it with --tokenizer FILE{note}",
+        "no PaliGemma tokenizer found; looked at:\n{}\nIt is one 4 MB file: `mkdir -p \
+         ~/.cache/openpi/big_vision && gsutil cp gs://big_vision/paligemma_tokenizer.model \
+         ~/.cache/openpi/big_vision/` (openpi's own copy works too), or tokenizer.model of \
+         google/paligemma-3b-pt-224 on Hugging Face (accept its licence first); or name it with \
+         --tokenizer FILE{note}",
         list(looked)
     )]
     NotFound {

@@ -298,6 +298,47 @@ fn what_the_statistics_leave_out_is_told_and_shown() {
     assert!(policy("pi0_droid").warnings().is_empty());
 }
 
+/// π0 has a column for each number of a state; π0.5 reads all of them as text, openpi's too.
+#[test]
+fn a_state_may_be_longer_than_the_actions_where_it_is_text() {
+    let robot = |family: &str, norm: &str| {
+        let text = format!(
+            "name = \"wide\"\nfamily = \"{family}\"\nhorizon = 10\nnorm = \"{norm}\"\n\
+             asset_id = \"wide\"\n[robot]\nkind = \"generic\"\noutput_dims = 7\n\
+             [[robot.cameras]]\nkey = \"image\"\nslot = \"base_0_rgb\"\nlayout = \"hwc\"\n\
+             [[robot.state]]\nkey = \"state\"\ndims = 40\n"
+        );
+        pirouette_policy::config::from_toml(&text).unwrap()
+    };
+    let mut stats = NormStats::default();
+    let mut quantiles = FeatureStats::default();
+    quantiles.set("q01", vec![-1.0; 40]);
+    quantiles.set("q99", vec![1.0; 40]);
+    stats.set("state", quantiles);
+    let policy = Policy::new(robot("pi05", "quantile"), &stats, crate::tokenizer(), 56).unwrap();
+    let sample = sample_observation(policy.config(), 1);
+    let long = policy.prepare(&sample).unwrap();
+    assert_eq!(long.input.state.len(), 32, "the model's columns");
+    // The last number is in the prompt.
+    let mut last = vec![0.25; 40];
+    let with = |state: &[f64]| {
+        let state = NdArray::from_f64(vec![40], state).unwrap();
+        policy.prepare(&changed(&policy, "state", Some(Value::Array(state)))).unwrap().input.tokens
+    };
+    let before = with(&last);
+    last[39] = -0.75;
+    assert_ne!(with(&last), before);
+
+    let mut stats = NormStats::default();
+    stats.set("state", z_score_of(40, 1.0));
+    let error = Policy::new(robot("pi0", "z_score"), &stats, crate::tokenizer(), 56).unwrap_err();
+    assert!(error.to_string().contains("covers 40 dimensions"), "{error}");
+    let plain =
+        Policy::new(robot("pi0", "identity"), &NormStats::default(), crate::tokenizer(), 56);
+    let error = plain.unwrap().prepare(&sample).unwrap_err().to_string();
+    assert!(error.contains("40 numbers, the model reads 32"), "{error}");
+}
+
 #[test]
 fn statistics_that_can_not_work_stop_the_start() {
     let start = |name: &str, stats: &NormStats| {
