@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+use pirouette_cuda::gemm::MOST_ROWS;
 use pirouette_engine::{Bucket, BucketRule, DeviceFactory, Engine, EngineOptions, SwapReport};
 use pirouette_model::{BackendError, Config, Device, Rtc, WeightTable};
 use pirouette_policy::{Policy, contract};
@@ -140,6 +141,10 @@ impl ModelPlan {
         let most = self.max_batch.unwrap_or(if on_gpu { 8 } else { 1 });
         let c = policy.config();
         let cameras = c.robot.cameras().min(3);
+        let tokens = cameras * table.config.vision.tokens() + c.max_token_len;
+        if let device::Target::Cuda(_) = target {
+            check_batch(most, tokens)?;
+        }
         let mut options = EngineOptions::new(vec![Arc::new(table)], c.horizon, c.max_token_len);
         options.window = self.window;
         options.busy_poll = self.busy_poll;
@@ -189,6 +194,18 @@ impl ModelPlan {
         }
         Ok(())
     }
+}
+
+/// Whether a GPU takes batches of so many requests, each of so many tokens at most.
+fn check_batch(requests: usize, tokens: usize) -> Result<()> {
+    let most = MOST_ROWS as usize / tokens;
+    if requests > most {
+        bail!(
+            "--max-batch {requests}: a request has up to {tokens} tokens, and a GPU's products \
+             take {MOST_ROWS} rows: at most {most} of them"
+        );
+    }
+    Ok(())
 }
 
 impl Parts {
@@ -360,6 +377,14 @@ mod tests {
 
     use super::*;
     use crate::args::{Precision, Rope};
+
+    #[test]
+    fn a_gpu_takes_batches_of_so_many_rows() {
+        // Three cameras of 256 tokens, prompts of 200.
+        assert!(check_batch(135, 968).is_ok());
+        let error = check_batch(136, 968).unwrap_err().to_string();
+        assert!(error.contains("--max-batch 136") && error.contains("at most 135"), "{error}");
+    }
 
     fn plan() -> ModelPlan {
         let tokenizer = Some(testdata().join("D_preprocess/tokenizer/tok_bpe.model"));

@@ -39,10 +39,14 @@ impl Gauge {
                 "power and clocks can't be read through NVML: {error}"
             ))
         };
-        let gauge =
-            Gauge { nvml: Nvml::init().map_err(missing)?, uuid: uuid_text(properties.uuid) };
-        gauge.nvml.device_by_uuid(gauge.uuid.as_str()).map_err(missing)?;
-        Ok(gauge)
+        let nvml = Nvml::init().map_err(missing)?;
+        let [uuid, slice] = ["GPU", "MIG"].map(|kind| uuid_text(kind, properties.uuid));
+        let found = match nvml.device_by_uuid(uuid.as_str()) {
+            Ok(_) => Ok(uuid),
+            // CUDA gives the identity of a MIG slice without saying that it is one.
+            Err(error) => nvml.device_by_uuid(slice.as_str()).map(|_| slice).map_err(|_| error),
+        };
+        Ok(Gauge { uuid: found.map_err(missing)?, nvml })
     }
 
     /// Reads all sensors.
@@ -71,8 +75,8 @@ impl Gauge {
 }
 
 /// `GPU-8e2f…`, as NVML and `nvidia-smi -L` spell it.
-fn uuid_text(bytes: [u8; 16]) -> String {
-    let mut text = String::from("GPU-");
+fn uuid_text(kind: &str, bytes: [u8; 16]) -> String {
+    let mut text = format!("{kind}-");
     for (i, byte) in bytes.iter().enumerate() {
         if matches!(i, 4 | 6 | 8 | 10) {
             text.push('-');
@@ -89,6 +93,6 @@ mod tests {
     #[test]
     fn uuids_are_spelled_as_nvml_does() {
         let bytes = std::array::from_fn(|i| i as u8 * 17);
-        assert_eq!(uuid_text(bytes), "GPU-00112233-4455-6677-8899-aabbccddeeff");
+        assert_eq!(uuid_text("GPU", bytes), "GPU-00112233-4455-6677-8899-aabbccddeeff");
     }
 }

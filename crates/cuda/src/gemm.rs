@@ -228,7 +228,7 @@ const TILES: &[Tile] = {
 };
 
 /// Rows and tiles of a product are below 2²⁰, where the kernels' `quotient` is exact.
-const MOST_ROWS: u32 = 1 << 17;
+pub const MOST_ROWS: u32 = 1 << 17;
 
 /// Columns of one stage: a 128-byte swizzled row.
 const K_STEP: u32 = 64;

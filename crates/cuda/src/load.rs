@@ -103,14 +103,30 @@ fn send(
     free: Sender<Pinned>,
     layout: &Layout,
 ) -> Result<Vec<f32>, BackendError> {
+    let mut in_flight = VecDeque::new();
+    let sent = send_all(context, stream, memory, filled, free, layout, &mut in_flight);
+    // Also after an error: slots may be freed once nothing is copied from them.
+    let idle = stream.synchronize();
+    let sums = sent?;
+    idle.map(|()| sums)
+}
+
+fn send_all(
+    context: &Arc<Context>,
+    stream: &Stream,
+    memory: &DeviceMemory,
+    filled: Receiver<Result<Filled, BackendError>>,
+    free: Sender<Pinned>,
+    layout: &Layout,
+    in_flight: &mut VecDeque<(Pinned, Event)>,
+) -> Result<Vec<f32>, BackendError> {
     let mut sums = vec![0.0; layout.column_sum_count];
-    let mut in_flight: VecDeque<(Pinned, Event)> = VecDeque::new();
     for part in filled {
         let part = part?;
-        memory.copy_in(stream, part.offset, &part.slot, 0, part.bytes)?;
-        let event = Event::new(context)?;
+        in_flight.push_back((part.slot, Event::new(context)?));
+        let Some((slot, event)) = in_flight.back() else { continue };
+        memory.copy_in(stream, part.offset, slot, 0, part.bytes)?;
         event.record(stream)?;
-        in_flight.push_back((part.slot, event));
         if let Some(first) = part.first_sum {
             sums[first..first + part.sums.len()].copy_from_slice(&part.sums);
         }
@@ -122,7 +138,6 @@ fn send(
             let _ = free.send(slot);
         }
     }
-    stream.synchronize()?;
     Ok(sums)
 }
 

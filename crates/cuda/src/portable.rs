@@ -290,13 +290,26 @@ const _: () = assert!(size_of::<GuideParams>() == 32 + 4 * 8 + 6 * 4);
 
 /// Widest head `portable_attention` takes.
 pub const MAX_HEAD_DIM: usize = 256;
-/// Longest row `portable_rim` takes: 8 rows of f32 in the shared memory of an sm_80 block.
-pub const MAX_RIM_COLUMNS: usize = 4096;
+/// Shared memory of `portable_rim` for each column of its rows: 8 rows of f32.
+const RIM_COLUMN: usize = 8 * 4;
+/// Longest row `portable_rim` takes where a block may have 128 KiB.
+const MAX_RIM_COLUMNS: usize = 4096;
 
 const LARGE_SHARED: u32 = 4 * (128 + 128) * (32 * 2 + 16);
 const SMALL_SHARED: u32 = 6 * (16 + 32) * (128 * 2 + 16);
 /// Up to here the tile of 16 rows wins: weights are read once per 16 rows from L2.
 const SMALL_ROWS: u32 = 48;
+
+/// Longest row of `portable_rim` where a block may have so much shared memory: 163 KiB on an A100,
+/// 227 on Hopper, 99 on the other GPUs from Ampere on.
+const fn rim_columns(shared_bytes: u32) -> usize {
+    let fit = shared_bytes as usize / RIM_COLUMN;
+    if fit < MAX_RIM_COLUMNS { fit } else { MAX_RIM_COLUMNS }
+}
+
+// Products of f32 read rows of the expert's width, 1024. The others' tiles fit, too.
+const _: () = assert!(rim_columns(99 << 10) >= 1024 && rim_columns(163 << 10) == MAX_RIM_COLUMNS);
+const _: () = assert!(LARGE_SHARED <= 99 << 10 && SMALL_SHARED <= 99 << 10);
 
 /// The loaded kernels.
 pub struct Portable {
@@ -308,6 +321,7 @@ pub struct Portable {
     embed: Function,
     attention: Function,
     guide: Function,
+    rim_columns: usize,
 }
 
 impl Portable {
@@ -318,16 +332,23 @@ impl Portable {
         let rim = cubins::load(context, "portable_rim")?;
         let attention = cubins::load(context, "portable_attention")?;
         let guide = cubins::load(context, "portable_guide")?;
+        let rim_columns = rim_columns(context.properties.shared_bytes);
         Ok(Portable {
             large: linear.function("portable_linear_large", LARGE_SHARED as usize)?,
             small: linear.function("portable_linear_small", SMALL_SHARED as usize)?,
-            rim: rim.function("portable_rim", 8 * 4 * MAX_RIM_COLUMNS)?,
+            rim: rim.function("portable_rim", RIM_COLUMN * rim_columns)?,
             norm: rows.function("portable_norm", 0)?,
             patchify: rows.function("portable_patchify", 0)?,
             embed: rows.function("portable_embed", 0)?,
             attention: attention.function("portable_attention", 0)?,
             guide: guide.function("portable_guide", 0)?,
+            rim_columns,
         })
+    }
+
+    /// Longest row [`Portable::rim`] takes here.
+    pub fn rim_columns(&self) -> usize {
+        self.rim_columns
     }
 
     /// A product over bf16 rows.
@@ -346,7 +367,7 @@ impl Portable {
     pub fn rim(&self, p: RimParams) -> Launch {
         let grid = [p.rows.div_ceil(8), p.output.n.div_ceil(8), 1];
         let launch = Launch::new(self.rim.clone(), grid, 256, vec![Arg::of(&p)]);
-        Launch { shared_bytes: 32 * p.k, dependent: true, ..launch }
+        Launch { shared_bytes: RIM_COLUMN as u32 * p.k, dependent: true, ..launch }
     }
 
     /// Rows normalised into bf16.

@@ -81,7 +81,7 @@ pub fn linear(
     let weight = weights.address(linear.weight);
     let mut input = bound.view(&linear.input);
     if weights.table.spec(linear.weight).kind != Kind::Matrix {
-        if linear.input.cols > portable::MAX_RIM_COLUMNS {
+        if linear.input.cols > kernels.rim_columns() {
             return Err(unsupported(step, "its f32 matrix is too wide"));
         }
         if matches!(linear.epilogue, Epilogue::GeGlu { .. } | Epilogue::Rope { .. }) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use pirouette_model::BackendError;
 
 use super::table::Handle;
-use super::{Context, Stream};
+use super::{Context, OUT_OF_MEMORY, Stream};
 
 /// One block of device memory.
 pub struct DeviceMemory {
@@ -34,7 +34,6 @@ impl DeviceMemory {
         let mut address = 0;
         // SAFETY: out-pointer to a live integer.
         let code = unsafe { (context.cuda().memory_alloc)(&mut address, bytes.max(1)) };
-        const OUT_OF_MEMORY: i32 = 2;
         if code == OUT_OF_MEMORY {
             return Err(full());
         }

@@ -211,6 +211,9 @@ pub struct Properties {
     pub memory_bytes: u64,
 }
 
+/// CUDA_ERROR_OUT_OF_MEMORY
+const OUT_OF_MEMORY: c_int = 2;
+
 /// The primary context of one device. Any thread may use it, one at a time.
 pub struct Context {
     driver: Arc<Driver>,
@@ -271,7 +274,11 @@ impl Context {
         }
         let Properties { ordinal, name, .. } = &self.properties;
         let text = format!("cuda:{ordinal} {name}: {call}: {}", self.driver.describe(code));
-        let _ = self.failure.set(text.clone());
+        // Without memory for this call the context is as good as before, and what it holds can and
+        // must be given back: another engine may go on in it.
+        if code != OUT_OF_MEMORY {
+            let _ = self.failure.set(text.clone());
+        }
         Err(BackendError::Device(text))
     }
 }

@@ -32,8 +32,8 @@ impl Module {
             return Err(BackendError::Device(format!("module `{name}` is not a cubin")));
         }
         let mut handle = std::ptr::null_mut();
-        // SAFETY: an ELF image carries its own size in its headers; it was compiled by us and the
-        // driver rejects what it can't load.
+        // SAFETY: an ELF image carries its own size in its headers, and this one is whole: it is
+        // part of this program, was compiled just now, or lay in the cache with its hash.
         let code = unsafe { (context.cuda().module_load)(&mut handle, cubin.as_ptr().cast()) };
         context.check(&format!("cuModuleLoadData of `{name}`"), code)?;
         Ok(Arc::new(Module { context: context.clone(), handle, name: name.into() }))

@@ -1,8 +1,8 @@
 //! CUDA C++ source → cubin at run time, for GPUs no cubin was built for, with a disk cache.
 
 use std::ffi::{CString, c_char, c_int, c_void};
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::PathBuf;
+use std::hash::{BuildHasher, DefaultHasher, Hash, Hasher, RandomState};
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use pirouette_model::BackendError;
@@ -57,9 +57,7 @@ pub fn cubin(source: &Source<'_>, (major, minor): (u32, u32)) -> Result<Vec<u8>,
     let nvrtc = library()?;
     let options = options((major, minor));
     let path = cache_path(nvrtc, source, &options);
-    if let Some(cached) = path.as_ref().and_then(|p| std::fs::read(p).ok())
-        && cached.starts_with(b"\x7fELF")
-    {
+    if let Some(cached) = path.as_ref().and_then(|p| std::fs::read(p).ok()).and_then(whole) {
         return Ok(cached);
     }
     let cubin = compile(nvrtc, source, &options)?;
@@ -96,18 +94,38 @@ fn cache_path(nvrtc: &Nvrtc, source: &Source<'_>, options: &[String]) -> Option<
     Some(root.join("pirouette/cubin").join(format!("{name}.{:016x}.cubin", hash.finish())))
 }
 
-/// Writes beside the target and renames, so that no reader sees half a file. A cache that can't
-/// be written costs time, not correctness.
-fn store(path: &std::path::Path, cubin: &[u8]) {
-    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+/// Writes beside the target and renames, so that no reader sees half a file; behind the cubin its
+/// hash, since the driver trusts what a cut one says of itself. The name is by chance: processes of
+/// containers that share a home have the same numbers. A cache that can't be written costs time,
+/// not correctness.
+fn store(path: &Path, cubin: &[u8]) {
+    let chance = RandomState::new().build_hasher().finish();
+    let temporary = path.with_extension(format!("{chance:016x}.tmp"));
+    let file = [cubin, &hash(cubin)].concat();
     let written = path
         .parent()
         .map_or(Ok(()), std::fs::create_dir_all)
-        .and_then(|()| std::fs::write(&temporary, cubin))
+        .and_then(|()| std::fs::write(&temporary, file))
         .and_then(|()| std::fs::rename(&temporary, path));
     if written.is_err() {
         let _ = std::fs::remove_file(&temporary);
     }
+}
+
+/// The cubin of a cached file, if it is as it was written.
+fn whole(mut file: Vec<u8>) -> Option<Vec<u8>> {
+    let (cubin, behind) = file.split_last_chunk::<8>()?;
+    if !cubin.starts_with(b"\x7fELF") || *behind != hash(cubin) {
+        return None;
+    }
+    file.truncate(file.len() - 8);
+    Some(file)
+}
+
+fn hash(bytes: &[u8]) -> [u8; 8] {
+    let mut hash = DefaultHasher::new();
+    hash.write(bytes);
+    hash.finish().to_le_bytes()
 }
 
 fn compile(
@@ -162,5 +180,26 @@ fn compile(
         };
         (nvrtc.destroy)(&mut program);
         result
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cached_cubin_comes_back_only_whole() {
+        let folder = std::env::temp_dir().join(format!("pirouette-cubin-{}", std::process::id()));
+        let path = folder.join("deeper/kernel.0.cubin");
+        let cubin = [b"\x7fELF".as_slice(), &[7; 1000]].concat();
+        store(&path, &cubin);
+        let file = std::fs::read(&path).unwrap();
+        assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "no leavings");
+        std::fs::remove_dir_all(folder).unwrap();
+        assert_eq!(whole(file.clone()), Some(cubin.clone()));
+        for cut in [0, 7, 8, 500, file.len() - 1] {
+            assert_eq!(whole(file[..cut].to_vec()), None, "{cut}");
+        }
+        assert_eq!(whole(cubin), None, "as earlier versions wrote it");
     }
 }
