@@ -52,6 +52,10 @@ impl Device for Faulty {
     fn weight_bytes(&self) -> u64 {
         self.with(|device| device.weight_bytes())
     }
+
+    fn look(&mut self) -> Result<(), BackendError> {
+        self.with(Device::look)
+    }
 }
 
 struct FaultyExecutable {

@@ -168,6 +168,19 @@ fn a_process_in_the_middle_of_a_long_run_ends_with_the_server() {
     assert!(killed.elapsed() < Duration::from_secs(20), "{:?}", killed.elapsed());
 }
 
+/// Nobody asks anything: the server looks by itself.
+#[test]
+fn a_process_that_is_killed_while_idle_comes_back() {
+    let server = Server::with(&["--device", "null:1:20"]);
+    server.until("a process", || server.workers().len() == 1);
+    kill("-KILL", server.workers()[0]);
+    let killed = Instant::now();
+    server.until("not ready", || !server.get("/readyz").starts_with("HTTP/1.1 200"));
+    assert!(killed.elapsed() < Duration::from_secs(5), "{:?}", killed.elapsed());
+    server.until("another", || server.workers().len() == 2);
+    server.until("ready", || server.get("/readyz").starts_with("HTTP/1.1 200"));
+}
+
 #[test]
 fn a_swapped_checkpoint_ends_the_process_of_the_old_one() {
     let testdata = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata");

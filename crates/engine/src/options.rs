@@ -53,6 +53,9 @@ pub struct EngineOptions {
     pub watchdog: Duration,
     /// The same for a shape that never ran before, compilation included (default 10 min).
     pub watchdog_first: Duration,
+    /// A device that is not open by then is given up (default 30 min: checkpoints may come from a
+    /// slow network).
+    pub watchdog_open: Duration,
 }
 
 impl EngineOptions {
@@ -74,6 +77,7 @@ impl EngineOptions {
             restart_pause_max: Duration::from_secs(30),
             watchdog: Duration::from_secs(2),
             watchdog_first: Duration::from_secs(600),
+            watchdog_open: Duration::from_secs(1800),
         }
     }
 

@@ -20,8 +20,8 @@ use crate::staging::Staging;
 /// for more than itself.
 const QUICK: Duration = Duration::from_secs(1);
 
-/// Longest sleep of an idle device thread between looks at the queue.
-const IDLE: Duration = Duration::from_secs(1);
+/// Longest sleep of an idle device thread between looks at the queue and at its device.
+const IDLE: Duration = Duration::from_millis(500);
 
 /// Longest sleep while requests wait that are left to a faster device.
 const RECONSIDER: Duration = Duration::from_millis(2);
@@ -30,6 +30,7 @@ const RECONSIDER: Duration = Duration::from_millis(2);
 enum Work {
     Stop,
     Canary,
+    Look,
     Run(Taken),
 }
 
@@ -57,6 +58,8 @@ pub(crate) struct Session {
     awake: Option<Instant>,
     /// What the last canary took.
     canary_took: Option<Duration>,
+    /// When the device was last known to be there.
+    seen: Instant,
 }
 
 impl Session {
@@ -85,6 +88,7 @@ impl Session {
             generation,
             awake: None,
             canary_took: None,
+            seen: Instant::now(),
         }
     }
 
@@ -158,6 +162,10 @@ impl Session {
                         let _ = waiter.send(Ok(()));
                     }
                 }
+                Work::Look => {
+                    self.device.look().map_err(|e| e.to_string())?;
+                    self.seen = Instant::now();
+                }
                 Work::Run(taken) => {
                     self.run_batch(taken)?;
                     self.awake = Instant::now().checked_add(self.shared.options.busy_poll);
@@ -185,6 +193,9 @@ impl Session {
             let Some((head, mates)) = state.queue.head(skip, rule) else {
                 if state.draining && state.queue.is_empty() {
                     return Work::Stop;
+                }
+                if state.queue.is_empty() && now.duration_since(self.seen) >= IDLE {
+                    return Work::Look;
                 }
                 let looked;
                 (state, looked) = shared.look_out(state, self.awake);
@@ -414,18 +425,11 @@ impl Session {
 
     /// Puts a run without requests (warm-up, canary) under the watchdog.
     fn begin(&self, limit: Duration) {
-        let mut state = self.shared.lock();
-        let device = &mut state.devices[self.index];
-        if device.generation == self.generation {
-            let (started, predicted) = (Instant::now(), Duration::ZERO);
-            device.running = Some(Running { started, predicted, limit, replies: Vec::new() });
-        }
+        self.shared.begin(self.index, self.generation, limit);
     }
 
     /// Takes the running requests back; `None` when the watchdog has answered them already.
     fn end(&self) -> Option<Running> {
-        let mut state = self.shared.lock();
-        let device = &mut state.devices[self.index];
-        if device.generation != self.generation { None } else { device.running.take() }
+        self.shared.end(self.index, self.generation)
     }
 }

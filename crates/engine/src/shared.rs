@@ -194,6 +194,23 @@ impl Shared {
         mine
     }
 
+    /// Puts work without requests (opening, warm-up, a canary, closing) under the watchdog.
+    pub(crate) fn begin(&self, index: usize, generation: u64, limit: Duration) {
+        let mut state = self.lock();
+        let device = &mut state.devices[index];
+        if device.generation == generation {
+            let (started, predicted) = (Instant::now(), Duration::ZERO);
+            device.running = Some(Running { started, predicted, limit, replies: Vec::new() });
+        }
+    }
+
+    /// Takes the running requests back; `None` when the watchdog has answered them already.
+    pub(crate) fn end(&self, index: usize, generation: u64) -> Option<Running> {
+        let mut state = self.lock();
+        let device = &mut state.devices[index];
+        if device.generation != generation { None } else { device.running.take() }
+    }
+
     /// A device failed: its requests and probes get an error, it is no longer ready. With
     /// `hung`, its thread is given up too. Says whether the generation was still the current one.
     pub(crate) fn device_failed(

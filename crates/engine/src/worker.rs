@@ -79,15 +79,25 @@ fn live(shared: &Arc<Shared>, index: usize, generation: u64) -> Result<(), Strin
         return Ok(());
     }
     let factory = shared.factories[index].clone();
-    let device =
-        guard(|| factory()).and_then(|opened| opened.map_err(|e| e.to_string())).map_err(failed)?;
+    let options = &shared.options;
+    // A driver can hang wherever it is called: under the watchdog another thread takes over.
+    shared.begin(index, generation, options.watchdog_open);
+    let opened = guard(|| factory()).and_then(|opened| opened.map_err(|e| e.to_string()));
+    if shared.end(index, generation).is_none() {
+        return Err("given up while it was opened".into());
+    }
+    let device = opened.map_err(failed)?;
     let mut session = Session::new(shared.clone(), index, generation, device);
     let outcome = guard(|| session.warm().and_then(|()| session.serve())).and_then(|r| r);
     // Requests learn of the failure before the device is closed: closing may hang.
     let outcome = outcome.map_err(failed);
+    if outcome.is_err() {
+        shared.begin(index, generation, options.watchdog * 10);
+    }
     if let Err(reason) = guard(move || drop(session)) {
         tracing::warn!(device = index, %reason, "closing the device failed");
     }
+    shared.end(index, generation);
     outcome
 }
 

@@ -3,10 +3,10 @@
 mod rig;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use pirouette_engine::{Engine, EngineError, Fault, NullDevice, NullTimes, Phase};
+use pirouette_engine::{Engine, EngineError, EngineOptions, Fault, NullDevice, NullTimes, Phase};
 use pirouette_model::{BackendError, Device, Executable, Program};
 use rig::{due, eventually, expected, request};
 
@@ -242,6 +242,95 @@ async fn a_factory_that_fails_is_tried_again() {
     assert!(engine.submit(request(0)).unwrap().await.is_ok());
 }
 
+/// Is lost when told to, which shows at a look; hangs when it is closed after that.
+struct Losable {
+    inner: NullDevice,
+    lost: Arc<AtomicBool>,
+    closing: Duration,
+}
+
+impl Device for Losable {
+    fn name(&self) -> String {
+        "losable".into()
+    }
+
+    fn compile(&mut self, program: Arc<Program>) -> Result<Box<dyn Executable>, BackendError> {
+        self.inner.compile(program)
+    }
+
+    fn weight_bytes(&self) -> u64 {
+        0
+    }
+
+    fn look(&mut self) -> Result<(), BackendError> {
+        match self.lost.load(SeqCst) {
+            true => Err(BackendError::Device("it is gone".into())),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Drop for Losable {
+    fn drop(&mut self) {
+        if self.lost.swap(false, SeqCst) {
+            std::thread::sleep(self.closing);
+        }
+    }
+}
+
+/// The engine, a switch that loses its device, and how often one was opened; the first opening
+/// takes as long as said.
+fn losable(
+    options: EngineOptions,
+    [opening, closing]: [Duration; 2],
+) -> (Engine, Arc<AtomicBool>, Arc<AtomicUsize>) {
+    let (lost, opened) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let (told, counter) = (lost.clone(), opened.clone());
+    let open = move || {
+        if counter.fetch_add(1, SeqCst) == 0 {
+            std::thread::sleep(opening);
+        }
+        let inner = NullDevice::new(NullTimes::constant(0.1));
+        Ok(Box::new(Losable { inner, lost: told.clone(), closing }) as Box<dyn Device>)
+    };
+    (Engine::start(vec![Arc::new(open)], options).unwrap(), lost, opened)
+}
+
+#[tokio::test]
+async fn a_device_that_is_lost_while_nobody_asks_is_opened_anew() {
+    let (engine, lost, opened) = losable(rig::options(1), [Duration::ZERO; 2]);
+    engine.wait_ready().await.unwrap();
+    lost.store(true, SeqCst);
+    eventually("noticed", || engine.stats().restarts == 1).await;
+    eventually("ready again", || ready(&engine)).await;
+    assert_eq!(opened.load(SeqCst), 2);
+    assert!(engine.submit(request(0)).unwrap().await.is_ok());
+}
+
+#[tokio::test]
+async fn a_device_that_hangs_while_it_is_closed_is_given_up() {
+    let mut options = rig::options(1);
+    options.watchdog = Duration::from_millis(20);
+    let (engine, lost, opened) = losable(options, [Duration::ZERO, Duration::from_secs(5)]);
+    engine.wait_ready().await.unwrap();
+    lost.store(true, SeqCst);
+    let told = Instant::now();
+    eventually("opened anew", || opened.load(SeqCst) == 2 && ready(&engine)).await;
+    assert!(told.elapsed() < Duration::from_secs(4), "while it still hangs: {:?}", told.elapsed());
+    assert!(engine.submit(request(0)).unwrap().await.is_ok());
+}
+
+#[tokio::test]
+async fn a_device_that_hangs_while_it_is_opened_is_given_up() {
+    let mut options = rig::options(1);
+    options.watchdog_open = Duration::from_millis(50);
+    let (engine, _, opened) = losable(options, [Duration::from_secs(5), Duration::ZERO]);
+    let started = Instant::now();
+    eventually("opened anew", || opened.load(SeqCst) == 2 && ready(&engine)).await;
+    assert!(started.elapsed() < Duration::from_secs(4), "while it still hangs");
+    assert!(engine.submit(request(0)).unwrap().await.is_ok());
+}
+
 /// Counts what is compiled and runs out of memory above a batch size.
 struct Counting {
     inner: NullDevice,
@@ -272,10 +361,7 @@ impl Device for Counting {
     }
 }
 
-fn counting(
-    largest: usize,
-    options: pirouette_engine::EngineOptions,
-) -> (Engine, Arc<AtomicUsize>) {
+fn counting(largest: usize, options: EngineOptions) -> (Engine, Arc<AtomicUsize>) {
     let compiled = Arc::new(AtomicUsize::new(0));
     let counter = compiled.clone();
     let open = move || {

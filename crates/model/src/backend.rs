@@ -158,6 +158,12 @@ pub trait Device: Send {
 
     /// Bytes the weights take on the device.
     fn weight_bytes(&self) -> u64;
+
+    /// Whether it is still there: asked again and again while there is nothing to run, so it must
+    /// take microseconds. An error is as good as one of a run.
+    fn look(&mut self) -> Result<(), BackendError> {
+        Ok(())
+    }
 }
 
 /// A compiled program.

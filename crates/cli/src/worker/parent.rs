@@ -77,6 +77,15 @@ impl Device for ProcessDevice {
     fn weight_bytes(&self) -> u64 {
         self.weight_bytes
     }
+
+    /// Whether the process still runs: one that was killed while nobody asked anything.
+    fn look(&mut self) -> Result<(), BackendError> {
+        let mut link = lock(&self.link);
+        match link.child.try_wait() {
+            Ok(None) => Ok(()),
+            _ => Err(link.lost("it ended")),
+        }
+    }
 }
 
 struct ProcessExecutable {
