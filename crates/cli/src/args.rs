@@ -145,6 +145,12 @@ impl WeightArgs {
     }
 }
 
+/// A number of Euler steps: tables are made of it before a program's shape is checked.
+pub fn euler_steps(text: &str) -> Result<usize, String> {
+    let steps = text.parse().ok().filter(|steps| (1..=1000).contains(steps));
+    steps.ok_or_else(|| "1 to 1000 steps".into())
+}
+
 /// The shape of a run.
 #[derive(Args, Clone, Debug)]
 pub struct ShapeArgs {
@@ -158,7 +164,7 @@ pub struct ShapeArgs {
     #[arg(long, default_value_t = 10)]
     pub horizon: usize,
     /// Euler steps.
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 10, value_parser = euler_steps)]
     pub steps: usize,
 }
 

@@ -113,6 +113,8 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     if args.rate.is_some_and(|hz| !(0.01..=1e6).contains(&hz)) {
         bail!("--rate is a number of runs a second, from 0.01 on");
     }
+    // Before gigabytes are loaded.
+    args.batch.iter().try_for_each(|&batch| args.shape.shape(batch).check())?;
     let period = args.rate.map(|hz| Duration::from_secs_f64(1.0 / hz));
     let weights = Weights::open(&args.weights)?;
     let config = weights.config;

@@ -8,7 +8,7 @@ use pirouette_engine::{Engine, EngineOptions, Noise, Request};
 use pirouette_model::WeightTable;
 use pirouette_policy::{NdArray, Value, sample_observation};
 
-use crate::args::{DeviceArgs, RopeArgs, WeightArgs};
+use crate::args::{DeviceArgs, RopeArgs, WeightArgs, euler_steps};
 use crate::log::LogFormat;
 use crate::model::{self, Open};
 use crate::setup::{self, ConfigArgs, PolicyArgs};
@@ -37,7 +37,7 @@ pub struct InferArgs {
     #[arg(long)]
     pub seed: Option<u64>,
     /// Euler steps (default: the configuration's).
-    #[arg(long)]
+    #[arg(long, value_parser = euler_steps)]
     pub steps: Option<usize>,
     /// Save the actions as a NumPy file.
     #[arg(long)]

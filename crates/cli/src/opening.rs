@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use pirouette_policy::Policy;
 use pirouette_policy::config::environment;
 
-use crate::args::{DeviceArgs, RopeArgs};
+use crate::args::{DeviceArgs, RopeArgs, euler_steps};
 use crate::device::{self, Target};
 use crate::log::LogFormat;
 use crate::model::{Isolate, ModelPlan, Served};
@@ -42,7 +42,7 @@ pub struct OpenArgs {
     #[arg(long)]
     pub max_batch: Option<usize>,
     /// Euler steps (default: the configuration's).
-    #[arg(long)]
+    #[arg(long, value_parser = euler_steps)]
     pub steps: Option<usize>,
     /// On a GPU, compile the programs of real-time chunking before the first request, too.
     #[arg(long)]

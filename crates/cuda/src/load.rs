@@ -303,7 +303,7 @@ impl<'s> Work<'s> {
 fn round_row(row: &[f32], to: &mut [u16]) {
     for (to, &x) in to.iter_mut().zip(row) {
         let bits = x.to_bits();
-        let rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
         *to = if x.is_nan() { 0x7fff } else { rounded as u16 };
     }
 }
@@ -329,6 +329,9 @@ mod tests {
         round_row(&row, &mut got);
         let want: Vec<u16> = row.iter().map(|&x| half::bf16::from_f32(x).to_bits()).collect();
         assert_eq!(got, want);
+        let mut nan = [0; 2];
+        round_row(&[f32::from_bits(0x7fff_ffff), f32::from_bits(u32::MAX)], &mut nan);
+        assert!(nan.iter().all(|&bits| half::bf16::from_bits(bits).is_nan()));
         let scale: Vec<f32> = (0..1000).map(|i| 1.0 + i as f32 / 7.0).collect();
         let terms = want[8..].iter().zip(&scale);
         let sum: f64 = terms.map(|(&b, s)| half::bf16::from_bits(b).to_f64() * *s as f64).sum();

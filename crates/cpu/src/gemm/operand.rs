@@ -77,11 +77,13 @@ impl Matrix {
     }
 }
 
-/// Nearest bf16, ties to even. A NaN may become another NaN or infinity, never a number.
+/// Nearest bf16, ties to even. A NaN stays one: rounded, some would carry over into a zero, and
+/// whoever looks for values that are no numbers would find none.
 #[inline(always)]
 pub(crate) fn bf16_bits(v: f32) -> u32 {
     let bits = v.to_bits();
-    bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    if v.is_nan() { bits >> 16 | 0x40 } else { rounded }
 }
 
 /// A chunk of 16 words from `values` (fewer than a chunk holds: the rest is zero).
@@ -252,4 +254,23 @@ pub(crate) fn pack_row(
     put: impl FnMut(usize, &[u32; CHUNK]),
 ) {
     isa.lanes(PackRow { row, norm, storage, put });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bf16_bits;
+
+    #[test]
+    fn numbers_are_rounded_and_nan_stays_nan() {
+        for bits in [0x7f80_0001, 0x7fff_8000, 0x7fff_ffff, 0xff80_0001, 0xffff_8000, u32::MAX] {
+            let rounded = f32::from_bits(bf16_bits(f32::from_bits(bits)) << 16);
+            assert!(rounded.is_nan(), "{bits:#x} became {rounded}");
+        }
+        let all = (0..=u16::MAX).flat_map(|high| {
+            [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff].map(|low| u32::from(high) << 16 | low)
+        });
+        for v in all.map(f32::from_bits).filter(|v| !v.is_nan()) {
+            assert_eq!(bf16_bits(v), u32::from(half::bf16::from_f32(v).to_bits()), "{v:e}");
+        }
+    }
 }
