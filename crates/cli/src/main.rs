@@ -40,16 +40,19 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let cli = args::Cli::parse();
+    log::queue_panics();
     if !matches!(cli.command, args::Command::Serve(_)) {
         end_quietly_without_a_reader();
     }
-    match run(cli) {
+    let status = match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
-            eprintln!("pirouette: {e:#}");
+            log::tell(&format!("pirouette: {e:#}\n"));
             ExitCode::FAILURE
         }
-    }
+    };
+    log::flush();
+    status
 }
 
 /// `println!` panics when whoever reads the output has gone, as `head` does: the end of the work,
@@ -59,6 +62,7 @@ fn end_quietly_without_a_reader() {
     std::panic::set_hook(Box::new(move |panic| {
         let text = panic.payload().downcast_ref::<String>().map_or("", String::as_str);
         if text.starts_with("failed printing to stdout") && text.contains("Broken pipe") {
+            log::flush();
             std::process::exit(141);
         }
         usual(panic);

@@ -64,7 +64,7 @@ struct Difference {
 
 /// Runs a recording again.
 pub fn run(args: &ReplayArgs) -> Result<()> {
-    log::start(args.open.log_format);
+    log::start(args.open.log_format)?;
     let recording = Recording::open(&args.dir)?;
     let service = opening::load(&args.open, args.open.config.name(), |_| Ok(()))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

@@ -112,7 +112,7 @@ fn rate(text: &str) -> Result<f64, String> {
 
 /// Serves until SIGTERM or Ctrl-C.
 pub fn run(args: &ServeArgs) -> Result<()> {
-    log::start(args.open.log_format);
+    log::start(args.open.log_format)?;
     let doors = doors(args);
     let serve = serve_options(args, &doors)?;
     let record = typed(args).1.map(|dir| RecordOptions {

@@ -1,4 +1,5 @@
-//! The log of the binary: where it listens, and what clients can't make of it.
+//! The log of the binary: where it listens, what clients can't make of it, and that nothing waits
+//! for whoever should read it.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
@@ -7,7 +8,11 @@ use std::time::Duration;
 use pirouette_policy::Value;
 use pirouette_policy::config::named;
 use pirouette_policy::sample_observation;
-use pirouette_server::load::{self, LoadOptions};
+use pirouette_server::load::{self, LoadOptions, LoadReport};
+
+#[cfg(unix)]
+#[path = "../src/stress/port.rs"]
+mod port;
 
 /// Ended with the test, whatever becomes of it.
 struct Served(Child);
@@ -18,6 +23,24 @@ impl Drop for Served {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Two clients ask.
+fn ask(port: u16, requests: usize, observation: Value) -> LoadReport {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let report = runtime.block_on(load::run(&LoadOptions {
+        url: format!("ws://127.0.0.1:{port}"),
+        api_key: None,
+        clients: 2,
+        requests: requests / 2,
+        warm_up: 0,
+        duration: None,
+        rate: None,
+        deadline: None,
+        observation,
+        timeout: Duration::from_secs(60),
+    }));
+    report.unwrap()
 }
 
 #[test]
@@ -44,21 +67,82 @@ fn the_port_is_told_that_the_system_chose_and_long_prompts_do_not_fill_the_log()
     };
     observation.retain(|(key, _)| key != "prompt");
     observation.push(("prompt".into(), Value::Str("pick it up ".repeat(100))));
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    let report = runtime.block_on(load::run(&LoadOptions {
-        url: format!("ws://127.0.0.1:{port}"),
-        api_key: None,
-        clients: 2,
-        requests: 100,
-        warm_up: 0,
-        duration: None,
-        rate: None,
-        deadline: None,
-        observation: Value::Map(observation),
-        timeout: Duration::from_secs(60),
-    }));
-    let seconds = report.unwrap().seconds as usize;
+    let report = ask(port, 100, Value::Map(observation));
+    let seconds = report.seconds as usize;
     served.0.kill().unwrap();
     let cut = log.filter(|line| line.contains("the prompt was cut")).count();
     assert!((1..=seconds + 2).contains(&cut), "{cut} lines in {seconds} s");
+}
+
+#[cfg(unix)]
+mod unread {
+    use std::io::{PipeReader, PipeWriter, Write, pipe};
+    use std::net::TcpStream;
+    use std::time::Instant;
+
+    use super::*;
+    use crate::port::Port;
+
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// A pipe that is full.
+    fn full_pipe() -> (PipeReader, PipeWriter) {
+        let (reader, writer) = pipe().unwrap();
+        let mut filler = writer.try_clone().unwrap();
+        // As much as a pipe holds; where one holds less, the thread waits until nobody can read.
+        std::thread::spawn(move || filler.write_all(&[b'\n'; 65536]));
+        (reader, writer)
+    }
+
+    #[test]
+    fn a_log_that_nobody_reads_stops_neither_requests_nor_the_end() {
+        let (unread, stderr) = full_pipe();
+        let port = Port::free().unwrap();
+        let child = Command::new(env!("CARGO_BIN_EXE_pirouette"))
+            .args(["serve", "pi0_libero", "--device", "null", "--isolate", "always"])
+            .args(["--port", &port.number.to_string()])
+            .env("PIROUETTE_LOG", "debug")
+            .stdin(Stdio::null())
+            .stderr(stderr)
+            .spawn()
+            .unwrap();
+        let mut served = Served(child);
+        let begun = Instant::now();
+        while TcpStream::connect(("127.0.0.1", port.number)).is_err() {
+            assert!(begun.elapsed() < PATIENCE, "the server does not listen");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        let report = ask(port.number, 100, sample_observation(&named("pi0_libero").unwrap(), 0));
+        assert_eq!(report.good, 100);
+        let id = served.0.id().to_string();
+        assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+        let told = Instant::now();
+        let status = loop {
+            if let Some(status) = served.0.try_wait().unwrap() {
+                break status;
+            }
+            assert!(told.elapsed() < PATIENCE, "the server does not end");
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        assert!(status.success(), "{status}");
+        drop(unread);
+    }
+
+    #[test]
+    fn a_mistake_is_no_reason_to_wait_for_a_reader() {
+        let (unread, stderr) = full_pipe();
+        let begun = Instant::now();
+        let child = Command::new(env!("CARGO_BIN_EXE_pirouette"))
+            .args(["serve", "no_such_policy", "--device", "null"])
+            .stdin(Stdio::null())
+            .stderr(stderr)
+            .spawn()
+            .unwrap();
+        let mut served = Served(child);
+        while served.0.try_wait().unwrap().is_none() {
+            assert!(begun.elapsed() < PATIENCE, "the server does not end");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        drop(unread);
+    }
 }

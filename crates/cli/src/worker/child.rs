@@ -47,10 +47,10 @@ pub fn run() -> Result<()> {
     };
     let mut stream = BufReader::new(control);
     let Some(Ask::Open(open)) = receive(&mut stream)? else { bail!(usage) };
-    log::start(open.log);
+    log::start(open.log)?;
     let (config, device) = match model::open_here(&open) {
         Ok(opened) => opened,
-        Err(error) => return Ok(send(stream.get_mut(), &Answer::Failed(error.into()))?),
+        Err(error) => return Ok(send(stream.get_mut(), &failed(error))?),
     };
     let opened = Answer::Opened { name: device.name(), weight_bytes: device.weight_bytes() };
     send(stream.get_mut(), &opened)?;
@@ -69,13 +69,20 @@ pub fn run() -> Result<()> {
             Ask::Run { id, previous } => worker.run(id, previous),
             Ask::Open(_) => Err(BackendError::Device("it is open already".into())),
         };
-        let answer = answer.unwrap_or_else(|error| Answer::Failed(error.into()));
+        let answer = answer.unwrap_or_else(failed);
         send(stream.get_mut(), &answer)?;
         if let Answer::Failed(super::Failure::Device(_)) = answer {
             break;
         }
     }
     Ok(())
+}
+
+/// The answer to what failed. The server may end this process as soon as it has it, so what the log
+/// says about it goes first.
+fn failed(error: BackendError) -> Answer {
+    log::flush();
+    Answer::Failed(error.into())
 }
 
 /// Kills this process if it is still there a while after the other end of the socket closed:
