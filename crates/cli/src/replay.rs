@@ -71,15 +71,17 @@ pub fn run(args: &ReplayArgs) -> Result<()> {
     let ready = runtime.block_on(service.model().engine.wait_ready());
     ready.map_err(|why| anyhow::anyhow!("the model could not be loaded: {why}"))?;
     let mut report = Report { now: service.identity(), ..Report::default() };
-    recording.for_each(|recorded| {
+    let read = recording.for_each(|recorded| {
         report.take(&recorded, &service, &runtime);
         let enough = args.limit.is_some_and(|limit| report.compared >= limit);
         if enough { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    })?;
+    });
+    // What was found before the recording could not be read on is worth telling, too.
     match &args.json {
         Some(path) => write_json(path, &report)?,
         None => report.print(),
     }
+    read?;
     match (report.compared, report.different) {
         (0, _) => bail!("the recording holds no answered request"),
         (_, 0) => Ok(()),

@@ -137,6 +137,15 @@ fn a_recording_is_reproduced_bit_for_bit_and_a_flipped_bit_is_found() {
     assert_eq!((&report["identical"], &report["different"]), (&7.into(), &1.into()), "{report}");
     assert_eq!(report["first"]["request"], line["id"], "{report}");
     assert!(report["first"]["what"].as_str().unwrap().starts_with("1 of "), "{report}");
+
+    // Damage ends it, and what came before is told.
+    let damaged = index.lines().take(5).collect::<Vec<_>>().join("\n") + "\nno json\n";
+    std::fs::write(file(&recording, "jsonl"), damaged).unwrap();
+    let (output, report) = replay(&recording, &[]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!((&report["compared"], &report["different"]), (&4.into(), &1.into()), "{report}");
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(log.contains("line 6 of ") && log.contains("this is no JSON"), "{log}");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 mod rig;
 
 use std::ops::ControlFlow;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pirouette_policy::Value;
@@ -162,11 +162,9 @@ fn first_state(recorded: &Recorded) -> f64 {
     }
 }
 
-#[tokio::test]
-async fn damaged_recordings_are_named_and_a_cut_end_is_no_damage() {
-    let temporary = tempfile::tempdir().unwrap();
-    let dir = temporary.path().join("records");
-    let recorder = recorder(&dir, 1 << 20);
+/// Records three requests, in one segment.
+async fn record_three(dir: &Path) {
+    let recorder = recorder(dir, 1 << 20);
     let options = ServeOptions { recorder: Some(recorder.clone()), ..ServeOptions::default() };
     let server = Server::plain(options).await;
     let mut client = server.client().await;
@@ -176,10 +174,65 @@ async fn damaged_recordings_are_named_and_a_cut_end_is_no_damage() {
     }
     quiet(&server).await;
     recorder.finish();
-    let file = |extension: &str| {
-        let mut files = std::fs::read_dir(&dir).unwrap().map(|e| e.unwrap().path());
-        files.find(|p| p.extension().is_some_and(|e| e == extension)).unwrap()
+}
+
+fn file(dir: &Path, extension: &str) -> PathBuf {
+    let mut files = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path());
+    files.find(|p| p.extension().is_some_and(|e| e == extension)).unwrap()
+}
+
+#[tokio::test]
+async fn a_folder_is_read_while_it_is_recorded_into_and_after_the_power_failed() {
+    let temporary = tempfile::tempdir().unwrap();
+    let dir = temporary.path().join("records");
+    record_three(&dir).await;
+    let paths = ["jsonl", "frames"].map(|extension| file(&dir, extension));
+    let whole = paths.clone().map(|path| std::fs::read(path).unwrap());
+    let write = |contents: [&[u8]; 2]| {
+        for (path, contents) in paths.iter().zip(contents) {
+            std::fs::write(path, contents).unwrap();
+        }
     };
+    let [index, frames] = [&whole[0][..], &whole[1][..]];
+    let newer = ["jsonl", "frames"].map(|e| dir.join(format!("90000000000000-000001.{e}")));
+
+    // One request is there, and while it is read the others come.
+    let first = all(&dir)[0].clone();
+    let lines: Vec<&[u8]> = index.split_inclusive(|byte| *byte == b'\n').collect();
+    write([&lines[..2].concat(), &frames[..first.request.len() + first.reply.len()]]);
+    let mut read = 0;
+    let count = |_| {
+        read += 1;
+        write([index, frames]);
+        ControlFlow::Continue(())
+    };
+    Recording::open(&dir).unwrap().for_each(count).unwrap();
+    assert_eq!(read, 3);
+
+    // The index reached the disk, the end of the frames did not.
+    for (path, contents) in newer.iter().zip(&whole) {
+        std::fs::write(path, contents).unwrap();
+    }
+    write([index, &frames[..frames.len() - 1]]);
+    assert_eq!(all(&dir).len(), 2 + 3, "the next segment is read");
+
+    // Room is needed before the next segment is read.
+    let mut read = 0;
+    let count = |_| {
+        read += 1;
+        newer.iter().for_each(|path| drop(std::fs::remove_file(path)));
+        ControlFlow::Continue(())
+    };
+    Recording::open(&dir).unwrap().for_each(count).unwrap();
+    assert_eq!(read, 2);
+}
+
+#[tokio::test]
+async fn damaged_recordings_are_named_and_a_cut_end_is_no_damage() {
+    let temporary = tempfile::tempdir().unwrap();
+    let dir = temporary.path().join("records");
+    record_three(&dir).await;
+    let file = |extension: &str| file(&dir, extension);
     let index = std::fs::read_to_string(file("jsonl")).unwrap();
     let whole = all(&dir).len();
     assert_eq!(whole, 3);
@@ -188,10 +241,10 @@ async fn damaged_recordings_are_named_and_a_cut_end_is_no_damage() {
     let read = || Recording::open(&dir).unwrap().for_each(|_| ControlFlow::Continue(()));
     for (damaged, wanted) in [
         (index.replacen("pirouette recording", "something else", 1), "no recording"),
-        (index.replacen("{\"request\":[0,", "{\"request\":[99999999,", 1), "not in the segment"),
+        (index.replacen("{\"request\":[0,", "{\"request\":[\"0\",", 1), "not in the segment"),
         (index.replacen("\"version\":1", "\"version\":2", 1), "version"),
         (index.replacen("\n{", "\nno json{", 1), "no JSON"),
-        (index.replacen("[0,", "[0,18446744073709551615,", 1), "not in the segment"),
+        (index.replacen("[0,", "[1,18446744073709551615,", 1), "not in the segment"),
     ] {
         assert_ne!(damaged, index);
         std::fs::write(file("jsonl"), damaged).unwrap();

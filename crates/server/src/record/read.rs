@@ -139,15 +139,18 @@ impl Recording {
 
     /// Hands every request, oldest first, to `take`, until that says stop.
     ///
+    /// The folder may be recorded into meanwhile: a segment that has gone by its turn is left out.
+    /// A last line that was cut short (the server was killed) ends its segment, and so does a line
+    /// whose frames are not there (the power failed).
+    ///
     /// # Errors
-    /// A file that can't be read or is not in the format. A last line that was cut short (the
-    /// server was killed) is no error.
+    /// A file that can't be read or is not in the format.
     pub fn for_each(
         &self,
         mut take: impl FnMut(Recorded) -> std::ops::ControlFlow<()>,
     ) -> Result<(), RecordingError> {
         for name in &self.names {
-            let mut segment = Reader::open(&self.dir, name)?;
+            let Some(mut segment) = Reader::open(&self.dir, name)? else { continue };
             while let Some(recorded) = segment.next()? {
                 if take(recorded).is_break() {
                     return Ok(());
@@ -169,24 +172,34 @@ struct Reader {
 }
 
 impl Reader {
-    fn open(dir: &Path, name: &str) -> Result<Self, RecordingError> {
+    /// `None` when the segment was removed.
+    fn open(dir: &Path, name: &str) -> Result<Option<Self>, RecordingError> {
         let open = |extension: &str| {
             let path = dir.join(format!("{name}.{extension}"));
             let shown = path.display().to_string();
-            let file = File::open(&path).and_then(|file| Ok((file.metadata()?.len(), file)));
-            file.map(|(bytes, file)| (shown.clone(), bytes, file))
-                .map_err(|error| RecordingError::Read { path: shown, error })
+            match File::open(&path) {
+                Ok(file) => Ok((shown, file)),
+                Err(error) => Err(RecordingError::Read { path: shown, error }),
+            }
         };
-        let ((path, _, index), (_, frame_bytes, frames)) = (open("jsonl")?, open("frames")?);
+        // Of a segment that is removed the index goes first: frames alone are no damage, an index
+        // alone is.
+        let (frames, index) = (open("frames"), open("jsonl"));
+        if let Err(RecordingError::Read { error, .. }) = &index
+            && error.kind() == std::io::ErrorKind::NotFound
+        {
+            return Ok(None);
+        }
+        let ((_, frames), (path, index)) = (frames?, index?);
         let index = BufReader::new(index);
         let (name, identity) = (name.to_owned(), Json::Null);
-        let mut reader = Reader { name, path, index, frames, frame_bytes, line: 0, identity };
-        let Some(head) = reader.json()? else { return Ok(reader) };
+        let mut reader = Reader { name, path, index, frames, frame_bytes: 0, line: 0, identity };
+        let Some(head) = reader.json()? else { return Ok(Some(reader)) };
         if head["format"] != FORMAT || head["version"] != VERSION {
             return Err(reader.wrong("this is no recording of a version known here"));
         }
         reader.identity = head["identity"].clone();
-        Ok(reader)
+        Ok(Some(reader))
     }
 
     fn wrong(&self, what: &'static str) -> RecordingError {
@@ -212,7 +225,8 @@ impl Reader {
 
     fn next(&mut self) -> Result<Option<Recorded>, RecordingError> {
         let Some(line) = self.json()? else { return Ok(None) };
-        let (request, reply) = (self.frame(&line["request"])?, self.frame(&line["reply"])?);
+        let frames = self.frame(&line["request"])?.zip(self.frame(&line["reply"])?);
+        let Some((request, reply)) = frames else { return Ok(None) };
         Ok(Some(Recorded {
             segment: self.name.clone(),
             id: line["id"].as_u64().unwrap_or(0),
@@ -225,18 +239,24 @@ impl Reader {
         }))
     }
 
-    fn frame(&mut self, place: &Json) -> Result<Bytes, RecordingError> {
+    /// `None` when the segment ends before it does.
+    fn frame(&mut self, place: &Json) -> Result<Option<Bytes>, RecordingError> {
         let (at, bytes) = (place[0].as_u64(), place[1].as_u64());
-        let inside = |(at, bytes): &(u64, u64)| {
-            at.checked_add(*bytes).is_some_and(|end| end <= self.frame_bytes)
-        };
-        let Some((at, bytes)) = at.zip(bytes).filter(inside) else {
+        let end = at.zip(bytes).and_then(|(at, bytes)| at.checked_add(bytes));
+        let (Some(at), Some(bytes), Some(end)) = (at, bytes, end) else {
             return Err(self.wrong("its frames are not in the segment"));
         };
+        if end > self.frame_bytes {
+            // It may have grown since.
+            self.frame_bytes = self.frames.metadata().map_err(|error| self.failed(error))?.len();
+            if end > self.frame_bytes {
+                return Ok(None);
+            }
+        }
         let mut frame = vec![0; bytes as usize];
         let read = self.frames.seek(SeekFrom::Start(at));
         let read = read.and_then(|_| self.frames.read_exact(&mut frame));
         read.map_err(|error| self.failed(error))?;
-        Ok(frame.into())
+        Ok(Some(frame.into()))
     }
 }
