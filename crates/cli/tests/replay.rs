@@ -168,6 +168,37 @@ fn what_is_no_recording_is_named() {
     assert!(log.contains("holds no recording"), "{log}");
 }
 
+#[test]
+fn a_folder_is_recorded_into_by_one_server_at_a_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let flags = ["--device", "null", "--isolate", "always", "--record"];
+    let serve = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_pirouette"));
+        command.args(["serve", POLICY]).args(flags).arg(dir.path()).stdin(Stdio::null());
+        command
+    };
+    let mut first = Served::start(&mut serve());
+    ask(&first, 2, 0);
+    let child = serve().args(["--port", "0"]).stderr(Stdio::piped()).spawn().unwrap();
+    let mut second = Served { child, port: Port::free().unwrap() };
+    let started = Instant::now();
+    let status = loop {
+        if let Some(status) = second.child.try_wait().unwrap() {
+            break status;
+        }
+        assert!(started.elapsed() < Duration::from_secs(20), "a second server records into it");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    let log = std::io::read_to_string(second.child.stderr.take().unwrap()).unwrap();
+    assert_eq!(status.code(), Some(1), "{log}");
+    let folder = format!("can't record into {}: another server", dir.path().display());
+    assert!(log.contains(&folder) && log.contains("another --record DIR"), "{log}");
+    // The lock goes with the process, and not with those it has started.
+    first.child.kill().unwrap();
+    first.child.wait().unwrap();
+    ask(&Served::start(&mut serve()), 2, 0);
+}
+
 /// What `/metrics` says of `name`.
 #[cfg(unix)]
 fn metric(served: &Served, name: &str) -> u64 {
@@ -185,7 +216,8 @@ fn metric(served: &Served, name: &str) -> u64 {
 #[cfg(unix)]
 #[test]
 fn a_full_disk_costs_no_files_and_is_not_tried_with_every_request() {
-    for (blocks, files) in [(0, 0), (8, 2)] {
+    // The lock's file, and those of a segment.
+    for (blocks, files) in [(0, 1), (8, 3)] {
         let dir = tempfile::tempdir().unwrap();
         let limit = format!("trap '' XFSZ; ulimit -f {blocks}; exec \"$0\" \"$@\"");
         let mut command = Command::new("sh");

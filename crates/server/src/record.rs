@@ -4,7 +4,7 @@
 //! they came and went; `NAME.jsonl` says in its first line what answered them, then in one line
 //! per request where its frames lie, its seed, times and batch. Names sort by time. When the
 //! folder would grow above its limit the oldest segment goes. Pictures may be private: files are
-//! readable by their owner alone.
+//! readable by their owner alone. One server at a time records into a folder: it holds a lock.
 //!
 //! Writing happens on a thread of its own behind a bounded queue. What finds it full is dropped
 //! and counted: no request ever waits for a disk.
@@ -78,7 +78,7 @@ impl Recorder {
     /// Makes the folder, takes stock of what is in it, starts the thread.
     ///
     /// # Errors
-    /// The folder can't be made or read.
+    /// The folder can't be made or read, or another server records into it.
     pub fn start(
         options: &RecordOptions,
         identity: impl Fn() -> Value + Send + 'static,

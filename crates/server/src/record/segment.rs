@@ -1,6 +1,6 @@
 //! Entries → segment files in a folder of bounded size.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
@@ -22,9 +22,16 @@ const PAUSE: Duration = Duration::from_secs(5);
 /// Both files of a segment. The index goes first and comes last: frames alone are no recording.
 const FILES: [&str; 2] = ["jsonl", "frames"];
 
+/// An empty file that is locked while the folder is recorded into. It is never removed: another
+/// server may just have opened it.
+const LOCK: &str = "lock";
+
 /// A folder that is recorded into.
 pub(super) struct Folder {
     dir: PathBuf,
+    /// Two servers would remove each other's segments. The lock ends with the file, also where the
+    /// process is killed.
+    _lock: File,
     limit: u64,
     /// Finished segments, oldest first, with their bytes.
     finished: Vec<(String, u64)>,
@@ -47,9 +54,12 @@ impl Folder {
     pub(super) fn open(options: &RecordOptions) -> std::io::Result<Self> {
         make_private_dir(&options.dir)?;
         let (dir, limit) = (options.dir.clone(), options.limit_bytes);
+        let mut for_lock = OpenOptions::new();
+        let lock = private(for_lock.create(true).truncate(false)).open(dir.join(LOCK))?;
+        alone(lock.try_lock())?;
         let names = names(&dir, &FILES)?;
-        let mut folder =
-            Folder { dir, limit, finished: Vec::new(), open: None, made: 0, paused: None };
+        let (finished, open, paused) = (Vec::new(), None, None);
+        let mut folder = Folder { dir, _lock: lock, limit, finished, open, made: 0, paused };
         for name in names {
             folder.finish(name);
         }
@@ -224,11 +234,30 @@ fn make_private_dir(dir: &Path) -> std::io::Result<()> {
 }
 
 fn create_private(path: &Path) -> std::io::Result<File> {
-    let mut options = OpenOptions::new();
-    options.write(true).create_new(true);
+    private(OpenOptions::new().create_new(true)).open(path)
+}
+
+/// For writing; a file that is made is its owner's alone.
+fn private(options: &mut OpenOptions) -> &mut OpenOptions {
     #[cfg(unix)]
-    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
-    options.open(path)
+    std::os::unix::fs::OpenOptionsExt::mode(options, 0o600);
+    options.write(true)
+}
+
+/// Refuses a folder that another server has locked.
+fn alone(locked: Result<(), TryLockError>) -> std::io::Result<()> {
+    match locked {
+        Err(TryLockError::WouldBlock) => {
+            let why = "another server records into it: give this one another --record DIR";
+            return Err(std::io::Error::new(std::io::ErrorKind::ResourceBusy, why));
+        }
+        Err(TryLockError::Error(error)) => tracing::warn!(
+            %error,
+            "the recorder's folder can't be locked: let no other server record into it"
+        ),
+        Ok(()) => {}
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -256,6 +285,19 @@ mod tests {
         let mut files: Vec<String> = files.map(|e| name(e).into_string().unwrap()).collect();
         files.sort();
         files
+    }
+
+    #[test]
+    fn a_folder_has_one_recorder_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let first = folder(dir.path(), 1 << 20);
+        let options = RecordOptions { dir: dir.path().to_owned(), limit_bytes: 1 << 20 };
+        let error = Folder::open(&options).err().unwrap().to_string();
+        assert!(error.contains("another server") && error.contains("--record DIR"), "{error}");
+        drop(first);
+        assert_eq!(Folder::open(&options).unwrap().bytes(), 0, "the lock's file does not count");
+        let unknown = std::io::Error::from(std::io::ErrorKind::Unsupported);
+        alone(Err(TryLockError::Error(unknown))).unwrap();
     }
 
     #[test]
@@ -290,7 +332,7 @@ mod tests {
         assert!(write(&mut folder).unwrap());
         assert_eq!(folder.bytes() + 1000, folder_bytes(dir.path()));
         let files = files(dir.path());
-        assert_eq!((files.len(), files[2].as_str()), (3, "notes.frames"), "{files:?}");
+        assert_eq!(files[2..], ["lock", "notes.frames"], "{files:?}");
     }
 
     #[test]
