@@ -55,7 +55,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let start = Instant::now();
     let mut bytes = 0;
     for _ in 0..500 {
-        bytes += read_array(&meta, &|_: &str| Ok(Some(&frame)))?.len();
+        bytes += read_array(&meta, &|_: &str| Ok(Some((frame.len() as u64, &frame[..]))))?.len();
     }
     let rate = bytes as f64 / start.elapsed().as_secs_f64() / 1e6;
     println!("zstd f32: {} -> {} bytes, {rate:.0} MB/s on one thread", frame.len(), meta.bytes());

@@ -35,6 +35,15 @@ pub enum CheckpointError {
         /// Its reason (not named `source`: the text has it already).
         error: std::io::Error,
     },
+    /// A file is no longer what it was when it was opened.
+    #[error(
+        "{path} changed while it was read: write a new file and rename it over the old one, then \
+         load it again"
+    )]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
     /// The directory holds none of the known layouts.
     #[error(
         "{path} is not a checkpoint: expected `model.safetensors` (openpi PyTorch, LeRobot) or \

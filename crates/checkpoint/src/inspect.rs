@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
-use pirouette_model::{DType, TensorSource};
+use pirouette_model::DType;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -12,6 +12,7 @@ use crate::expected::{Expected, expected_tensors};
 use crate::names::Skipped;
 use crate::open::Checkpoint;
 use crate::orbax::OrbaxSource;
+use crate::safetensors::{Entry, Stored};
 use crate::small_file;
 use crate::torch_source::TorchSource;
 
@@ -51,9 +52,11 @@ impl Inventory {
     pub(crate) fn of_files(source: &TorchSource) -> Self {
         let mut inventory =
             Inventory { skipped: source.mapping().skipped.clone(), ..Self::default() };
-        for name in source.names() {
-            if let Ok(tensor) = source.load(&name) {
-                inventory.add(tensor.dtype, &tensor.shape);
+        for stored in source.mapping().used.values() {
+            if let Some(Entry { stored: Stored::Float(dtype), shape, .. }) =
+                source.files().entry(stored)
+            {
+                inventory.add(*dtype, shape);
             }
         }
         inventory

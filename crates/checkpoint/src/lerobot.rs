@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use pirouette_model::{DType, Family, Tensor};
+use pirouette_model::{Family, Tensor};
 use serde_json::{Map, Value};
 
 use crate::error::{CheckpointError, Malformed};
@@ -435,7 +435,10 @@ fn statistics(
             return Err(Malformed::new(what).at(path));
         };
         let values = match &entry.stored {
-            Stored::Float(dtype) => floats(&files, &entry.name, &entry.shape, *dtype),
+            Stored::Float(dtype) => {
+                let data = files.bytes(&entry.name)?.unwrap_or_default().into();
+                Tensor { shape: entry.shape.clone(), dtype: *dtype, data }.to_f32()
+            }
             Stored::Other(_) if stat == "count" => continue,
             Stored::Other(found) => {
                 let what = format!("`{}` has type {found}, expected F32", entry.name);
@@ -445,9 +448,4 @@ fn statistics(
         out.entry(feature.into()).or_default().insert(stat.into(), values);
     }
     Ok(out)
-}
-
-fn floats(files: &TensorFiles, name: &str, shape: &[usize], dtype: DType) -> Vec<f32> {
-    let data = files.bytes(name).unwrap_or_default().into();
-    Tensor { shape: shape.to_vec(), dtype, data }.to_f32()
 }

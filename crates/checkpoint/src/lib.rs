@@ -3,11 +3,12 @@
 //! [`open`] tells the format from the directory: openpi PyTorch (`model.safetensors`), openpi JAX
 //! (`params/` written by Orbax) or LeRobot. [`Synthetic`] makes weights without any file.
 #![deny(missing_docs)]
+#![forbid(unsafe_code)]
 
 mod assets;
-mod driver;
 mod error;
 mod expected;
+mod file;
 mod inspect;
 mod layout;
 pub mod lerobot;

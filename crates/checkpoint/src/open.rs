@@ -45,8 +45,8 @@ impl Checkpoint {
 
 /// Opens a checkpoint: its directory, its `params/`, or its `.safetensors` file.
 ///
-/// Reads headers and indices only; weights are mapped. Fails unless the tensors are exactly those
-/// of one π0 or π0.5, known junk aside.
+/// Reads headers and indices only, weights when they are asked for. Fails unless the tensors are
+/// exactly those of one π0 or π0.5, known junk aside.
 pub fn open(path: &Path) -> Result<Checkpoint, CheckpointError> {
     open_fixture(path, &[])
 }

@@ -1,8 +1,7 @@
-//! Mapped safetensors and the meaning of their names → a [`TensorSource`] that borrows its bytes.
+//! Safetensors and the meaning of their names → a [`TensorSource`] that reads what is asked
+//! for.
 
-use std::borrow::Cow;
-
-use pirouette_model::{SourceError, Tensor, TensorSource};
+use pirouette_model::{DType, OpenTensor, SourceError, Tensor, TensorSource};
 
 use crate::error::{CheckpointError, Mismatch};
 use crate::names::Mapping;
@@ -42,6 +41,17 @@ impl TorchSource {
     pub fn mapping(&self) -> &Mapping {
         &self.mapping
     }
+
+    /// A tensor's name in the files, its shape and type.
+    fn find(&self, name: &str) -> Result<(&str, Vec<usize>, DType), SourceError> {
+        let missing = || SourceError::Missing { name: name.into(), origin: self.origin() };
+        let stored = self.mapping.used.get(name).ok_or_else(missing)?;
+        let entry = self.files.entry(stored).ok_or_else(missing)?;
+        let Stored::Float(dtype) = entry.stored else {
+            return Err(unreadable(name, format!("it has type {}", entry.stored.name())));
+        };
+        Ok((stored, entry.shape.clone(), dtype))
+    }
 }
 
 impl TensorSource for TorchSource {
@@ -59,14 +69,21 @@ impl TensorSource for TorchSource {
     }
 
     fn load(&self, name: &str) -> Result<Tensor<'_>, SourceError> {
-        let missing = || SourceError::Missing { name: name.into(), origin: self.origin() };
-        let stored = self.mapping.used.get(name).ok_or_else(missing)?;
-        let entry = self.files.entry(stored).ok_or_else(missing)?;
-        let bytes = self.files.bytes(stored).ok_or_else(missing)?;
-        let Stored::Float(dtype) = entry.stored else {
-            let reason = format!("it has type {}", entry.stored.name());
-            return Err(SourceError::Unreadable { name: name.into(), reason });
-        };
-        Ok(Tensor { shape: entry.shape.clone(), dtype, data: Cow::Borrowed(bytes) })
+        let (stored, shape, dtype) = self.find(name)?;
+        let bytes = self.files.bytes(stored).map_err(|e| unreadable(name, e))?;
+        Ok(Tensor { shape, dtype, data: bytes.unwrap_or_default().into() })
     }
+
+    fn open(&self, name: &str) -> Result<OpenTensor<'_>, SourceError> {
+        let (stored, shape, dtype) = self.find(name)?;
+        let name = name.to_string();
+        let read = move |at: usize, out: &mut [u8]| {
+            self.files.read_at(stored, at, out).map_err(|e| unreadable(&name, e))
+        };
+        Ok(OpenTensor::stored(shape, dtype, Box::new(read)))
+    }
+}
+
+fn unreadable(name: &str, reason: impl ToString) -> SourceError {
+    SourceError::Unreadable { name: name.into(), reason: reason.to_string() }
 }

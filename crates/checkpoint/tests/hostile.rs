@@ -93,7 +93,7 @@ proptest! {
             damaged[at] = byte;
         }
         for bytes in [&damaged[..], &good[..cut.index(good.len())]] {
-            let chunk = |_: &str| Ok(Some(bytes));
+            let chunk = |_: &str| Ok(Some((bytes.len() as u64, bytes)));
             if let Ok(array) = read_array(meta, &chunk) {
                 prop_assert_eq!(array.len(), meta.bytes());
             }

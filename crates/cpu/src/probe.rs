@@ -150,7 +150,8 @@ fn weights(
             for (i, o) in out.iter_mut().enumerate() {
                 *o = weight(row * k + i);
             }
-        });
+            Ok(())
+        })?;
         stored.push(Stored::Matrix(matrix));
     }
     // The table is not looked at: weights are found by their index.

@@ -6,7 +6,7 @@ use std::sync::PoisonError;
 
 use pirouette_model::program::WeightId;
 use pirouette_model::weights::{Kind, WeightSpec};
-use pirouette_model::{BackendError, TensorSource, WeightRows, WeightTable};
+use pirouette_model::{BackendError, SourceError, TensorSource, WeightRows, WeightTable};
 
 use crate::driver::memory::{Words, reserve};
 use crate::gemm::operand::{Matrix, bf16_bits, pack_columns};
@@ -121,7 +121,7 @@ fn pack(
         Kind::Matrix | Kind::RimMatrix => {
             let storage = if spec.kind == Kind::Matrix { storage } else { Storage::F32 };
             let mut matrix = Matrix::zeroed(spec.rows, spec.cols, storage, &spec.name)?;
-            pack_columns_of(&mut matrix, threads, |row, out| rows.fill(row, out));
+            pack_columns_of(&mut matrix, threads, |row, out| rows.fill(row, out))?;
             Ok(Stored::Matrix(matrix))
         }
         Kind::TokenTable => {
@@ -129,37 +129,34 @@ fn pack(
             let mut words = Words::zeroed(spec.rows * width, &spec.name)?;
             let part = TABLE_ROWS * width;
             in_parallel(words.as_mut_slice(), part, threads, |index, out| {
-                let mut row = vec![0.0; spec.cols];
-                for (i, out) in out.chunks_exact_mut(width).enumerate() {
-                    rows.fill(index * TABLE_ROWS + i, &mut row);
-                    pack_table_row(&row, storage, out);
+                let mut values = vec![0.0; out.len() / width * spec.cols];
+                rows.fill(index * TABLE_ROWS, &mut values)?;
+                for (out, row) in out.chunks_exact_mut(width).zip(values.chunks_exact(spec.cols)) {
+                    pack_table_row(row, storage, out);
                 }
-            });
+                Ok(())
+            })?;
             Ok(Stored::Table { cols: spec.cols, storage, words })
         }
         Kind::Vector => {
             let mut values = vec![0.0; spec.len()];
-            for (i, row) in values.chunks_exact_mut(spec.cols).enumerate() {
-                rows.fill(i, row);
-            }
+            rows.fill(0, &mut values)?;
             Ok(Stored::Vector(values))
         }
     }
 }
 
-/// Packs a matrix, `fill(row, out)` giving its rows; threads take panels in turn.
+/// Packs a matrix, `fill(row, out)` giving its rows from `row` on; threads take panels in turn.
 pub(crate) fn pack_columns_of(
     matrix: &mut Matrix,
     threads: usize,
-    fill: impl Fn(usize, &mut [f32]) + Sync,
-) {
+    fill: impl Fn(usize, &mut [f32]) -> Result<(), SourceError> + Sync,
+) -> Result<(), SourceError> {
     let (n, k, storage, panel) = (matrix.n, matrix.k, matrix.storage, matrix.panel_words());
     in_parallel(matrix.words.as_mut_slice(), panel, threads, |index, out| {
         let rows = index * CHUNK..((index + 1) * CHUNK).min(n);
         let mut values = vec![0.0f32; rows.len() * k];
-        for (row, values) in rows.zip(values.chunks_exact_mut(k)) {
-            fill(row, values);
-        }
+        fill(rows.start, &mut values)?;
         let columns: Vec<&[f32]> = values.chunks_exact(k).collect();
         pack_columns(&columns, storage, |chunk, column, words| {
             let block = &mut out[chunk * CHUNK * CHUNK..][..CHUNK * CHUNK];
@@ -167,7 +164,8 @@ pub(crate) fn pack_columns_of(
                 block[w * CHUNK + column] = *word;
             }
         });
-    });
+        Ok(())
+    })
 }
 
 fn pack_table_row(row: &[f32], storage: Storage, out: &mut [u32]) {
@@ -185,19 +183,25 @@ fn pack_table_row(row: &[f32], storage: Storage, out: &mut [u32]) {
     }
 }
 
-/// Calls `fill(index, part)` for every part of `part` words, parts taken by the threads in turn.
+/// Calls `fill(index, part)` for every part of `part` words, parts taken by the threads in turn,
+/// until one fails.
 fn in_parallel(
     words: &mut [u32],
     part: usize,
     threads: usize,
-    fill: impl Fn(usize, &mut [u32]) + Sync,
-) {
+    fill: impl Fn(usize, &mut [u32]) -> Result<(), SourceError> + Sync,
+) -> Result<(), SourceError> {
     let parts = Mutex::new(words.chunks_mut(part.max(1)).enumerate());
+    let failed = Mutex::new(None);
     let work = || {
         loop {
             let next = parts.lock().unwrap_or_else(PoisonError::into_inner).next();
             let Some((index, part)) = next else { return };
-            fill(index, part);
+            if let Err(error) = fill(index, part) {
+                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                // Nothing is left for the others.
+                parts.lock().unwrap_or_else(PoisonError::into_inner).by_ref().for_each(drop);
+            }
         }
     };
     std::thread::scope(|scope| {
@@ -206,4 +210,5 @@ fn in_parallel(
         }
         work();
     });
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }

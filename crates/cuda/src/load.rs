@@ -64,6 +64,7 @@ impl Weights {
             }
             sent
         })?;
+        drop(work);
         let mut last = Pinned::new(context, sums.len() * 4)?;
         last.as_mut_slice().copy_from_slice(bytemuck::cast_slice(&sums));
         memory.copy_in(stream, layout.column_sums, &last, 0, sums.len() * 4)?;
@@ -199,7 +200,7 @@ impl<'s> Work<'s> {
             // The sender is gone after a failure.
             let Ok(slot) = free.recv() else { return };
             drop(free);
-            if filled.send(Ok(self.fill(&task, slot))).is_err() {
+            if filled.send(self.fill(&task, slot)).is_err() {
                 return;
             }
         }
@@ -242,7 +243,7 @@ impl<'s> Work<'s> {
         let rows = Arc::new(self.table.open(id, self.source)?);
         let Some(norm) = self.layout.places[id.0].norm_scale else { return Ok((rows, None)) };
         let mut scale = vec![0.0; self.table.spec(norm).cols];
-        self.table.open(norm, self.source)?.fill(0, &mut scale);
+        self.table.open(norm, self.source)?.fill(0, &mut scale)?;
         Ok((rows, Some(Arc::new(scale))))
     }
 
@@ -267,7 +268,7 @@ impl<'s> Work<'s> {
             .collect()
     }
 
-    fn fill(&self, task: &Task<'_>, mut slot: Pinned) -> Filled {
+    fn fill(&self, task: &Task<'_>, mut slot: Pinned) -> Result<Filled, BackendError> {
         let (spec, place) = (self.table.spec(task.id), &self.layout.places[task.id.0]);
         let row_bytes = place.ld * place.element;
         let bytes = task.count * row_bytes;
@@ -282,7 +283,7 @@ impl<'s> Work<'s> {
                 }
                 continue;
             };
-            task.rows.fill(source, &mut row[..spec.cols]);
+            task.rows.fill(source, &mut row[..spec.cols])?;
             if place.element == 4 {
                 to.copy_from_slice(bytemuck::cast_slice(&row));
                 continue;
@@ -295,7 +296,7 @@ impl<'s> Work<'s> {
         }
         let offset = place.offset + task.first * row_bytes;
         let first_sum = place.column_sum.map(|first| first + task.first);
-        Filled { slot, bytes, offset, first_sum, sums }
+        Ok(Filled { slot, bytes, offset, first_sum, sums })
     }
 }
 

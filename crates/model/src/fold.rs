@@ -3,10 +3,11 @@
 use crate::config::names::VISION;
 use crate::program::WeightId;
 use crate::schedule::{time_embedding, times};
-use crate::source::{SourceError, Tensor, TensorSource};
+use crate::source::{OpenTensor, SourceError, Tensor, TensorSource};
 use crate::weights::{BiasPart, Columns, Part, Recipe, WeightTable};
 
-/// An opened weight: its tensors are at hand and any row can be computed, from several threads.
+/// An opened weight: any row can be computed, from several threads. What its rows are read from may
+/// still lie in a file.
 pub struct WeightRows<'s> {
     /// Rows.
     pub rows: usize,
@@ -16,48 +17,69 @@ pub struct WeightRows<'s> {
 }
 
 enum Making<'s> {
-    /// (first row, part's tensor, scale, column factors)
-    Stack(Vec<(usize, Tensor<'s>, f32, Option<Vec<f32>>)>),
-    Patch(Tensor<'s>),
+    Stack(Vec<OpenPart<'s>>),
+    Patch(OpenTensor<'s>),
     Ready(Vec<f32>),
 }
 
 impl WeightRows<'_> {
-    /// Row `row`, `cols` values.
-    pub fn fill(&self, row: usize, out: &mut [f32]) {
-        let cols = self.cols;
+    /// Rows from `row` on, `cols` values each, as many as `out` holds. Fails where a file can't be
+    /// read or is no longer the same.
+    pub fn fill(&self, row: usize, out: &mut [f32]) -> Result<(), SourceError> {
         match &self.making {
-            Making::Stack(parts) => {
-                let at = parts.partition_point(|p| p.0 <= row) - 1;
-                let (first, tensor, scale, factors) = &parts[at];
-                tensor.read_f32((row - first) * cols, &mut out[..cols]);
-                if let Some(factors) = factors {
-                    for (o, f) in out.iter_mut().zip(factors) {
+            Making::Stack(parts) => self.fill_stacked(parts, row, out),
+            Making::Patch(kernel) => {
+                let p = kernel.shape[2];
+                let mut channels = vec![0.0; self.cols];
+                for (n, out) in out.chunks_exact_mut(self.cols).enumerate() {
+                    kernel.read_f32((row + n) * self.cols, &mut channels)?;
+                    for (i, o) in out.iter_mut().enumerate() {
+                        let (pixel, channel) = (i / 3, i % 3);
+                        *o = channels[channel * p * p + pixel];
+                    }
+                }
+                Ok(())
+            }
+            Making::Ready(values) => {
+                out.copy_from_slice(&values[row * self.cols..][..out.len()]);
+                Ok(())
+            }
+        }
+    }
+
+    fn fill_stacked(
+        &self,
+        parts: &[OpenPart<'_>],
+        mut row: usize,
+        mut out: &mut [f32],
+    ) -> Result<(), SourceError> {
+        while !out.is_empty() {
+            let at = parts.partition_point(|p| p.0 <= row) - 1;
+            let (first, tensor, scale, factors) = &parts[at];
+            let end = parts.get(at + 1).map_or(self.rows, |next| next.0);
+            let count = (end - row).min(out.len() / self.cols);
+            let (values, rest) = out.split_at_mut(count * self.cols);
+            tensor.read_f32((row - first) * self.cols, values)?;
+            if let Some(factors) = factors {
+                for values in values.chunks_exact_mut(self.cols) {
+                    for (o, f) in values.iter_mut().zip(factors) {
                         *o *= f;
                     }
                 }
-                if *scale != 1.0 {
-                    for o in &mut out[..cols] {
-                        *o *= scale;
-                    }
+            }
+            if *scale != 1.0 {
+                for o in values {
+                    *o *= scale;
                 }
             }
-            Making::Patch(kernel) => {
-                let p = kernel.shape[2];
-                let mut channels = vec![0.0; cols];
-                kernel.read_f32(row * cols, &mut channels);
-                for (i, o) in out[..cols].iter_mut().enumerate() {
-                    let (pixel, channel) = (i / 3, i % 3);
-                    *o = channels[channel * p * p + pixel];
-                }
-            }
-            Making::Ready(values) => out[..cols].copy_from_slice(&values[row * cols..][..cols]),
+            (row, out) = (row + count, rest);
         }
+        Ok(())
     }
 }
 
 impl WeightTable {
-    /// Opens a weight: loads (or maps) its tensors, evaluates small tables.
+    /// Opens a weight: opens its tensors, evaluates small tables.
     pub fn open<'s>(
         &self,
         id: WeightId,
@@ -68,7 +90,7 @@ impl WeightTable {
             Recipe::Stack(parts) => Making::Stack(open_parts(parts, spec.cols, source)?),
             Recipe::Bias(parts) => Making::Ready(bias(parts, source)?),
             Recipe::Copy(tensor) => {
-                let t = load(source, tensor, &[spec.rows, spec.cols])?;
+                let t = open(source, tensor, &[spec.rows, spec.cols])?;
                 Making::Stack(vec![(0, t, 1.0, None)])
             }
             Recipe::NormScale { tensor, plus_one } => {
@@ -85,10 +107,13 @@ impl WeightTable {
         Ok(WeightRows { rows: spec.rows, cols: spec.cols, making })
     }
 
-    fn patch_kernel<'s>(&self, source: &'s dyn TensorSource) -> Result<Tensor<'s>, SourceError> {
+    fn patch_kernel<'s>(
+        &self,
+        source: &'s dyn TensorSource,
+    ) -> Result<OpenTensor<'s>, SourceError> {
         let v = &self.config.vision;
         let name = format!("{VISION}embeddings.patch_embedding.weight");
-        load(source, &name, &[v.width, 3, v.patch, v.patch])
+        open(source, &name, &[v.width, 3, v.patch, v.patch])
     }
 
     fn patch_bias(&self, source: &dyn TensorSource) -> Result<Vec<f32>, SourceError> {
@@ -96,13 +121,13 @@ impl WeightTable {
         let kernel = self.patch_kernel(source)?;
         let bias = vector(source, &format!("{VISION}embeddings.patch_embedding.bias"), v.width)?;
         let mut row = vec![0.0; v.patch_values()];
-        Ok((0..v.width)
+        (0..v.width)
             .map(|d| {
-                kernel.read_f32(d * row.len(), &mut row);
+                kernel.read_f32(d * row.len(), &mut row)?;
                 let sum: f64 = row.iter().map(|&w| w as f64).sum();
-                (bias[d] as f64 + sum * (0.5 / 127.5)) as f32
+                Ok((bias[d] as f64 + sum * (0.5 / 127.5)) as f32)
             })
-            .collect())
+            .collect()
     }
 
     /// (action half of `action_time_mlp_in`) · `action_in_proj`.weight, in f64.
@@ -201,20 +226,39 @@ fn load<'s>(
     shape: &[usize],
 ) -> Result<Tensor<'s>, SourceError> {
     let tensor = source.load(name)?;
-    if tensor.shape != shape {
-        return Err(SourceError::Unreadable {
-            name: name.into(),
-            reason: format!("shape {:?} in {}, expected {shape:?}", tensor.shape, source.origin()),
-        });
-    }
+    check(source, name, &tensor.shape, shape)?;
     Ok(tensor)
+}
+
+fn open<'s>(
+    source: &'s dyn TensorSource,
+    name: &str,
+    shape: &[usize],
+) -> Result<OpenTensor<'s>, SourceError> {
+    let tensor = source.open(name)?;
+    check(source, name, &tensor.shape, shape)?;
+    Ok(tensor)
+}
+
+fn check(
+    source: &dyn TensorSource,
+    name: &str,
+    found: &[usize],
+    shape: &[usize],
+) -> Result<(), SourceError> {
+    if found != shape {
+        let reason = format!("shape {found:?} in {}, expected {shape:?}", source.origin());
+        return Err(SourceError::Unreadable { name: name.into(), reason });
+    }
+    Ok(())
 }
 
 fn vector(source: &dyn TensorSource, name: &str, len: usize) -> Result<Vec<f32>, SourceError> {
     Ok(load(source, name, &[len])?.to_f32())
 }
 
-type OpenPart<'s> = (usize, Tensor<'s>, f32, Option<Vec<f32>>);
+/// First row, the part's tensor, scale, column factors.
+type OpenPart<'s> = (usize, OpenTensor<'s>, f32, Option<Vec<f32>>);
 
 fn open_parts<'s>(
     parts: &[Part],
@@ -222,19 +266,19 @@ fn open_parts<'s>(
     source: &'s dyn TensorSource,
 ) -> Result<Vec<OpenPart<'s>>, SourceError> {
     let mut first = 0;
-    let mut open = Vec::with_capacity(parts.len());
+    let mut opened = Vec::with_capacity(parts.len());
     for part in parts {
-        let tensor = load(source, &part.tensor, &[part.rows, cols])?;
+        let tensor = open(source, &part.tensor, &[part.rows, cols])?;
         let factors = match &part.columns {
             Columns::Plain => None,
             Columns::OnePlus(name) => {
                 Some(vector(source, name, cols)?.iter().map(|w| 1.0 + w).collect())
             }
         };
-        open.push((first, tensor, part.scale, factors));
+        opened.push((first, tensor, part.scale, factors));
         first += part.rows;
     }
-    Ok(open)
+    Ok(opened)
 }
 
 fn bias(parts: &[BiasPart], source: &dyn TensorSource) -> Result<Vec<f32>, SourceError> {
@@ -244,10 +288,10 @@ fn bias(parts: &[BiasPart], source: &dyn TensorSource) -> Result<Vec<f32>, Sourc
         if let Some((weight, shift)) = &part.shifted {
             let k = source.shape(shift).map_or(0, |s| s.iter().product());
             let shift = vector(source, shift, k)?;
-            let weight = load(source, weight, &[part.rows, k])?;
+            let weight = open(source, weight, &[part.rows, k])?;
             let mut row = vec![0.0; k];
             for (i, value) in values.iter_mut().enumerate() {
-                weight.read_f32(i * k, &mut row);
+                weight.read_f32(i * k, &mut row)?;
                 *value = (*value as f64 + dot(&row, &shift)) as f32;
             }
         }

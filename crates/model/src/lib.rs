@@ -29,5 +29,5 @@ pub use fold::WeightRows;
 pub use program::{Program, Shape};
 pub use record::{ShapeError, record, record_with};
 pub use rtc::{PreviousChunk, Rtc};
-pub use source::{DType, MemorySource, SourceError, Tensor, TensorSource};
+pub use source::{DType, MemorySource, OpenTensor, ReadBytes, SourceError, Tensor, TensorSource};
 pub use weights::WeightTable;

@@ -34,7 +34,7 @@ pub struct Tensor<'a> {
     pub shape: Vec<usize>,
     /// Element type of `data`.
     pub dtype: DType,
-    /// The bytes: borrowed from a mapped file, or owned when they had to be computed.
+    /// The bytes: borrowed from memory, or owned when they had to be read or computed.
     pub data: Cow<'a, [u8]>,
 }
 
@@ -83,6 +83,60 @@ impl Tensor<'_> {
     }
 }
 
+/// Copies the bytes of a tensor from an offset on.
+pub type ReadBytes<'a> = dyn Fn(usize, &mut [u8]) -> Result<(), SourceError> + Send + Sync + 'a;
+
+/// A tensor whose bytes are fetched when they are asked for, from several threads.
+pub struct OpenTensor<'a> {
+    /// Extents, outermost first.
+    pub shape: Vec<usize>,
+    kind: Kind<'a>,
+}
+
+enum Kind<'a> {
+    Memory(Tensor<'a>),
+    Stored(DType, Box<ReadBytes<'a>>),
+}
+
+impl<'a> OpenTensor<'a> {
+    /// One that lies in a file.
+    pub fn stored(shape: Vec<usize>, dtype: DType, read: Box<ReadBytes<'a>>) -> Self {
+        OpenTensor { shape, kind: Kind::Stored(dtype, read) }
+    }
+
+    /// As [`Tensor::read_f32`]; fails where the bytes can't be read.
+    ///
+    /// # Panics
+    /// If the range reaches past the end: ranges come from shapes that were checked at load.
+    pub fn read_f32(&self, start: usize, out: &mut [f32]) -> Result<(), SourceError> {
+        let (dtype, read) = match &self.kind {
+            Kind::Memory(tensor) => {
+                tensor.read_f32(start, out);
+                return Ok(());
+            }
+            Kind::Stored(dtype, read) => (*dtype, read),
+        };
+        let size = dtype.bytes();
+        let mut bytes = vec![0; out.len().min(AT_ONCE) * size];
+        for (i, out) in out.chunks_mut(AT_ONCE).enumerate() {
+            let bytes = &mut bytes[..out.len() * size];
+            read((start + i * AT_ONCE) * size, bytes)?;
+            let data = Cow::Borrowed(&*bytes);
+            Tensor { shape: vec![out.len()], dtype, data }.read_f32(0, out);
+        }
+        Ok(())
+    }
+}
+
+impl<'a> From<Tensor<'a>> for OpenTensor<'a> {
+    fn from(tensor: Tensor<'a>) -> Self {
+        OpenTensor { shape: tensor.shape.clone(), kind: Kind::Memory(tensor) }
+    }
+}
+
+/// Elements read from a file at a time: they stay in a core's cache until they are converted.
+const AT_ONCE: usize = 1 << 14;
+
 /// Why a tensor could not be had.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
@@ -120,10 +174,16 @@ pub trait TensorSource: Send + Sync {
     /// Shape of a tensor, or `None` if it is not there. Must not read the data.
     fn shape(&self, name: &str) -> Option<Vec<usize>>;
 
-    /// The tensor itself. May decode; callers ask layer by layer for one kind at a time
+    /// The tensor itself. Reads, and may decode; callers ask layer by layer for one kind at a time
     /// (all layers of `q_proj`, then all of `o_proj`, …) so that a reader of stacked arrays can
     /// keep the last few decoded arrays and nothing else.
     fn load(&self, name: &str) -> Result<Tensor<'_>, SourceError>;
+
+    /// The tensor for reading row by row: what lies in a file as it is need not be whole in
+    /// memory.
+    fn open(&self, name: &str) -> Result<OpenTensor<'_>, SourceError> {
+        self.load(name).map(OpenTensor::from)
+    }
 }
 
 /// Tensors held in memory under their canonical names: for tests and small tools.

@@ -64,7 +64,7 @@ fn matrix(table: &WeightTable, source: &dyn TensorSource, name: &str) -> Vec<Vec
     (0..rows.rows)
         .map(|r| {
             let mut row = vec![0.0; rows.cols];
-            rows.fill(r, &mut row);
+            rows.fill(r, &mut row).unwrap();
             row
         })
         .collect()

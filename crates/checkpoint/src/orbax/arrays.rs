@@ -2,16 +2,18 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use pirouette_model::DType;
 use serde_json::Value;
 
 use super::ocdbt::Database;
 use super::zarr::{ArrayMeta, parse_zarray, read_array};
-use crate::driver::Mapped;
 use crate::error::{CheckpointError, Malformed};
-use crate::small_file;
+use crate::file::{Section, WeightFile};
+use crate::{MAX_SMALL_FILE, small_file};
 
 /// Most arrays of one checkpoint; π0.5 has 51, with LoRA 75.
 const MAX_ARRAYS: usize = 10_000;
@@ -21,30 +23,41 @@ enum Store {
     Folders(PathBuf),
 }
 
-enum Chunk<'a> {
-    InStore(&'a [u8]),
-    File(Mapped),
+/// What lies under a key.
+pub(super) enum Stored<'a> {
+    Inline(&'a [u8]),
+    In(Section),
 }
 
-impl AsRef<[u8]> for Chunk<'_> {
-    fn as_ref(&self) -> &[u8] {
+impl Stored<'_> {
+    fn length(&self) -> u64 {
         match self {
-            Chunk::InStore(bytes) => bytes,
-            Chunk::File(mapped) => mapped.bytes(),
+            Stored::Inline(bytes) => bytes.len() as u64,
+            Stored::In(section) => section.length(),
+        }
+    }
+}
+
+impl Read for Stored<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Stored::Inline(bytes) => bytes.read(out),
+            Stored::In(section) => section.read(out),
         }
     }
 }
 
 impl Store {
-    fn get(&self, key: &str) -> Result<Option<Chunk<'_>>, CheckpointError> {
+    fn get(&self, key: &str) -> Result<Option<Stored<'_>>, CheckpointError> {
         match self {
-            Store::Ocdbt(db) => Ok(db.get(key).map(Chunk::InStore)),
+            Store::Ocdbt(db) => db.get(key),
             Store::Folders(root) => {
                 let path = root.join(key);
                 if !path.exists() {
                     return Ok(None);
                 }
-                Mapped::open(&path).map(|m| Some(Chunk::File(m)))
+                let file = WeightFile::open(&path)?;
+                file.section(0..file.length()).map(|s| Some(Stored::In(s)))
             }
         }
     }
@@ -111,10 +124,13 @@ impl Arrays {
         let mut entries = BTreeMap::new();
         for stored in names {
             let key = format!("{stored}/.zarray");
-            let bytes = store.get(&key)?;
-            let bytes = bytes.as_ref().map_or(&[][..], Chunk::as_ref);
-            let meta =
-                parse_zarray(bytes).map_err(|e| e.within(&format!("array `{stored}`")).at(root))?;
+            let mut bytes = Vec::new();
+            if let Some(found) = store.get(&key)? {
+                let read = found.take(MAX_SMALL_FILE).read_to_end(&mut bytes);
+                read.map_err(|e| inner(e, root))?;
+            }
+            let meta = parse_zarray(&bytes)
+                .map_err(|e| e.within(&format!("array `{stored}`")).at(root))?;
             let name = stored.strip_suffix(".value").filter(|_| valued).unwrap_or(&stored);
             let path = name.strip_prefix("params.").unwrap_or(name).replace('.', "/");
             entries.insert(path, ArrayEntry { stored, meta });
@@ -142,14 +158,48 @@ impl Arrays {
         let entry = self.entries.get(path).ok_or_else(|| {
             Malformed::new(format!("array `{path}` is not in the checkpoint")).at(&self.root)
         })?;
+        // What went wrong with a file says more than that its chunk could not be decoded.
+        let failed = Mutex::new(None);
         let chunk = |key: &str| {
-            self.store
-                .get(&format!("{}/{key}", entry.stored))
-                .map_err(|e| Malformed::new(e.to_string()))
+            let stored = self.store.get(&format!("{}/{key}", entry.stored));
+            let stored = stored.map_err(|e| Malformed::new(note(&failed, e)))?;
+            Ok(stored.map(|stored| {
+                (stored.length(), Noted { stored, root: &self.root, failed: &failed })
+            }))
         };
-        let data = read_array(&entry.meta, &chunk)
-            .map_err(|e| e.within(&format!("array `{}`", entry.stored)).at(&self.root))?;
+        let data = read_array(&entry.meta, &chunk);
+        if let Some(error) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(error);
+        }
+        let data =
+            data.map_err(|e| e.within(&format!("array `{}`", entry.stored)).at(&self.root))?;
         Ok((entry.meta.dtype, data))
+    }
+}
+
+/// Keeps the first error; returns its text.
+fn note(failed: &Mutex<Option<CheckpointError>>, error: CheckpointError) -> String {
+    let text = error.to_string();
+    failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    text
+}
+
+/// The error of a [`Section`].
+fn inner(error: io::Error, root: &Path) -> CheckpointError {
+    error.downcast().unwrap_or_else(CheckpointError::io(root))
+}
+
+/// What lies under a key; the first error of reading any is kept.
+struct Noted<'a> {
+    stored: Stored<'a>,
+    root: &'a Path,
+    failed: &'a Mutex<Option<CheckpointError>>,
+}
+
+impl Read for Noted<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let read = self.stored.read(out);
+        read.map_err(|e| io::Error::other(note(self.failed, inner(e, self.root))))
     }
 }
 

@@ -1,6 +1,6 @@
 //! zarr v2 metadata and chunks → one whole array.
 
-use std::io::Read;
+use std::io::{BufReader, Read};
 use std::sync::Mutex;
 
 use half::{bf16, f16};
@@ -134,13 +134,16 @@ fn check_sizes(meta: ArrayMeta) -> Result<ArrayMeta, Malformed> {
     }
 }
 
-/// Decodes an array. `chunk` fetches the stored bytes of a chunk key, `None` if it is absent.
+/// Opens what is stored under a chunk key and tells its length; `None` if it is absent.
+pub type OpenChunk<'a, R> = dyn Fn(&str) -> Result<Option<(u64, R)>, Malformed> + Sync + 'a;
+
+/// Decodes an array.
 ///
 /// Uses plain threads: callers may wait for the result inside a rayon task, which must not be
 /// handed another task that waits for the same array.
-pub fn read_array<B: AsRef<[u8]> + Send>(
+pub fn read_array<R: Read>(
     meta: &ArrayMeta,
-    chunk: &(dyn Fn(&str) -> Result<Option<B>, Malformed> + Sync),
+    chunk: &OpenChunk<'_, R>,
 ) -> Result<Vec<u8>, Malformed> {
     let mut out = filled(meta);
     let grid = meta.grid();
@@ -153,7 +156,7 @@ pub fn read_array<B: AsRef<[u8]> + Send>(
             let index: Vec<usize> = (0..grid.len()).map(|a| if a == 0 { i } else { 0 }).collect();
             let key = meta.key(&index);
             match chunk(&key)? {
-                Some(bytes) => decode(meta, bytes.as_ref(), slab)
+                Some((length, stored)) => decode(meta, length, stored, slab)
                     .map_err(|e| e.within(&format!("chunk `{key}`"))),
                 None => Ok(()),
             }
@@ -168,9 +171,9 @@ pub fn read_array<B: AsRef<[u8]> + Send>(
         let jobs = batch.iter().zip(&mut decoded).collect();
         in_parallel(jobs, |(index, slot)| {
             let key = meta.key(index);
-            if let Some(bytes) = chunk(&key)? {
+            if let Some((length, stored)) = chunk(&key)? {
                 let mut whole = vec![0; meta.chunk_bytes()];
-                decode(meta, bytes.as_ref(), &mut whole)
+                decode(meta, length, stored, &mut whole)
                     .map_err(|e| e.within(&format!("chunk `{key}`")))?;
                 *slot = Some(whole);
             }
@@ -203,16 +206,22 @@ fn filled(meta: &ArrayMeta) -> Vec<u8> {
 
 /// Decodes one chunk: its first `out.len()` bytes are kept, the rest (beyond the array's edge)
 /// only counted.
-fn decode(meta: &ArrayMeta, stored: &[u8], out: &mut [u8]) -> Result<(), Malformed> {
+fn decode(
+    meta: &ArrayMeta,
+    length: u64,
+    mut stored: impl Read,
+    out: &mut [u8],
+) -> Result<(), Malformed> {
     let want = meta.chunk_bytes();
     if !meta.zstd {
-        if stored.len() != want {
-            return Err(Malformed::new(format!("{} bytes, expected {want}", stored.len())));
+        if length != want as u64 {
+            return Err(Malformed::new(format!("{length} bytes, expected {want}")));
         }
-        out.copy_from_slice(&stored[..out.len()]);
-        return Ok(());
+        return stored.read_exact(out).map_err(|e| Malformed::new(e.to_string()));
     }
     let bad = |e: String| Malformed::new(format!("zstd: {e}"));
+    // The decoder asks for a few bytes at a time.
+    let stored = BufReader::with_capacity(PIECE, stored);
     let mut stream =
         ruzstd::decoding::StreamingDecoder::new(stored).map_err(|e| bad(e.to_string()))?;
     let short = |e: std::io::Error| bad(format!("fewer than {want} bytes: {e}"));

@@ -58,10 +58,10 @@ pub struct Header {
     pub metadata: BTreeMap<String, String>,
 }
 
-/// Parses the header of a whole file and checks that the tensors tile the rest of it exactly.
-pub fn parse_header(file: &[u8]) -> Result<Header, Malformed> {
-    let Some((length, rest)) = file.split_first_chunk::<8>() else {
-        return Err(Malformed::new(format!("{} bytes are no safetensors file", file.len())));
+/// Length of the header that follows the first 8 bytes of a file.
+pub(super) fn header_length(file: &[u8], file_bytes: usize) -> Result<usize, Malformed> {
+    let Some(length) = file.first_chunk::<8>() else {
+        return Err(Malformed::new(format!("{file_bytes} bytes are no safetensors file")));
     };
     let length = usize::try_from(u64::from_le_bytes(*length)).unwrap_or(usize::MAX);
     if length > MAX_HEADER_BYTES {
@@ -69,13 +69,25 @@ pub fn parse_header(file: &[u8]) -> Result<Header, Malformed> {
             "header claims {length} bytes, the limit is {MAX_HEADER_BYTES}"
         )));
     }
-    if length > rest.len() {
+    if length > file_bytes - 8 {
         return Err(Malformed::new(format!(
             "header claims {length} bytes but the file ends after {}",
-            rest.len()
+            file_bytes - 8
         )));
     }
-    let json: Map<String, Value> = serde_json::from_slice(&rest[..length])
+    Ok(length)
+}
+
+/// Parses the header of a whole file and checks that the tensors tile the rest of it exactly.
+pub fn parse_header(file: &[u8]) -> Result<Header, Malformed> {
+    let length = header_length(file, file.len())?;
+    parse_text(&file[8..8 + length], file.len())
+}
+
+/// The same for the header's text and the length of the file it is of.
+pub(super) fn parse_text(text: &[u8], file_bytes: usize) -> Result<Header, Malformed> {
+    let data = 8 + text.len();
+    let json: Map<String, Value> = serde_json::from_slice(text)
         .map_err(|e| Malformed::new(format!("header is not a JSON object: {e}")))?;
     if json.len() > MAX_TENSORS {
         return Err(Malformed::new(format!("{} tensors, the limit is {MAX_TENSORS}", json.len())));
@@ -85,12 +97,12 @@ pub fn parse_header(file: &[u8]) -> Result<Header, Malformed> {
         if name == "__metadata__" {
             header.metadata = metadata(&value)?;
         } else {
-            let entry = entry(&name, &value, 8 + length, file.len())
+            let entry = entry(&name, &value, data, file_bytes)
                 .map_err(|e| e.within(&format!("tensor `{name}`")))?;
             header.entries.push(entry);
         }
     }
-    check_tiling(&header.entries, 8 + length, file.len())?;
+    check_tiling(&header.entries, data, file_bytes)?;
     Ok(header)
 }
 

@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 pub use header::{Entry, Header, MAX_HEADER_BYTES, MAX_RANK, MAX_TENSORS, Stored, parse_header};
+use header::{header_length, parse_text};
 
-use crate::driver::Mapped;
 use crate::error::{CheckpointError, Malformed, Mismatch};
+use crate::file::WeightFile;
 use crate::small_file;
 
 /// Most shards of one checkpoint.
@@ -18,11 +19,11 @@ const MAX_SHARDS: usize = 1024;
 
 struct Shard {
     path: PathBuf,
-    map: Mapped,
+    file: WeightFile,
     header: Header,
 }
 
-/// Mapped tensor files. All shards together look like one.
+/// Open tensor files. All shards together look like one.
 pub struct TensorFiles {
     origin: PathBuf,
     shards: Vec<Shard>,
@@ -62,8 +63,8 @@ impl TensorFiles {
     }
 
     fn add(&mut self, path: &Path) -> Result<(), CheckpointError> {
-        let map = Mapped::open(path)?;
-        let header = parse_header(map.bytes()).map_err(|e| e.at(path))?;
+        let file = WeightFile::open(path)?;
+        let header = read_header(&file, path)?;
         let shard = self.shards.len();
         for (i, entry) in header.entries.iter().enumerate() {
             if let Some((other, _)) = self.index.insert(entry.name.clone(), (shard, i)) {
@@ -72,7 +73,7 @@ impl TensorFiles {
                 return Err(Malformed::new(what).at(path));
             }
         }
-        self.shards.push(Shard { path: path.into(), map, header });
+        self.shards.push(Shard { path: path.into(), file, header });
         Ok(())
     }
 
@@ -91,17 +92,40 @@ impl TensorFiles {
         self.index.get(name).map(|&(s, e)| &self.shards[s].header.entries[e])
     }
 
-    /// A tensor's bytes.
-    pub fn bytes(&self, name: &str) -> Option<&[u8]> {
-        let &(s, e) = self.index.get(name)?;
+    /// Reads a tensor's bytes; `None` if it is not there.
+    pub fn bytes(&self, name: &str) -> Result<Option<Vec<u8>>, CheckpointError> {
+        let Some(&(s, e)) = self.index.get(name) else { return Ok(None) };
         let shard = &self.shards[s];
-        shard.map.bytes().get(shard.header.entries[e].range.clone())
+        let range = &shard.header.entries[e].range;
+        shard.file.read(range.start as u64..range.end as u64).map(Some)
+    }
+
+    /// A part of a tensor's bytes, from `at` on.
+    pub(crate) fn read_at(
+        &self,
+        name: &str,
+        at: usize,
+        out: &mut [u8],
+    ) -> Result<(), CheckpointError> {
+        let Some(&(s, e)) = self.index.get(name) else {
+            let mismatches = vec![Mismatch::Missing(name.into())];
+            return Err(CheckpointError::Tensors { origin: self.origin(), mismatches });
+        };
+        let (file, entry) = (&self.shards[s].file, &self.shards[s].header.entries[e]);
+        file.read_at((entry.range.start + at) as u64, out)
     }
 
     /// A `__metadata__` string.
     pub fn metadata(&self, key: &str) -> Option<&str> {
         self.shards.iter().find_map(|s| s.header.metadata.get(key)).map(String::as_str)
     }
+}
+
+fn read_header(file: &WeightFile, path: &Path) -> Result<Header, CheckpointError> {
+    let bytes = usize::try_from(file.length()).unwrap_or(usize::MAX);
+    let first = file.read(0..file.length().min(8))?;
+    let length = header_length(&first, bytes).map_err(|e| e.at(path))?;
+    parse_text(&file.read(8..8 + length as u64)?, bytes).map_err(|e| e.at(path))
 }
 
 fn weight_map(path: &Path) -> Result<BTreeMap<String, String>, CheckpointError> {

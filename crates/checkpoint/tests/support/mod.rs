@@ -49,7 +49,7 @@ pub fn read(path: &Path) -> Tensors {
         .entries()
         .map(|e| {
             assert_eq!(e.stored.name(), "F32", "{}", e.name);
-            let bytes = files.bytes(&e.name).unwrap().to_vec();
+            let bytes = files.bytes(&e.name).unwrap().unwrap();
             (e.name.clone(), Stored { dtype: "F32", shape: e.shape.clone(), bytes })
         })
         .collect()

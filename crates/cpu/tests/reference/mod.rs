@@ -24,7 +24,7 @@ impl Reference {
             let mut row = vec![0.0; rows.cols];
             let mut all = Vec::with_capacity(rows.rows * rows.cols);
             for r in 0..rows.rows {
-                rows.fill(r, &mut row);
+                rows.fill(r, &mut row).unwrap();
                 all.extend(row.iter().map(|v| *v as f64));
             }
             all

@@ -4,13 +4,15 @@ mod blobs;
 mod cursor;
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 pub use blobs::{DataFile, Manifest, Node, NodeRef, Value, parse_manifest, parse_node};
 pub use cursor::MAX_BLOB_BYTES;
 
-use crate::driver::Mapped;
 use crate::error::{CheckpointError, Malformed};
+use crate::file::WeightFile;
+use crate::orbax::arrays::Stored;
 use crate::small_file;
 
 /// Most nodes, keys and data files of one database.
@@ -20,10 +22,10 @@ const MAX_FILES: usize = 1 << 14;
 /// Tallest tree; TensorStore's own trees of 2^64 keys stay below.
 const MAX_HEIGHT: u8 = 32;
 
-/// An open database: the whole index in memory, the values in mapped files.
+/// An open database: the whole index in memory, the values in files.
 pub struct Database {
     root: PathBuf,
-    files: BTreeMap<String, Mapped>,
+    files: BTreeMap<String, WeightFile>,
     values: BTreeMap<String, Value>,
     nodes: usize,
 }
@@ -58,9 +60,13 @@ impl Database {
         if self.nodes > MAX_NODES {
             return Err(wrong(Malformed::new(format!("more than {MAX_NODES} nodes"))));
         }
-        self.map(&at.file)?;
-        let bytes = self.slice(&at.file, at.offset, at.length).map_err(wrong)?;
-        let node = parse_node(bytes, &at.file.base).map_err(wrong)?;
+        self.note(&at.file)?;
+        let (file, range) = self.place(&at.file, at.offset, at.length).map_err(wrong)?;
+        if at.length > MAX_BLOB_BYTES as u64 {
+            let what = format!("{} bytes, limit {MAX_BLOB_BYTES}", at.length);
+            return Err(wrong(Malformed::new(what)));
+        }
+        let node = parse_node(&file.read(range)?, &at.file.base).map_err(wrong)?;
         match node {
             Node::Interior(_) if at.height == 0 => {
                 Err(wrong(Malformed::new("interior node where a leaf should be")))
@@ -98,8 +104,8 @@ impl Database {
             return Err(bad(format!("key `{key}` is there twice")));
         }
         if let Value::Out { file, offset, length } = &value {
-            self.map(file)?;
-            self.slice(file, *offset, *length).map_err(|e| {
+            self.note(file)?;
+            self.place(file, *offset, *length).map(drop).map_err(|e| {
                 e.within(&format!("value of `{key}`")).at(self.root.join(file.path()))
             })?;
         }
@@ -107,26 +113,32 @@ impl Database {
         Ok(())
     }
 
-    fn map(&mut self, file: &DataFile) -> Result<(), CheckpointError> {
+    fn note(&mut self, file: &DataFile) -> Result<(), CheckpointError> {
         let path = file.path();
         if !self.files.contains_key(&path) {
             if self.files.len() >= MAX_FILES {
                 let what = format!("database of more than {MAX_FILES} files");
                 return Err(Malformed::new(what).at(&self.root));
             }
-            let mapped = Mapped::open(&self.root.join(&path))?;
-            self.files.insert(path, mapped);
+            let noted = WeightFile::noted(&self.root.join(&path))?;
+            self.files.insert(path, noted);
         }
         Ok(())
     }
 
-    fn slice(&self, file: &DataFile, offset: u64, length: u64) -> Result<&[u8], Malformed> {
-        let bytes = self.files.get(&file.path()).map_or(&[][..], Mapped::bytes);
-        let range = usize::try_from(offset).ok().zip(usize::try_from(length).ok());
-        range.and_then(|(a, n)| bytes.get(a..a.checked_add(n)?)).ok_or_else(|| {
+    /// A file that was noted, and the bytes of it.
+    fn place(
+        &self,
+        file: &DataFile,
+        offset: u64,
+        length: u64,
+    ) -> Result<(&WeightFile, Range<u64>), Malformed> {
+        let file = self.files.get(&file.path());
+        let there = file.map_or(0, WeightFile::length);
+        let end = offset.checked_add(length).filter(|end| *end <= there);
+        file.zip(end).map(|(file, end)| (file, offset..end)).ok_or_else(|| {
             Malformed::new(format!(
-                "{length} bytes at {offset} reach past the end of the file ({} bytes)",
-                bytes.len()
+                "{length} bytes at {offset} reach past the end of the file ({there} bytes)"
             ))
         })
     }
@@ -136,11 +148,16 @@ impl Database {
         self.values.keys().map(String::as_str)
     }
 
-    /// A value's bytes.
-    pub fn get(&self, key: &str) -> Option<&[u8]> {
-        match self.values.get(key)? {
-            Value::Inline(bytes) => Some(bytes),
-            Value::Out { file, offset, length } => self.slice(file, *offset, *length).ok(),
+    /// A value.
+    pub(super) fn get(&self, key: &str) -> Result<Option<Stored<'_>>, CheckpointError> {
+        match self.values.get(key) {
+            None => Ok(None),
+            Some(Value::Inline(bytes)) => Ok(Some(Stored::Inline(bytes))),
+            Some(Value::Out { file, offset, length }) => {
+                let (file, range) =
+                    self.place(file, *offset, *length).map_err(|e| e.at(&self.root))?;
+                Ok(Some(Stored::In(file.section(range)?)))
+            }
         }
     }
 }

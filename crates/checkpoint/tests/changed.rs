@@ -1,0 +1,88 @@
+//! Files that change between opening and loading: an error that names the file, in this process.
+
+mod support;
+
+use std::fs::{File, FileTimes, OpenOptions};
+use std::io::Write;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use pirouette_checkpoint::{Checkpoint, open};
+use pirouette_model::WeightTable;
+use support::{copy, files_below, fixture};
+
+fn opened(from: &str) -> (tempfile::TempDir, Checkpoint) {
+    let dir = tempfile::tempdir().unwrap();
+    copy(&fixture(from), dir.path());
+    let checkpoint = open(dir.path()).unwrap();
+    (dir, checkpoint)
+}
+
+/// The first error of loading every weight, as a backend does.
+fn load(checkpoint: &Checkpoint) -> Result<(), String> {
+    let table = WeightTable::new(checkpoint.config, 10);
+    for id in table.loading_order() {
+        let rows = table.open(id, &*checkpoint.source).map_err(|e| e.to_string())?;
+        let mut out = vec![0.0; rows.rows * rows.cols];
+        rows.fill(0, &mut out).map_err(|e| e.to_string())?;
+    }
+    Ok(())
+}
+
+fn cut(path: &Path) {
+    let file = OpenOptions::new().write(true).open(path).unwrap();
+    file.set_len(file.metadata().unwrap().len() / 2).unwrap();
+}
+
+/// Other bytes in the same file, at a later time than the clock of the file system tells apart.
+fn rewrite(path: &Path) {
+    let bytes = std::fs::read(path).unwrap();
+    File::create(path).unwrap().write_all(&bytes).unwrap();
+    let later = FileTimes::new().set_modified(SystemTime::now() + Duration::from_secs(5));
+    OpenOptions::new().write(true).open(path).unwrap().set_times(later).unwrap();
+}
+
+fn replace(path: &Path) {
+    let beside = path.with_extension("new");
+    std::fs::copy(path, &beside).unwrap();
+    std::fs::rename(beside, path).unwrap();
+}
+
+fn assert_named(result: Result<(), String>, path: &Path) {
+    let text = result.unwrap_err();
+    let says = format!("{} changed while it was read", path.display());
+    assert!(text.contains(&says) && !text.contains("damaged"), "{text}");
+}
+
+#[test]
+fn a_file_that_shrinks_or_is_written_to_is_an_error() {
+    for change in [cut, rewrite] {
+        let (dir, checkpoint) = opened("A_tiny/pi0");
+        let weights = dir.path().join("model.safetensors");
+        change(&weights);
+        assert_named(load(&checkpoint), &weights);
+        let whole = checkpoint.source.load("action_in_proj.weight").map(drop);
+        assert_named(whole.map_err(|e| e.to_string()), &weights);
+    }
+}
+
+#[test]
+fn one_that_is_replaced_or_removed_is_read_to_its_end() {
+    let (dir, checkpoint) = opened("A_tiny/pi0");
+    let weights = dir.path().join("model.safetensors");
+    replace(&weights);
+    load(&checkpoint).unwrap();
+    std::fs::remove_file(&weights).unwrap();
+    load(&checkpoint).unwrap();
+}
+
+#[test]
+fn files_of_a_database_are_watched_too() {
+    for change in [cut, rewrite, replace] {
+        let (dir, checkpoint) = opened("B_jax/ckpt_pi0_bf16");
+        let files = files_below(&dir.path().join("params/ocdbt.process_0/d"));
+        let largest = files.iter().max_by_key(|p| p.metadata().unwrap().len()).unwrap();
+        change(largest);
+        assert_named(load(&checkpoint), largest);
+    }
+}
