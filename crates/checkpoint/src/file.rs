@@ -9,14 +9,14 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
+use serde::{Deserialize, Serialize};
+
 use crate::error::CheckpointError;
 
-/// What tells a file from another one, and from itself once it has been written to. Another name
-/// does not change it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What tells a file from another one, and from itself once it has been written to. Not its inode:
+/// where a file system is on a network, the same file may come back with another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Stamp {
-    /// Device and inode; zeros where there are none.
-    pub place: [u64; 2],
     /// Bytes.
     pub length: u64,
     /// Time of the last change, nanoseconds since 1970; 0 where that is unknown.
@@ -24,22 +24,11 @@ pub(crate) struct Stamp {
 }
 
 impl Stamp {
-    fn of(meta: &Metadata) -> Self {
+    pub fn of(meta: &Metadata) -> Self {
         let modified = meta.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
         let modified_ns = modified.map_or(0, |t| t.as_nanos() as u64);
-        Stamp { place: place(meta), length: meta.len(), modified_ns }
+        Stamp { length: meta.len(), modified_ns }
     }
-}
-
-#[cfg(unix)]
-fn place(meta: &Metadata) -> [u64; 2] {
-    use std::os::unix::fs::MetadataExt;
-    [meta.dev(), meta.ino()]
-}
-
-#[cfg(not(unix))]
-fn place(_: &Metadata) -> [u64; 2] {
-    [0; 2]
 }
 
 /// A file of weights.
@@ -61,6 +50,11 @@ impl WeightFile {
     /// The same for one of many files, more than a process may have open.
     pub fn noted(path: &Path) -> Result<Self, CheckpointError> {
         Ok(WeightFile { held: None, ..Self::open(path)? })
+    }
+
+    /// What it was when it was opened.
+    pub fn stamp(&self) -> Stamp {
+        self.stamp
     }
 
     /// Its length in bytes when it was opened.

@@ -6,6 +6,7 @@ use pirouette_model::{Config, TensorSource};
 
 use crate::assets::{self, NormStatsFile};
 use crate::error::{CheckpointError, Mismatch};
+use crate::identity::Identity;
 use crate::inspect::Inventory;
 use crate::layout::{Format, Layout};
 use crate::lerobot::LeRobot;
@@ -21,6 +22,8 @@ pub struct Checkpoint {
     pub format: Format,
     /// The checkpoint directory.
     pub root: PathBuf,
+    /// Which files the weights lie in.
+    pub identity: Identity,
     /// The weights, under canonical names.
     pub source: Box<dyn TensorSource>,
     /// The model's sizes.
@@ -68,6 +71,7 @@ fn open_jax(layout: Layout) -> Result<Checkpoint, CheckpointError> {
     Ok(Checkpoint {
         format: layout.format,
         root: layout.root,
+        identity: source.arrays().identity()?,
         inventory: Inventory::of_arrays(&source),
         source: Box::new(source),
         config,
@@ -115,6 +119,7 @@ fn open_torch(layout: Layout, foreign: &[&str]) -> Result<Checkpoint, Checkpoint
     Ok(Checkpoint {
         format: layout.format,
         root: layout.root,
+        identity: source.files().identity(),
         inventory: Inventory::of_files(&source),
         source: Box::new(source),
         config,

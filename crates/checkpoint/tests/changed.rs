@@ -7,7 +7,7 @@ use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use pirouette_checkpoint::{Checkpoint, open};
+use pirouette_checkpoint::{Checkpoint, Identity, open};
 use pirouette_model::WeightTable;
 use support::{copy, files_below, fixture};
 
@@ -84,5 +84,32 @@ fn files_of_a_database_are_watched_too() {
         let largest = files.iter().max_by_key(|p| p.metadata().unwrap().len()).unwrap();
         change(largest);
         assert_named(load(&checkpoint), largest);
+    }
+}
+
+/// The files of a checkpoint, each change of one of them, and what is no change.
+#[test]
+fn an_identity_tells_one_opening_from_another() {
+    for (from, weights) in [
+        ("A_tiny/pi0", "model.safetensors"),
+        ("B_jax/ckpt_pi0_bf16", "params/manifest.ocdbt"),
+        ("B_jax/ckpt_pi0_bf16", "params/ocdbt.process_0/d"),
+        ("B_jax/ckpt_pi0_fp32_noocdbt", "params/params.state_proj.kernel/.zarray"),
+    ] {
+        for change in [rewrite, replace] {
+            let (dir, first) = opened(from);
+            let again = open(dir.path()).unwrap().identity;
+            assert_eq!(first.identity.difference(&again), None);
+            let mut changed = dir.path().join(weights);
+            if changed.is_dir() {
+                changed = files_below(&changed).remove(0);
+            }
+            change(&changed);
+            let other = open(dir.path()).unwrap().identity;
+            let found = first.identity.difference(&other).unwrap();
+            assert!(changed.starts_with(found), "{found}, {}", changed.display());
+            let json = serde_json::to_string(&other).unwrap();
+            assert_eq!(serde_json::from_str::<Identity>(&json).unwrap(), other);
+        }
     }
 }

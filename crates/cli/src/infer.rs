@@ -91,12 +91,13 @@ pub fn run(args: &InferArgs) -> Result<()> {
     let mut options = EngineOptions::new(vec![table], c.horizon, c.max_token_len);
     options.rule = BucketRule::cpu(1);
     options.watchdog = std::time::Duration::from_secs(3600);
+    let identity = weights.identity();
     drop(weights);
     if device::null(&args.device)?.is_some() {
         bail!("`--device {}` has no model: it is for `pirouette serve`", args.device.device);
     }
     let (device, log) = (args.device.clone(), LogFormat::Text);
-    let factory = model::here(&Open { device, weights: weight_args, steps, log });
+    let factory = model::here(&Open { device, weights: weight_args, identity, steps, log });
     let engine = Engine::start(vec![factory], options)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(engine.wait_ready()).map_err(|why| anyhow::anyhow!("{why}"))?;

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+use pirouette_checkpoint::Identity;
 use pirouette_cuda::gemm::MOST_ROWS;
 use pirouette_engine::{Bucket, BucketRule, DeviceFactory, Engine, EngineOptions, SwapReport};
 use pirouette_model::{BackendError, Config, Device, Rtc, WeightTable};
@@ -120,7 +121,7 @@ impl ModelPlan {
         let mut config = setup::choose(self.name.as_deref(), weights.checkpoint())?;
         config.steps = self.steps.unwrap_or(config.steps);
         let steps = config.steps;
-        let model = weights.config;
+        let (model, identity) = (weights.config, weights.identity());
         let (policy, warnings) = setup::policy(config, &model, weights.checkpoint(), &self.policy)?;
         for warning in &warnings {
             tracing::warn!("{warning}");
@@ -129,7 +130,9 @@ impl ModelPlan {
         let options = self.options(&policy, WeightTable::new(model, steps))?;
         let open = |device: &DeviceArgs| {
             let (device, weights) = (device.clone(), weight_args.clone());
-            self.isolate.factory(Open { device, weights, steps, log: self.log }, self.devices.len())
+            let identity = identity.clone();
+            let open = Open { device, weights, identity, steps, log: self.log };
+            self.isolate.factory(open, self.devices.len())
         };
         let devices = self.devices.iter().map(open).collect::<Result<_>>()?;
         Ok(Parts { policy, devices, options })
@@ -223,6 +226,8 @@ pub struct Open {
     pub device: DeviceArgs,
     /// Flags of the weights.
     pub weights: WeightArgs,
+    /// Which files they are, for all openings of a model.
+    pub identity: Identity,
     /// Euler steps of the tables that are computed at load.
     pub steps: usize,
     /// How a process of its own logs.
@@ -279,6 +284,12 @@ fn here_first(
 pub fn open_here(open: &Open) -> Result<(Config, Box<dyn Device>), BackendError> {
     let unavailable = |e: anyhow::Error| BackendError::Unavailable(format!("{e:#}"));
     let weights = Weights::open(&open.weights).map_err(unavailable)?;
+    if let Some(file) = open.identity.difference(&weights.identity()) {
+        return Err(BackendError::Unavailable(format!(
+            "{file} is not what it was when its model was opened: the checkpoint was replaced or \
+             written to; POST /swap to serve the new files, or restart"
+        )));
+    }
     let config = weights.config;
     if let Some(null) = device::null(&open.device).map_err(unavailable)? {
         return Ok((config, Box::new(null)));

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use pirouette_checkpoint::{Checkpoint, Synthetic};
+use pirouette_checkpoint::{Checkpoint, Identity, Synthetic};
 use pirouette_model::{Config, TensorSource};
 use pirouette_policy::tokenizer::SearchPlaces;
 
@@ -61,6 +61,11 @@ impl Weights {
             Kind::Checkpoint(c) => c.source.as_ref(),
             Kind::Synthetic(s) => s,
         }
+    }
+
+    /// Which files they lie in; none where they are random.
+    pub fn identity(&self) -> Identity {
+        self.checkpoint().map(|c| c.identity.clone()).unwrap_or_default()
     }
 
     /// The checkpoint, if it is one.

@@ -106,7 +106,8 @@ impl Server {
     fn load(&self, seconds: &str) -> Child {
         Command::new(env!("CARGO_BIN_EXE_pirouette"))
             .args(["load", &format!("ws://127.0.0.1:{}", self.port.number)])
-            .args(["--clients", "6", "--seconds", seconds, "--json", "-"])
+            .args(["--config", "pi0_libero", "--clients", "6", "--seconds", seconds])
+            .args(["--json", "-"])
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
@@ -179,6 +180,50 @@ fn a_process_that_is_killed_while_idle_comes_back() {
     assert!(killed.elapsed() < Duration::from_secs(5), "{:?}", killed.elapsed());
     server.until("another", || server.workers().len() == 2);
     server.until("ready", || server.get("/readyz").starts_with("HTTP/1.1 200"));
+}
+
+/// A worker that is started anew once the checkpoint was replaced: it does not serve the new one
+/// beside devices that serve the old, and says what to do.
+#[test]
+fn a_replaced_checkpoint_is_not_opened_again() {
+    let testdata = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata");
+    let from = testdata.join("A_tiny/e2e/pi0_libero/checkpoint");
+    let dir = tempfile::tempdir().unwrap();
+    copy(&from, dir.path());
+    let tokenizer = testdata.join("D_preprocess/tokenizer/tok_bpe.model").display().to_string();
+    let checkpoint = dir.path().display().to_string();
+    let flags = ["--device", "cpu", "--precision", "f32", "--tokenizer", &tokenizer];
+    let admin = Port::free().unwrap();
+    let number = admin.number.to_string();
+    let more = ["--checkpoint", &checkpoint, "--admin-port", &number];
+    let mut server = Server::with(&[&flags[..], &more].concat());
+    let weights = dir.path().join("model.safetensors");
+    std::fs::copy(&weights, dir.path().join("new")).unwrap();
+    std::fs::rename(dir.path().join("new"), &weights).unwrap();
+    kill("-KILL", server.workers()[0]);
+    server.until("refused", || {
+        let log = server.log.lock().unwrap().join("\n");
+        let named = format!("{} is not what it was", weights.display());
+        log.contains(&named) && log.contains("POST /swap to serve the new files, or restart")
+    });
+    assert!(server.get("/readyz").starts_with("HTTP/1.1 503"));
+    let public = std::mem::replace(&mut server.port, admin);
+    let answer = server.ask("POST", "/swap", "{}");
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    server.port = public;
+    assert!(server.get("/readyz").starts_with("HTTP/1.1 200"));
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        let to = to.join(path.file_name().unwrap());
+        match path.is_dir() {
+            true => copy(&path, &to),
+            false => drop(std::fs::copy(&path, &to).unwrap()),
+        }
+    }
 }
 
 #[test]

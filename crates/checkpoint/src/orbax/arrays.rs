@@ -12,7 +12,8 @@ use serde_json::Value;
 use super::ocdbt::Database;
 use super::zarr::{ArrayMeta, parse_zarray, read_array};
 use crate::error::{CheckpointError, Malformed};
-use crate::file::{Section, WeightFile};
+use crate::file::{Section, Stamp, WeightFile};
+use crate::identity::Identity;
 use crate::{MAX_SMALL_FILE, small_file};
 
 /// Most arrays of one checkpoint; π0.5 has 51, with LoRA 75.
@@ -141,6 +142,24 @@ impl Arrays {
     /// The directory.
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// Which files these are.
+    pub fn identity(&self) -> Result<Identity, CheckpointError> {
+        let mut identity = Identity::default();
+        match &self.store {
+            Store::Ocdbt(db) => db.identify(&mut identity),
+            Store::Folders(root) => {
+                for entry in self.entries.values() {
+                    let folder = root.join(&entry.stored);
+                    for path in [folder.join(".zarray"), folder] {
+                        let meta = std::fs::metadata(&path).map_err(CheckpointError::io(&path))?;
+                        identity.add(&path, Stamp::of(&meta));
+                    }
+                }
+            }
+        }
+        Ok(identity)
     }
 
     /// Paths and metadata, sorted by path.

@@ -12,6 +12,7 @@ use header::{header_length, parse_text};
 
 use crate::error::{CheckpointError, Malformed, Mismatch};
 use crate::file::WeightFile;
+use crate::identity::Identity;
 use crate::small_file;
 
 /// Most shards of one checkpoint.
@@ -75,6 +76,15 @@ impl TensorFiles {
         }
         self.shards.push(Shard { path: path.into(), file, header });
         Ok(())
+    }
+
+    /// Which files these are.
+    pub fn identity(&self) -> Identity {
+        let mut identity = Identity::default();
+        for shard in &self.shards {
+            identity.add(&shard.path, shard.file.stamp());
+        }
+        identity
     }
 
     /// The path that was opened.

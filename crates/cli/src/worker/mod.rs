@@ -19,8 +19,8 @@ use crate::model::Open;
 pub use child::run;
 pub use parent::ProcessDevice;
 
-/// Longest line.
-const LINE_LIMIT: u64 = 64 << 10;
+/// Longest line: the first names every file of a checkpoint, which may be thousands.
+const LINE_LIMIT: u64 = 8 << 20;
 
 /// Most bytes of an error's text, which may be a compiler's whole log: escaped it fits a line.
 const TEXT_LIMIT: usize = 8 << 10;

@@ -12,6 +12,7 @@ pub use cursor::MAX_BLOB_BYTES;
 
 use crate::error::{CheckpointError, Malformed};
 use crate::file::WeightFile;
+use crate::identity::Identity;
 use crate::orbax::arrays::Stored;
 use crate::small_file;
 
@@ -25,6 +26,7 @@ const MAX_HEIGHT: u8 = 32;
 /// An open database: the whole index in memory, the values in files.
 pub struct Database {
     root: PathBuf,
+    manifest: WeightFile,
     files: BTreeMap<String, WeightFile>,
     values: BTreeMap<String, Value>,
     nodes: usize,
@@ -34,9 +36,11 @@ impl Database {
     /// Reads the index below `root` and checks that every value lies inside its file.
     pub fn open(root: &Path) -> Result<Self, CheckpointError> {
         let path = root.join("manifest.ocdbt");
+        let noted = WeightFile::noted(&path)?;
         let manifest = parse_manifest(&small_file(&path)?).map_err(|e| e.at(&path))?;
         let mut db = Database {
             root: root.into(),
+            manifest: noted,
             files: BTreeMap::new(),
             values: BTreeMap::new(),
             nodes: 0,
@@ -141,6 +145,14 @@ impl Database {
                 "{length} bytes at {offset} reach past the end of the file ({there} bytes)"
             ))
         })
+    }
+
+    /// Adds the files.
+    pub(super) fn identify(&self, identity: &mut Identity) {
+        identity.add(&self.root.join("manifest.ocdbt"), self.manifest.stamp());
+        for (path, file) in &self.files {
+            identity.add(&self.root.join(path), file.stamp());
+        }
     }
 
     /// Every key, in byte order.
