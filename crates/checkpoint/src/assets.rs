@@ -4,7 +4,7 @@ use std::path::{Component, Path, PathBuf};
 
 use crate::error::CheckpointError;
 use crate::layout::parent;
-use crate::small_file;
+use crate::{present, small_file};
 
 const FILE: &str = "norm_stats.json";
 /// `physical-intelligence/libero` is two folders deep; nobody nests deeper than this.
@@ -33,7 +33,7 @@ impl NormStatsFile {
         }
         let direct = path.join(FILE);
         let Some(asset_id) = asset_id else {
-            return match direct.is_file() {
+            return match present(&direct)? {
                 true => Self::read(&direct),
                 false => Err(CheckpointError::NoAssetId {
                     folder: path.into(),
@@ -48,16 +48,18 @@ impl NormStatsFile {
     fn first(
         asset_id: &str,
         looked: Vec<PathBuf>,
-        present: impl FnOnce() -> Vec<(String, PathBuf)>,
+        others: impl FnOnce() -> Vec<(String, PathBuf)>,
     ) -> Result<Self, CheckpointError> {
-        match looked.iter().find(|p| p.is_file()) {
-            Some(path) => Self::read(path),
-            None => Err(CheckpointError::NoNormStats {
-                asset_id: asset_id.into(),
-                looked,
-                present: present().into_iter().map(|(id, _)| id).collect(),
-            }),
+        for path in &looked {
+            if present(path)? {
+                return Self::read(path);
+            }
         }
+        Err(CheckpointError::NoNormStats {
+            asset_id: asset_id.into(),
+            looked,
+            present: others().into_iter().map(|(id, _)| id).collect(),
+        })
     }
 
     fn read(path: &Path) -> Result<Self, CheckpointError> {

@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::error::CheckpointError;
-use crate::json_file;
+use crate::{json_file, present};
 
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -59,7 +59,7 @@ impl Layout {
             return Self::torch(parent(path), path.into());
         }
         for name in [WEIGHTS, INDEX] {
-            if path.join(name).is_file() {
+            if present(&path.join(name))? {
                 return Self::torch(path.into(), path.join(name));
             }
         }
@@ -81,7 +81,7 @@ impl Layout {
 
     fn torch(root: PathBuf, weights: PathBuf) -> Result<Self, CheckpointError> {
         let config_path = root.join("config.json");
-        let config = match config_path.is_file() {
+        let config = match present(&config_path)? {
             true => Some(json_file(&config_path)?),
             false => None,
         };

@@ -8,8 +8,8 @@ use pirouette_model::{Family, Tensor};
 use serde_json::{Map, Value};
 
 use crate::error::{CheckpointError, Malformed};
-use crate::json_file;
 use crate::safetensors::{Stored, TensorFiles};
+use crate::{json_file, present};
 
 /// Most steps of a processor and most features of a policy.
 const MAX_ITEMS: usize = 1000;
@@ -190,6 +190,11 @@ impl LeRobot {
         let damaged = |e: Malformed| e.at(&path);
         let pre = steps(root, "policy_preprocessor.json")?;
         let post = steps(root, "policy_postprocessor.json")?;
+        if pre.is_empty() != post.is_empty() {
+            let what = "one of policy_preprocessor.json and policy_postprocessor.json has no \
+                        steps or is missing: numbers would be normalised on one side alone";
+            return Err(CheckpointError::Unsupported { path: root.into(), what: what.into() });
+        }
         let tokenizer = step(&pre, "tokenizer_processor");
         let rename = step(&pre, "rename_observations_processor")
             .and_then(|s| s.config.get("rename_map")?.as_object());
@@ -334,7 +339,7 @@ fn norm_map(json: &Value) -> Result<Vec<(FeatureKind, NormMode)>, Malformed> {
 /// The steps of a processor file; none if the file is absent (old base checkpoints).
 fn steps(root: &Path, file: &str) -> Result<Vec<ProcessorStep>, CheckpointError> {
     let path = root.join(file);
-    if !path.is_file() {
+    if !present(&path)? {
         return Ok(vec![]);
     }
     let json = json_file(&path)?;

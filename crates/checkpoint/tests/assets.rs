@@ -38,6 +38,15 @@ fn norm_stats_are_found_in_order() {
     assert_eq!(text(checkpoint.norm_stats(id)), "beside");
     put(&root.join("assets").join(&file), "inside");
     assert_eq!(text(checkpoint.norm_stats(id)), "inside");
+    #[cfg(unix)]
+    {
+        // Those beside are another robot's, perhaps.
+        let own = root.join("assets").join(&file);
+        std::fs::remove_file(&own).unwrap();
+        std::os::unix::fs::symlink("nowhere", &own).unwrap();
+        let e = checkpoint.norm_stats(id).unwrap_err().to_string();
+        assert!(e.contains("can't read") && e.contains("converted/assets"), "{e}");
+    }
     let explicit = dir.path().join("mine.json");
     put(&explicit, "explicit");
     for asset_id in [Some(id), None] {

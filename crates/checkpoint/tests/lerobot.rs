@@ -246,7 +246,8 @@ fn processor_files_go_before_the_configuration() {
     assert_eq!(found.tokenizer_max_length, 60);
     let found = lerobot(read(true, Some((false, before("thumb")))).unwrap());
     assert_eq!(found.relative_actions, None);
-    let error = read(true, Some((true, json!([])))).map(drop).unwrap_err().to_string();
+    let without = json!([{"registry_name": "device_processor", "config": {}}]);
+    let error = read(true, Some((true, without))).map(drop).unwrap_err().to_string();
     assert!(error.contains("has no relative_actions_processor before it"), "{error}");
 }
 
@@ -265,6 +266,9 @@ fn a_base_checkpoint_may_lack_processors() {
     // A processor without the step says that nothing is normalised.
     let steps = processor(json!([{"registry_name": "device_processor", "config": {}}]));
     std::fs::write(dir.path().join("policy_preprocessor.json"), steps.to_string()).unwrap();
+    let error = open(dir.path()).map(drop).unwrap_err().to_string();
+    assert!(error.contains("normalised on one side alone"), "{error}");
+    std::fs::write(dir.path().join("policy_postprocessor.json"), steps.to_string()).unwrap();
     let policy = open(dir.path()).unwrap().lerobot.unwrap();
     assert!(policy.input_stats.norm_map.is_empty());
 

@@ -172,6 +172,29 @@ fn chunk_grids_edges_and_absent_chunks() {
     }
 }
 
+/// A chunk that can't be read, or that the checkpoint says was written, is not the fill value.
+#[cfg(unix)]
+#[test]
+fn lost_chunks_are_no_zeros() {
+    let dir = tempfile::tempdir().unwrap();
+    let values = numbers(1, 42);
+    let path = dir.path().join("params.a.b");
+    write_zarr(&path, &[7, 6], &[3, 6], &values, false, &|_| false);
+    let error = || Arrays::open(dir.path()).unwrap().read("a/b").unwrap_err().to_string();
+    std::fs::remove_file(path.join("1.0")).unwrap();
+    assert!(Arrays::open(dir.path()).unwrap().read("a/b").is_ok(), "the fill value");
+    let says = |stored: bool| format!(r#"{{"store_array_data_equal_to_fill_value": {stored}}}"#);
+    std::fs::write(dir.path().join("_METADATA"), says(false)).unwrap();
+    assert!(Arrays::open(dir.path()).unwrap().read("a/b").is_ok());
+    std::fs::write(dir.path().join("_METADATA"), says(true)).unwrap();
+    let lost = error();
+    assert!(lost.contains("array `params.a.b`: chunk `1.0` is missing"), "{lost}");
+    std::fs::remove_file(dir.path().join("_METADATA")).unwrap();
+    std::os::unix::fs::symlink("nowhere", path.join("1.0")).unwrap();
+    let dangling = error();
+    assert!(dangling.contains("can't read") && dangling.contains("1.0"), "{dangling}");
+}
+
 /// Adds rank-3 factors beside every einsum of the tiny model and compares with the definition.
 #[test]
 fn lora_is_merged_as_defined() {

@@ -14,7 +14,7 @@ use super::zarr::{ArrayMeta, parse_zarray, read_array};
 use crate::error::{CheckpointError, Malformed};
 use crate::file::{Section, Stamp, WeightFile};
 use crate::identity::Identity;
-use crate::{MAX_SMALL_FILE, small_file};
+use crate::{MAX_SMALL_FILE, present, small_file};
 
 /// Most arrays of one checkpoint; π0.5 has 51, with LoRA 75.
 const MAX_ARRAYS: usize = 10_000;
@@ -54,7 +54,7 @@ impl Store {
             Store::Ocdbt(db) => db.get(key),
             Store::Folders(root) => {
                 let path = root.join(key);
-                if !path.exists() {
+                if !present(&path)? {
                     return Ok(None);
                 }
                 let file = WeightFile::open(&path)?;
@@ -101,13 +101,15 @@ pub struct Arrays {
     root: PathBuf,
     store: Store,
     entries: BTreeMap<String, ArrayEntry>,
+    /// Whether chunks that hold nothing but the fill value were written, too.
+    complete: bool,
 }
 
 impl Arrays {
     /// Opens the directory and reads every array's metadata.
     pub fn open(root: &Path) -> Result<Self, CheckpointError> {
-        refuse_zarr3(root)?;
-        let store = match root.join("manifest.ocdbt").is_file() {
+        let complete = every_chunk_is_there(root)?;
+        let store = match present(&root.join("manifest.ocdbt"))? {
             true => Store::Ocdbt(Database::open(root)?),
             false => Store::Folders(root.into()),
         };
@@ -136,7 +138,7 @@ impl Arrays {
             let path = name.strip_prefix("params.").unwrap_or(name).replace('.', "/");
             entries.insert(path, ArrayEntry { stored, meta });
         }
-        Ok(Arrays { root: root.into(), store, entries })
+        Ok(Arrays { root: root.into(), store, entries, complete })
     }
 
     /// The directory.
@@ -182,6 +184,9 @@ impl Arrays {
         let chunk = |key: &str| {
             let stored = self.store.get(&format!("{}/{key}", entry.stored));
             let stored = stored.map_err(|e| Malformed::new(note(&failed, e)))?;
+            if stored.is_none() && self.complete {
+                return Err(Malformed::new(format!("chunk `{key}` is missing")));
+            }
             Ok(stored.map(|stored| {
                 (stored.length(), Noted { stored, root: &self.root, failed: &failed })
             }))
@@ -228,14 +233,18 @@ fn zarr3(root: &Path) -> CheckpointError {
     CheckpointError::Unsupported { path: root.into(), what: what.into() }
 }
 
-/// `_METADATA` is optional; all that matters in it is whether the codec is the known one.
-fn refuse_zarr3(root: &Path) -> Result<(), CheckpointError> {
+/// `_METADATA` is optional; what matters in it is whether the codec is the known one, and whether
+/// a chunk that is not there is one that was lost: without a word on it, it holds the fill value.
+fn every_chunk_is_there(root: &Path) -> Result<bool, CheckpointError> {
     let path = root.join("_METADATA");
-    if !path.is_file() {
-        return Ok(());
+    if !present(&path)? {
+        return Ok(false);
     }
     let bytes: Cow<'_, [u8]> = small_file(&path)?.into();
     let json: Value = serde_json::from_slice(&bytes)
         .map_err(|e| Malformed::new(format!("not JSON: {e}")).at(&path))?;
-    if json["use_zarr3"] == true { Err(zarr3(root)) } else { Ok(()) }
+    if json["use_zarr3"] == true {
+        return Err(zarr3(root));
+    }
+    Ok(json["store_array_data_equal_to_fill_value"] == true)
 }
