@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use crate::file::Stamp;
 
 /// Which files the weights lie in: of each its length and when it was written. Of arrays in
-/// folders of their own (zarr without OCDBT) it is the folders that count, as their files are too
-/// many: a chunk written to in place is not noticed.
+/// folders of their own (zarr without OCDBT) it is `.zarray` that counts: chunks are too many, and
+/// a folder's time changes with any file in it. A chunk that is written anew is not noticed.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity(BTreeMap<String, Stamp>);
 

@@ -46,7 +46,6 @@ fn small_file(path: &Path) -> Result<Vec<u8>, CheckpointError> {
     std::fs::read(path).map_err(CheckpointError::io(path))
 }
 
-/// Reads a side file as JSON.
 /// Whether there is something of that name. What is there and can't be read (a link to nowhere, a
 /// folder that may not be entered, a disk that fails) is an error, here or when it is opened: to
 /// take it for absent would mean other weights or statistics than the checkpoint's.
@@ -59,6 +58,7 @@ fn present(path: &Path) -> Result<bool, CheckpointError> {
     }
 }
 
+/// Reads a side file as JSON.
 fn json_file(path: &Path) -> Result<serde_json::Value, CheckpointError> {
     let bytes = small_file(path)?;
     serde_json::from_slice(&bytes).map_err(|e| Malformed::new(format!("not JSON: {e}")).at(path))

@@ -34,18 +34,24 @@ fn cut(path: &Path) {
     file.set_len(file.metadata().unwrap().len() / 2).unwrap();
 }
 
-/// Other bytes in the same file, at a later time than the clock of the file system tells apart.
+/// Other bytes in the same file.
 fn rewrite(path: &Path) {
     let bytes = std::fs::read(path).unwrap();
     File::create(path).unwrap().write_all(&bytes).unwrap();
-    let later = FileTimes::new().set_modified(SystemTime::now() + Duration::from_secs(5));
-    OpenOptions::new().write(true).open(path).unwrap().set_times(later).unwrap();
+    later(path);
 }
 
 fn replace(path: &Path) {
     let beside = path.with_extension("new");
     std::fs::copy(path, &beside).unwrap();
+    later(&beside);
     std::fs::rename(beside, path).unwrap();
+}
+
+/// Written at another time, also for a file system whose clock is coarse.
+fn later(path: &Path) {
+    let later = FileTimes::new().set_modified(SystemTime::now() + Duration::from_secs(5));
+    OpenOptions::new().write(true).open(path).unwrap().set_times(later).unwrap();
 }
 
 fn assert_named(result: Result<(), String>, path: &Path) {
@@ -112,4 +118,8 @@ fn an_identity_tells_one_opening_from_another() {
             assert_eq!(serde_json::from_str::<Identity>(&json).unwrap(), other);
         }
     }
+    let (dir, first) = opened("B_jax/ckpt_pi0_fp32_noocdbt");
+    std::fs::write(dir.path().join("params/params.state_proj.kernel/stray"), "x").unwrap();
+    let again = open(dir.path()).unwrap().identity;
+    assert_eq!(first.identity.difference(&again), None, "a folder's time says nothing");
 }

@@ -153,11 +153,9 @@ impl Arrays {
             Store::Ocdbt(db) => db.identify(&mut identity),
             Store::Folders(root) => {
                 for entry in self.entries.values() {
-                    let folder = root.join(&entry.stored);
-                    for path in [folder.join(".zarray"), folder] {
-                        let meta = std::fs::metadata(&path).map_err(CheckpointError::io(&path))?;
-                        identity.add(&path, Stamp::of(&meta));
-                    }
+                    let path = root.join(&entry.stored).join(".zarray");
+                    let meta = std::fs::metadata(&path).map_err(CheckpointError::io(&path))?;
+                    identity.add(&path, Stamp::of(&meta));
                 }
             }
         }
