@@ -16,7 +16,7 @@ use crate::noise::{draw_seed, standard_normal};
 use crate::options::{DeviceFactory, EngineOptions};
 use crate::queue::{Job, JobInputs, Reply};
 use crate::request::{Answer, EngineError, Noise, Request};
-use crate::shared::{Phase, Shared};
+use crate::shared::{DeviceState, Phase, Shared};
 use crate::stats::{Stats, StatsSnapshot};
 use crate::worker;
 
@@ -331,7 +331,9 @@ impl Engine {
         self.shared.wake.notify_all();
         self.shared.phases.notify_waiters();
         loop {
-            let idle = state.queue.is_empty() && state.devices.iter().all(|d| d.running.is_none());
+            // A device that opens, warms up or closes keeps nobody waiting.
+            let asked = |d: &DeviceState| d.running.as_ref().is_some_and(|r| !r.replies.is_empty());
+            let idle = state.queue.is_empty() && !state.devices.iter().any(asked);
             let left = until.saturating_duration_since(Instant::now());
             if idle || left.is_zero() {
                 self.shared.stop(&mut state);

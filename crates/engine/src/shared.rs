@@ -43,7 +43,7 @@ pub struct DeviceStatus {
     pub weight_bytes: u64,
     /// Age of the last good canary forward.
     pub canary_age: Option<Duration>,
-    /// Whether a batch runs right now.
+    /// Whether something is asked of it right now: a batch, a warm-up, to open or to close.
     pub busy: bool,
     /// Hash of the canary's known answer, bit for bit: another number says that the weights, the
     /// precision or the arithmetic is another. `None` before the first forward.

@@ -331,6 +331,15 @@ async fn a_device_that_hangs_while_it_is_opened_is_given_up() {
     assert!(engine.submit(request(0)).unwrap().await.is_ok());
 }
 
+#[tokio::test]
+async fn draining_does_not_wait_for_a_device_that_is_opened() {
+    let (engine, _, opened) = losable(rig::options(1), [Duration::from_secs(2), Duration::ZERO]);
+    eventually("opening", || opened.load(SeqCst) == 1 && engine.stats().devices[0].busy).await;
+    let started = Instant::now();
+    assert!(engine.drain(Duration::from_secs(60)), "nobody waits for an answer");
+    assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+}
+
 /// Counts what is compiled and runs out of memory above a batch size.
 struct Counting {
     inner: NullDevice,
