@@ -104,28 +104,12 @@ fn send(
     free: Sender<Pinned>,
     layout: &Layout,
 ) -> Result<Vec<f32>, BackendError> {
-    let mut in_flight = VecDeque::new();
-    let sent = send_all(context, stream, memory, filled, free, layout, &mut in_flight);
-    // Also after an error: slots may be freed once nothing is copied from them.
-    let idle = stream.synchronize();
-    let sums = sent?;
-    idle.map(|()| sums)
-}
-
-fn send_all(
-    context: &Arc<Context>,
-    stream: &Stream,
-    memory: &DeviceMemory,
-    filled: Receiver<Result<Filled, BackendError>>,
-    free: Sender<Pinned>,
-    layout: &Layout,
-    in_flight: &mut VecDeque<(Pinned, Event)>,
-) -> Result<Vec<f32>, BackendError> {
     let mut sums = vec![0.0; layout.column_sum_count];
-    for part in filled {
+    let mut in_flight: VecDeque<(Pinned, Event)> = VecDeque::new();
+    let sent = filled.into_iter().try_for_each(|part| {
         let part = part?;
         in_flight.push_back((part.slot, Event::new(context)?));
-        let Some((slot, event)) = in_flight.back() else { continue };
+        let Some((slot, event)) = in_flight.back() else { return Ok(()) };
         memory.copy_in(stream, part.offset, slot, 0, part.bytes)?;
         event.record(stream)?;
         if let Some(first) = part.first_sum {
@@ -138,8 +122,11 @@ fn send_all(
             // Workers that have finished no longer want it.
             let _ = free.send(slot);
         }
-    }
-    Ok(sums)
+        Ok(())
+    });
+    // Also after an error: slots may be freed once nothing is copied from them.
+    let idle = stream.synchronize();
+    sent.and(idle).map(|()| sums)
 }
 
 /// A slot full of rows.
