@@ -14,6 +14,8 @@ use crate::layout::{Layout, Place};
 /// Bytes of a slot; rows are longer only in absurd models, then the slot grows with them.
 const SLOT_BYTES: usize = 8 << 20;
 const MAX_THREADS: usize = 16;
+/// Values of a weight read at a time, if a row is not longer: they stay in a core's cache.
+const READ_AT_ONCE: usize = 1 << 14;
 
 /// Weights on the device.
 pub struct Weights {
@@ -260,23 +262,36 @@ impl<'s> Work<'s> {
         let row_bytes = place.ld * place.element;
         let bytes = task.count * row_bytes;
         let mut sums = Vec::with_capacity(task.scale.as_ref().map_or(0, |_| task.count));
-        let mut row = vec![0.0f32; place.ld];
+        let source = |row: usize| place.order.source(row, spec.rows);
+        let mut buffer = vec![0.0f32; spec.cols * (READ_AT_ONCE / spec.cols).max(1)];
+        let mut read: &[f32] = &[];
         for (i, to) in slot.as_mut_slice()[..bytes].chunks_exact_mut(row_bytes).enumerate() {
-            let source = place.order.source(task.first + i, spec.rows);
-            let Some(source) = source else {
+            let at = task.first + i;
+            let Some(first) = source(at) else {
                 to.fill(0);
                 if task.scale.is_some() {
                     sums.push(0.0);
                 }
                 continue;
             };
-            task.rows.fill(source, &mut row[..spec.cols])?;
+            if read.is_empty() {
+                // Rows that follow one another in the tensor too are read in one go.
+                let longest = (buffer.len() / spec.cols).min(task.count - i);
+                let run =
+                    (1..longest).take_while(|n| source(at + n) == Some(first + n)).count() + 1;
+                task.rows.fill(first, &mut buffer[..run * spec.cols])?;
+                read = &buffer[..run * spec.cols];
+            }
+            let (row, rest) = read.split_at(spec.cols);
+            read = rest;
+            let (to, padding) = to.split_at_mut(spec.cols * place.element);
+            padding.fill(0);
             if place.element == 4 {
-                to.copy_from_slice(bytemuck::cast_slice(&row));
+                to.copy_from_slice(bytemuck::cast_slice(row));
                 continue;
             }
             let to: &mut [u16] = bytemuck::cast_slice_mut(to);
-            round_row(&row, to);
+            round_row(row, to);
             if let Some(scale) = &task.scale {
                 sums.push(weighted_sum(scale, to));
             }
