@@ -19,12 +19,12 @@
 // | threads | 256 |
 // | dynamic smem | ROWS·(656 + 2·slots + 8·CLUSTER) + slots·528 + 16 |
 // | grid | (CLUSTER, ceil(8 · queries / ROWS), batch) |
-// | cluster | (CLUSTER, 1, 1), launch attribute; 16 needs NON_PORTABLE_CLUSTER_SIZE_ALLOWED |
+// | cluster | (CLUSTER, 1, 1), launch attribute |
 //
 // Limit at P = 788, h = 10: 0.8 MB of K/V from L2 once a row group, 0.2 µs; the price is latency.
 // Measured 2026-11-22, H200, nvcc 13.0, in a graph of dependent launches, P = 788, µs: h = 10 or 11
 // r16_c8 3.8; h = 50 r16_c8 7.3, r32_c8 7.4; B = 8 h = 10 r32_c8 8.9; B = 64 h = 10 r80_c8 58,
-// h = 50 r32_c8 233. r32_c16 is for caches of more than 1,024 keys. 16 warps were slower.
+// h = 50 r32_c8 233. 16 warps were slower.
 #include "attention_ptx.cuh"
 
 /// Parameters of every attention_suffix_* kernel.
@@ -390,5 +390,4 @@ __device__ __forceinline__ void run(const AttentionSuffixParams& params) {
 
 PIR_SUFFIX(attention_suffix_r16_c8, 1, 8)
 PIR_SUFFIX(attention_suffix_r32_c8, 2, 8)
-PIR_SUFFIX(attention_suffix_r32_c16, 2, 16)
 PIR_SUFFIX(attention_suffix_r80_c8, 5, 8)

@@ -367,7 +367,7 @@ static __device__ __forceinline__ void run(const TensorMap& w, const TensorMap& 
             ptx::mbar_init(s.old_full + 8 * i, 1);
             ptx::mbar_init(s.parts_full + 8 * i, 1);
         }
-        ptx::mbar_init(s.drained, T::CONSUMERS * (T::CK - 1));
+        if (SPLIT) ptx::mbar_init(s.drained, T::CONSUMERS * (T::CK - 1));
         ptx::mbar_init_fence();
     }
     __syncthreads();

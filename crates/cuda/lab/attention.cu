@@ -111,7 +111,6 @@ const PrefillVariant kWide[] = {
 const SuffixVariant kSuffix[] = {
     {"r16_c8", (const void*)attention_suffix_r16_c8, 1, 8},
     {"r32_c8", (const void*)attention_suffix_r32_c8, 2, 8},
-    {"r32_c16", (const void*)attention_suffix_r32_c16, 2, 16},
     {"r80_c8", (const void*)attention_suffix_r80_c8, 5, 8},
 };
 

@@ -15,8 +15,8 @@
 #include <string>
 #include <vector>
 
-#include "../kernels/attention_generic.cu"
 #include "../kernels/attention_ptx.cuh"
+#include "attention_generic.cuh"
 #include "power.cuh"
 
 #define CHECK(call)                                                                            \

@@ -157,6 +157,14 @@ const VISION_MANY: u32 = 12;
 const PREFILL_SHARED: u32 = 230_400;
 const PREFILL_ROWS: u32 = 128;
 const PREFILL_KEYS: u32 = 80;
+
+/// Parts of the keys of the prefill's kernels: two fill the machine when the row tiles do not.
+/// `hidden_suffix`: suffix keys, if a query row sees none but the first of them. Where they are
+/// more than a tile, a second part could begin with a tile that this row sees nothing of, and a
+/// softmax that begins so has no maximum; the only part begins with the prefix.
+fn key_parts(row_tiles: u32, sms: u32, hidden_suffix: u32) -> u32 {
+    if row_tiles <= sms / 2 && hidden_suffix <= PREFILL_KEYS { 2 } else { 1 }
+}
 /// CTAs that share the keys of the suffix kernel, and keys one of them holds.
 const SUFFIX_CLUSTER: u32 = 8;
 const MAX_KEY_SLOTS: usize = 128;
@@ -299,9 +307,9 @@ impl Attention {
             Arg::of(&map(v, cache, PREFILL_KEYS)?),
         ];
         let tiles = (8 * p.rows).div_ceil(PREFILL_ROWS);
-        // Splitting the keys fills the machine when one sample's rows do not.
         let sms = self.context.properties.sms;
-        let split = if tiles * samples <= sms / 2 { 2 } else { 1 };
+        let hides = p.state_row != 0;
+        let split = key_parts(tiles * samples, sms, if hides { p.suffix_keys } else { 0 });
         let function = functions[split as usize - 1].clone();
         let grid = match split {
             1 if walks => [sms.min(tiles * samples), 1, 1],

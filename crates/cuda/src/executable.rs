@@ -118,6 +118,12 @@ impl CudaExecutable {
         self.plan.beside.as_ref().map_or(0, |beside| beside.launches.len())
     }
 
+    /// The kernel of every launch, those that graphs do beside the chain last.
+    pub fn kernel_names(&self) -> impl Iterator<Item = &str> {
+        let beside = self.plan.beside.iter().flat_map(|b| &b.launches).map(|b| &b.launch);
+        self.plan.launches.iter().chain(beside).map(|launch| launch.function.entry())
+    }
+
     /// Bytes of device memory beside the weights.
     pub fn activation_bytes(&self) -> u64 {
         self.bound.bytes()

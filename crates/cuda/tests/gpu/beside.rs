@@ -5,7 +5,7 @@ use std::sync::Arc;
 use pirouette_checkpoint::Synthetic;
 use pirouette_cuda::{CudaDevice, CudaExecutable};
 use pirouette_model::config::Vision;
-use pirouette_model::{Config, Executable, Rtc, Shape, WeightTable, record_with};
+use pirouette_model::{Config, Executable, Inputs, Previous, Rtc, Shape, WeightTable, record_with};
 
 use crate::fixture::OwnedInputs;
 use crate::{Random, has_gpu, quick, relative_error};
@@ -19,12 +19,13 @@ fn the_first_step_beside_the_prefill_is_the_first_step() {
         return;
     }
     // (cameras, real ones, prompt slots, real tokens, horizon)
-    let shapes: &[[usize; 5]] = &[
-        [3, 3, 20, 20, 10],
-        [3, 2, 48, 5, 15],
-        [2, 2, 20, 1, 1],
-        [1, 1, 16, 13, 8],
-        [3, 3, 200, 187, 14],
+    let shapes = [
+        ([3, 3, 20, 20, 10], Rtc::Off),
+        ([3, 2, 48, 5, 15], Rtc::Off),
+        ([2, 2, 20, 1, 1], Rtc::Off),
+        ([1, 1, 16, 13, 8], Rtc::Off),
+        ([3, 3, 200, 187, 14], Rtc::Off),
+        ([3, 2, 20, 20, 10], Rtc::Guided),
     ];
     let (depth, replays) = if quick() { (2, 2) } else { (5, 200) };
     for full in [Config::pi0(), Config::pi05()] {
@@ -35,8 +36,7 @@ fn the_first_step_beside_the_prefill_is_the_first_step() {
             let table = Arc::new(WeightTable::new(config, steps));
             let source = Synthetic::new(&config, 11);
             let mut device = CudaDevice::open(0, table.clone(), &source).unwrap();
-            for &[cameras, real, prompt_tokens, prompt_len, horizon] in shapes {
-                let rtc = Rtc::Off;
+            for ([cameras, real, prompt_tokens, prompt_len, horizon], rtc) in shapes {
                 let shape = Shape { batch: 1, cameras, prompt_tokens, horizon, steps, rtc };
                 let program = Arc::new(record_with(table.clone(), shape).unwrap());
                 let mut executable = device.compile_cuda(program).unwrap();
@@ -59,9 +59,13 @@ fn the_first_step_beside_the_prefill_is_the_first_step() {
 
 fn compare(executable: &mut CudaExecutable, inputs: &OwnedInputs, replays: usize) {
     let program = executable.program().clone();
+    let chunks: Vec<f32> = inputs.noise.iter().map(|v| v * 0.5).collect();
+    let weights: Vec<f32> = (0..program.shape.horizon).map(|i| (i % 4) as f32 / 3.0).collect();
+    let previous = Previous { chunks: &chunks, weights: &weights, limits: &[5.0] };
+    let previous = (program.shape.rtc == Rtc::Guided).then_some(previous);
     let run = |executable: &mut CudaExecutable| {
         let mut actions = vec![f32::NAN; inputs.noise.len()];
-        executable.run(&inputs.borrow(), &mut actions).unwrap();
+        executable.run(&Inputs { previous, ..inputs.borrow() }, &mut actions).unwrap();
         actions
     };
     let beside = run(executable);

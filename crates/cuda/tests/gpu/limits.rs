@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use pirouette_checkpoint::Synthetic;
 use pirouette_cuda::driver::{DeviceMemory, Driver};
-use pirouette_cuda::{CudaDevice, Tier, TimedRun};
+use pirouette_cuda::{CudaDevice, TimedRun};
 use pirouette_model::config::Vision;
 use pirouette_model::{
-    BackendError, Config, Executable, Images, Inputs, Rtc, Shape, WeightTable, record, record_with,
+    BackendError, Config, Executable, Images, Inputs, Previous, Rtc, Shape, WeightTable, record,
+    record_with,
 };
 
 use crate::{Random, has_gpu, quick};
@@ -55,16 +56,9 @@ fn thousands_of_replays_give_the_same_bits() {
         let table = Arc::new(WeightTable::new(config, 3));
         let mut device = CudaDevice::open(0, table.clone(), &Synthetic::new(&config, 5)).unwrap();
         let [one, nine] = if quick() { [5, 2] } else { [5000, 500] };
-        for (tier, batch, runs) in [(Tier::Auto, 1, one), (Tier::Auto, 9, nine)] {
-            device.set_tier(tier);
-            let shape = Shape {
-                batch,
-                cameras: 2,
-                prompt_tokens: 12,
-                horizon: 10,
-                steps: 3,
-                rtc: Rtc::Off,
-            };
+        let cases = [(1, one, Rtc::Off), (9, nine, Rtc::Off), (1, nine, Rtc::Guided)];
+        for (batch, runs, rtc) in cases {
+            let shape = Shape { batch, cameras: 2, prompt_tokens: 12, horizon: 10, steps: 3, rtc };
             let program = Arc::new(record_with(table.clone(), shape).unwrap());
             let mut executable = device.compile_cuda(program).unwrap();
             let mut random = Random(3);
@@ -74,6 +68,10 @@ fn thousands_of_replays_give_the_same_bits() {
             let state: Vec<f32> = (0..batch * 32).map(|_| random.value()).collect();
             let noise: Vec<f32> = (0..batch * 320).map(|_| random.value()).collect();
             let lengths: Vec<u32> = (0..batch as u32).map(|b| 12 - b % 4).collect();
+            let chunks: Vec<f32> = noise.iter().map(|v| v * 0.5).collect();
+            let weights: Vec<f32> = (0..batch * 10).map(|i| (i % 4) as f32 / 3.0).collect();
+            let limits = vec![5.0; batch];
+            let guided = Previous { chunks: &chunks, weights: &weights, limits: &limits };
             let inputs = Inputs {
                 images: Images::Packed(&images),
                 cameras: &vec![2; batch],
@@ -81,7 +79,7 @@ fn thousands_of_replays_give_the_same_bits() {
                 prompt_len: &lengths,
                 state: &state,
                 noise: &noise,
-                previous: None,
+                previous: (rtc == Rtc::Guided).then_some(guided),
             };
             let mut first = vec![f32::NAN; noise.len()];
             executable.run(&inputs, &mut first).unwrap();
