@@ -5,6 +5,8 @@ use std::ops::Range;
 
 use pirouette_model::BackendError;
 use pirouette_model::program::{BufferId, Element, Epilogue, Op, Program};
+use rayon::iter::{IndexedParallelIterator, ParallelIterator};
+use rayon::slice::ParallelSliceMut;
 
 use crate::bind::element_bytes;
 use crate::denoise::{BLOCK_ROWS, block_element};
@@ -23,14 +25,15 @@ impl CudaExecutable {
         let host = Pinned::new(&self.shared.context, bytes)?;
         memory.copy_out(&self.shared.stream, at, &host, 0, bytes)?;
         self.shared.stream.synchronize()?;
-        let order = column_order(program, id);
+        let (place, order) = (self.places(id), column_order(program, id));
+        let (stored, element) = (host.as_slice(), buffer.element);
         let mut values = vec![0.0; buffer.rows * buffer.cols];
-        for (row, out) in values.chunks_exact_mut(buffer.cols.max(1)).enumerate() {
+        let rows = values.par_chunks_exact_mut(buffer.cols.max(1)).enumerate();
+        rows.for_each(|(row, out)| {
             for (c, out) in out.iter_mut().enumerate() {
-                let at = self.element(id, row, order.as_ref().map_or(c, |o| o(c)));
-                *out = decode(host.as_slice(), at, buffer.element);
+                *out = decode(stored, place(row, order.as_ref().map_or(c, |o| o(c))), element);
             }
-        }
+        });
         Ok(Some(values))
     }
 
@@ -46,23 +49,30 @@ impl CudaExecutable {
         let (memory, at) = self.bound.locate(id);
         let bytes = self.stored_bytes(id);
         let mut host = Pinned::new(&self.shared.context, bytes)?;
-        let order = column_order(program, id);
-        for (row, values) in values.chunks_exact(buffer.cols.max(1)).enumerate() {
+        let (place, order) = (self.places(id), column_order(program, id));
+        let (stored, element) = (host.as_mut_slice(), buffer.element);
+        let write = |to: &mut [u8], row: usize, values: &[f32]| {
             for (c, value) in values.iter().enumerate() {
-                let at = self.element(id, row, order.as_ref().map_or(c, |o| o(c)));
-                encode(host.as_mut_slice(), at, buffer.element, *value);
+                encode(to, place(row, order.as_ref().map_or(c, |o| o(c))), element, *value);
             }
+        };
+        let rows = values.chunks_exact(buffer.cols.max(1));
+        if self.bound.in_blocks(id) {
+            rows.enumerate().for_each(|(row, values)| write(stored, row, values));
+        } else {
+            let pitch = self.bound.pitch(id) * element_bytes(element);
+            let parts = stored.par_chunks_mut(pitch).zip(rows.collect::<Vec<_>>());
+            parts.for_each(|(to, values)| write(to, 0, values));
         }
         memory.copy_in(&self.shared.stream, at, &host, 0, bytes)?;
         self.shared.stream.synchronize()
     }
 
-    /// Where an element of a buffer is stored.
-    fn element(&self, id: BufferId, row: usize, column: usize) -> usize {
-        if self.bound.in_blocks(id) {
-            block_element(row, column)
-        } else {
-            row * self.bound.pitch(id) + column
+    /// Where an element of a buffer is stored, by row and stored column.
+    fn places(&self, id: BufferId) -> impl Fn(usize, usize) -> usize + use<> {
+        let (in_blocks, pitch) = (self.bound.in_blocks(id), self.bound.pitch(id));
+        move |row, column| {
+            if in_blocks { block_element(row, column) } else { row * pitch + column }
         }
     }
 

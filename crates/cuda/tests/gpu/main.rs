@@ -19,6 +19,8 @@ mod tiers;
 mod trace;
 
 use pirouette_cuda::driver::Driver;
+use rayon::iter::{IndexedParallelIterator, ParallelIterator};
+use rayon::slice::ParallelSlice;
 
 /// Whether there is a GPU; says why not.
 ///
@@ -52,13 +54,18 @@ fn quick() -> bool {
 /// ‖got − want‖ / ‖want‖; infinite for anything that is no number.
 fn relative_error(got: &[f32], want: &[f32]) -> f64 {
     assert_eq!(got.len(), want.len());
-    let (mut off, mut norm) = (0.0f64, 0.0f64);
-    for (g, w) in got.iter().zip(want) {
-        off += (*g as f64 - *w as f64).powi(2);
-        norm += (*w as f64).powi(2);
-    }
+    let parts: Vec<_> =
+        got.par_chunks(1 << 16).zip(want.par_chunks(1 << 16)).map(squares).collect();
+    let (off, norm) = parts.iter().fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1));
     let error = (off / norm).sqrt();
     if error.is_finite() { error } else { f64::INFINITY }
+}
+
+/// ‖got − want‖² and ‖want‖².
+fn squares((got, want): (&[f32], &[f32])) -> (f64, f64) {
+    got.iter().zip(want).fold((0.0, 0.0), |(off, norm), (g, w)| {
+        (off + (*g as f64 - *w as f64).powi(2), norm + (*w as f64).powi(2))
+    })
 }
 
 /// A small generator: the same numbers everywhere.

@@ -154,10 +154,18 @@ fn real_rows(
         return (got, want);
     }
     let keep = |at: usize| {
-        let (sample, row) = (at / cols / rows, at / cols % rows);
+        let (sample, row) = (at / rows, at % rows);
         let real = (sample % shape.cameras + 1) * tokens + shape.prompt_tokens - sample % 3;
         row < real || (row >= prefix && stage == Stage::Denoise)
     };
-    let pick = |v: Vec<f32>| v.into_iter().enumerate().filter(|(i, _)| keep(*i)).map(|p| p.1);
-    (pick(got).collect(), pick(want).collect())
+    let pick = |values: Vec<f32>| {
+        let mut kept = Vec::with_capacity(values.len());
+        for (at, row) in values.chunks_exact(cols).enumerate() {
+            if keep(at) {
+                kept.extend_from_slice(row);
+            }
+        }
+        kept
+    };
+    (pick(got), pick(want))
 }
