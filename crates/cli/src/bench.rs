@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use crate::args::BenchArgs;
 use crate::device;
+use crate::log;
 use crate::provenance::{Provenance, stolen};
 use crate::text::{table, write_json};
 use crate::weights::Weights;
@@ -135,7 +136,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         results: vec![],
         deterministic: None,
     };
-    eprintln!("{} · {} · {}", report.model, report.device, report.weights);
+    log::note(format_args!("{} · {} · {}", report.model, report.device, report.weights));
     let table = Arc::new(WeightTable::new(config, args.shape.steps));
     let mut measure = |shape: Shape| -> Result<Row> {
         let program = Arc::new(record_with(Arc::clone(&table), shape)?);

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::args::{DeviceArgs, GoldenArgs, ModelName, Precision};
 use crate::device;
+use crate::log;
 use crate::text::{table, write_json};
 use crate::weights::Weights;
 
@@ -36,8 +37,12 @@ pub fn run(args: &GoldenArgs) -> Result<()> {
         for &model in &models {
             let weights = Weights::synthetic(model.config(), FULL_SEED);
             let mut opened = device::open(&args.device, weights.config, 10, weights.source())?;
-            eprintln!("{} full size on {}", model.config().family.name(), opened.device().name());
-            let report = |p: &Parity| eprintln!("{}: {:.3e}", p.case, p.relative_l2);
+            log::note(format_args!(
+                "{} full size on {}",
+                model.config().family.name(),
+                opened.device().name()
+            ));
+            let report = |p: &Parity| log::note(format_args!("{}: {:.3e}", p.case, p.relative_l2));
             rows.extend(parity::full(opened.device(), &weights.config, bar, report)?);
         }
     }

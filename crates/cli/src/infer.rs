@@ -14,7 +14,7 @@ use crate::model::{self, Open};
 use crate::setup::{self, ConfigArgs, PolicyArgs};
 use crate::text::write_json;
 use crate::weights::Weights;
-use crate::{device, npz};
+use crate::{device, log, npz};
 
 /// Arguments of `infer`.
 #[derive(clap::Args)]
@@ -68,12 +68,15 @@ pub fn run(args: &InferArgs) -> Result<()> {
     };
     let (policy, warnings) =
         setup::policy(config, &weights.config, weights.checkpoint(), &policy_args)?;
-    eprintln!("{}; {}", setup::describe(&policy), weights.origin);
-    warnings.iter().chain(&device::on_cpu(&args.device)).for_each(|w| eprintln!("note: {w}"));
+    log::note(format_args!("{}; {}", setup::describe(&policy), weights.origin));
+    warnings
+        .iter()
+        .chain(&device::on_cpu(&args.device))
+        .for_each(|w| log::note(format_args!("note: {w}")));
     let observation = match &args.observation {
         Some(path) => read(path)?,
         None => {
-            eprintln!("note: a random observation (give one with --observation)");
+            log::note(format_args!("note: a random observation (give one with --observation)"));
             sample_observation(policy.config(), 0)
         }
     };
@@ -83,7 +86,9 @@ pub fn run(args: &InferArgs) -> Result<()> {
 
     if prepared.dropped_tokens > 0 {
         let dropped = prepared.dropped_tokens;
-        eprintln!("note: the prompt was cut at its end: {dropped} tokens are over the limit");
+        log::note(format_args!(
+            "note: the prompt was cut at its end: {dropped} tokens are over the limit"
+        ));
     }
 
     let c = policy.config();
@@ -114,7 +119,7 @@ pub fn run(args: &InferArgs) -> Result<()> {
     };
     let answer = engine.submit(request)?.wait()?;
     let actions = policy.finish(&prepared, &answer.actions)?;
-    eprintln!("seed {seed}, {:.1} ms", answer.timing.run.total_ms);
+    log::note(format_args!("seed {seed}, {:.1} ms", answer.timing.run.total_ms));
     let values = actions.to_f64().context("actions are numbers")?;
     if let Some(path) = &args.out {
         npz::write_npy(path, &actions)?;

@@ -8,6 +8,7 @@ use pirouette_policy::sample_observation;
 use pirouette_server::load::{self, LoadOptions, LoadReport, Percentiles};
 use serde::Serialize;
 
+use crate::log;
 use crate::provenance::Provenance;
 use crate::setup;
 use crate::text::{table, write_json};
@@ -80,7 +81,10 @@ pub fn run(args: &LoadArgs) -> Result<()> {
 async fn measure(args: &LoadArgs) -> Result<()> {
     let options = options(args).await?;
     let request_bytes = pirouette_server::msgpack::encode(&options.observation)?.len();
-    eprintln!("{} clients · {} · {request_bytes} bytes a request", args.clients, args.url);
+    log::note(format_args!(
+        "{} clients · {} · {request_bytes} bytes a request",
+        args.clients, args.url
+    ));
     let measured = load::run(&options).await?;
     if let Some(path) = &args.json {
         let report = Report {

@@ -5,6 +5,7 @@
 //! serves waits for them.
 
 use std::backtrace::{Backtrace, BacktraceStatus};
+use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -64,6 +65,11 @@ pub fn tell(text: &str) {
         // There is nowhere else to say that it can't be said.
         None => drop(io::stderr().write_all(text.as_bytes())),
     }
+}
+
+/// Tells one line beside the results. Nobody may be there to read it: that costs no result.
+pub fn note(line: impl Display) {
+    tell(&format!("{line}\n"));
 }
 
 /// Waits until everything is written, for a second at most.

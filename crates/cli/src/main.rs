@@ -1,5 +1,8 @@
 //! The binary `pirouette`: arguments → one of the commands.
 
+// `eprintln!` panics where nobody reads standard error: `log::note` does not.
+#![deny(clippy::print_stderr)]
+
 mod args;
 mod bench;
 mod descriptors;
@@ -42,7 +45,7 @@ fn main() -> ExitCode {
     let cli = args::Cli::parse();
     log::queue_panics();
     if !matches!(cli.command, args::Command::Serve(_)) {
-        end_quietly_without_a_reader();
+        end_without_output();
     }
     let status = match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
@@ -55,17 +58,22 @@ fn main() -> ExitCode {
     status
 }
 
-/// `println!` panics when whoever reads the output has gone, as `head` does: the end of the work,
-/// not a fault. The exit status is a shell's for SIGPIPE.
-fn end_quietly_without_a_reader() {
+/// `println!` panics when it can't write. Where whoever reads the output has gone, as `head` does,
+/// that is the end of the work, not a fault, with a shell's exit status for SIGPIPE; a full disk is
+/// an error as others are.
+fn end_without_output() {
     let usual = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         let text = panic.payload().downcast_ref::<String>().map_or("", String::as_str);
-        if text.starts_with("failed printing to stdout") && text.contains("Broken pipe") {
-            log::flush();
-            std::process::exit(141);
+        let Some(why) = text.strip_prefix("failed printing to stdout: ") else {
+            return usual(panic);
+        };
+        let reader = !why.contains("Broken pipe");
+        if reader {
+            log::note(format_args!("pirouette: can't write to standard output: {why}"));
         }
-        usual(panic);
+        log::flush();
+        std::process::exit(if reader { 1 } else { 141 });
     }));
 }
 

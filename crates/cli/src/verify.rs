@@ -19,6 +19,7 @@ use serde::Serialize;
 use crate::args::{DeviceArgs, Precision, VerifyArgs, WeightArgs};
 use crate::bench::RandomInputs;
 use crate::device::{self, Opened};
+use crate::log;
 use crate::text::{table, write_json};
 use crate::weights::Weights;
 
@@ -56,7 +57,7 @@ pub fn run(args: &VerifyArgs) -> Result<()> {
     let inputs = RandomInputs::new(&weights.config, program.shape, args.seed);
     let reference_args = DeviceArgs { precision: Precision::F32, ..args.device.clone() };
     let portable = DeviceArgs { device: "cpu".into(), ..reference_args };
-    eprintln!("reference: F32 on the CPU");
+    log::note(format_args!("reference: F32 on the CPU"));
     let reference = {
         let mut cpu =
             device::open_cpu(&portable, weights.config, args.shape.steps, weights.source())?;
@@ -68,7 +69,7 @@ pub fn run(args: &VerifyArgs) -> Result<()> {
         Opened::Cpu(cpu) => on_cpu(args, &weights, &program, &inputs, cpu)?,
         Opened::Cuda(mut cuda) => {
             let name = pirouette_model::Device::name(&*cuda);
-            eprintln!("under test: {name}");
+            log::note(format_args!("under test: {name}"));
             (name, observe_cuda(&mut cuda, &program, &inputs)?)
         }
     };
@@ -103,7 +104,7 @@ fn on_cpu(
             pirouette_cpu::load(weights.config, steps, weights.source(), options, &mut |_, _| ())?;
     }
     let name = pirouette_model::Device::name(&cpu);
-    eprintln!("under test: {name}");
+    log::note(format_args!("under test: {name}"));
     Ok((name, observe(&mut cpu, program, inputs)?))
 }
 

@@ -8,6 +8,7 @@ use pirouette_model::{Shape, WeightTable, record_with};
 
 use super::{Ladder, Rung, WHOLE};
 use crate::args::{DeviceArgs, Precision};
+use crate::log;
 use crate::profile::{CpuMeter, Repeats, Timing, time};
 use crate::weights::Weights;
 
@@ -75,7 +76,7 @@ fn measure(
     shape: Shape,
     repeats: Repeats,
 ) -> Result<Timing> {
-    eprintln!("ladder: {}, threads: {threads}", isa.name());
+    log::note(format_args!("ladder: {}, threads: {threads}", isa.name()));
     let config = weights.config;
     let options = options(args, isa, threads);
     let mut device =

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::args::{DeviceArgs, LadderArgs};
 use crate::device::{self, Opened};
+use crate::log;
 use crate::profile::{Repeats, Timing, compile, milliseconds, time};
 use crate::provenance::Provenance;
 use crate::text::{table, write_json};
@@ -111,7 +112,7 @@ fn work(opened: &mut Opened, config: &Config, shape: Shape, repeats: Repeats) ->
     let table = Arc::new(WeightTable::new(*config, shape.steps));
     let mut rungs = Vec::new();
     for work in work_shapes(config.family, shape) {
-        eprintln!("ladder: {}", work.name);
+        log::note(format_args!("ladder: {}", work.name));
         let program = Arc::new(record_with(table.clone(), work.shape)?);
         let mut meter = compile(opened, program)?;
         let timing = time(meter.as_mut(), config, work.shape, repeats)?;

@@ -5,6 +5,7 @@ use pirouette_model::{BackendError, Executable, Inputs, StageTimes};
 
 use super::meter::{Meter, StepTimes};
 use crate::args::TracingArgs;
+use crate::log;
 
 /// A GPU runs the whole program as one graph; stages are graphs of their own, steps run apart.
 pub struct CudaMeter(pub CudaExecutable);
@@ -39,13 +40,13 @@ impl Meter for CudaMeter {
         if let Some(tracing) = tracing {
             let mut log = |line: String| {
                 if tracing.verbose {
-                    eprintln!("cupti: {line}");
+                    log::note(format_args!("cupti: {line}"));
                 }
             };
             match self.0.trace_replays(tracing.cupti.as_deref(), n, &mut log) {
                 Ok(replay) => return Ok(inside(self.0.program().steps.len(), replay)),
                 Err(BackendError::Unavailable(why)) => {
-                    eprintln!("no times from inside the graph: {why}");
+                    log::note(format_args!("no times from inside the graph: {why}"));
                 }
                 Err(other) => return Err(other),
             }

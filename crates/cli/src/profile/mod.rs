@@ -27,6 +27,7 @@ pub use timing::{Repeats, Timing, Workload, summary, time};
 use crate::args::{ProfileArgs, TracingArgs};
 use crate::bench::RandomInputs;
 use crate::device;
+use crate::log;
 use crate::provenance::Provenance;
 use crate::text::{scaled, table, write_json};
 use crate::weights::Weights;
@@ -89,7 +90,7 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
     let config = weights.config;
     let mut opened = device::open(&args.device, config, args.shape.steps, weights.source())?;
     let name = opened.device().name();
-    eprintln!("{} · {name} · {}", config.family.name(), weights.origin);
+    log::note(format_args!("{} · {name} · {}", config.family.name(), weights.origin));
     let limits = limits(&name, &args.device, &args.rates)?;
     let table = Arc::new(WeightTable::new(config, args.shape.steps));
     let program = Arc::new(record_with(table, args.shape.shape(args.batch))?);
@@ -105,7 +106,7 @@ pub fn run(args: &ProfileArgs) -> Result<()> {
             None => trace::trace(&program, &name, &rates, &measured.run, &steps.ms),
         };
         std::fs::write(path, json).with_context(|| format!("can't write {}", path.display()))?;
-        eprintln!("trace of {} steps: {}", program.steps.len(), path.display());
+        log::note(format_args!("trace of {} steps: {}", program.steps.len(), path.display()));
     }
     let profile = &measured.profile;
     match &args.json {

@@ -15,6 +15,7 @@ use pirouette_model::{Config, Shape, WeightTable, record, record_with};
 use crate::args::{ReportArgs, RopeArgs, WeightArgs};
 use crate::device;
 use crate::ladder::{self, WHOLE};
+use crate::log;
 use crate::profile::{
     Limits, Meter, Repeats, Workload, compile, limits, measure, step_times, time,
 };
@@ -118,13 +119,13 @@ fn measure_model(args: &ReportArgs, weights: &Weights) -> Result<ModelReport> {
     let config = weights.config;
     let mut opened = device::open(&args.device, config, args.shape.steps, weights.source())?;
     let name = opened.device().name();
-    eprintln!("{} · {name} · {}", config.family.name(), weights.origin);
+    log::note(format_args!("{} · {name} · {}", config.family.name(), weights.origin));
     let limits: Limits = limits(&name, &args.device, &args.rates)?;
     let repeats = Repeats::choose(&name, args.runs, args.warmup)?;
     let table = Arc::new(WeightTable::new(config, args.shape.steps));
     let mut meter_of = |shape: Shape| -> Result<Box<dyn Meter>> {
         let workload = Workload::from(shape);
-        eprintln!("batch {} · {}", workload.batch, workload.text());
+        log::note(format_args!("batch {} · {}", workload.batch, workload.text()));
         compile(&mut opened, Arc::new(record_with(table.clone(), shape)?))
     };
     let mut time_all = |shapes: Vec<Shape>| -> Result<Vec<_>> {

@@ -19,6 +19,7 @@ use anyhow::{Context, Result, bail};
 use pirouette_engine::NullTimes;
 use serde::Serialize;
 
+use crate::log;
 use crate::provenance::Provenance;
 use crate::text::{table, write_json};
 
@@ -235,7 +236,7 @@ pub fn run(args: &StressArgs) -> Result<()> {
 }
 
 fn row(promise: &Promise, scale: &Scale) -> Row {
-    eprintln!("{}: {} …", promise.name, promise.what);
+    log::note(format_args!("{}: {} …", promise.name, promise.what));
     let began = Instant::now();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let outcome = match &runtime {
