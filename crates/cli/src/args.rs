@@ -151,6 +151,21 @@ pub fn euler_steps(text: &str) -> Result<usize, String> {
     steps.ok_or_else(|| "1 to 1000 steps".into())
 }
 
+/// Most runs of a measurement: their times are kept.
+const MOST_RUNS: usize = 1_000_000;
+
+/// A number of measured runs.
+fn runs(text: &str) -> Result<usize, String> {
+    let runs = text.parse().ok().filter(|runs| (1..=MOST_RUNS).contains(runs));
+    runs.ok_or_else(|| format!("1 to {MOST_RUNS} runs"))
+}
+
+/// A number of runs before those.
+fn warmup(text: &str) -> Result<usize, String> {
+    let runs = text.parse().ok().filter(|runs| *runs <= MOST_RUNS);
+    runs.ok_or_else(|| format!("0 to {MOST_RUNS} runs"))
+}
+
 /// The shape of a run.
 #[derive(Args, Clone, Debug)]
 pub struct ShapeArgs {
@@ -224,10 +239,10 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "8")]
     pub deterministic: Option<usize>,
     /// Measured runs of each batch size (default: 200 on a GPU, 5 on the CPU).
-    #[arg(long)]
+    #[arg(long, value_parser = runs)]
     pub runs: Option<usize>,
     /// Runs before measuring (default: 20 on a GPU, 1 on the CPU).
-    #[arg(long)]
+    #[arg(long, value_parser = warmup)]
     pub warmup: Option<usize>,
     /// Runs a second, as a robot asks for them, with pauses between (default: one after another).
     #[arg(long, value_name = "HZ")]
@@ -327,10 +342,10 @@ pub struct ProfileArgs {
     #[arg(long, default_value_t = 1)]
     pub batch: usize,
     /// Measured runs (default: 200 on a GPU, 5 on the CPU).
-    #[arg(long)]
+    #[arg(long, value_parser = runs)]
     pub runs: Option<usize>,
     /// Runs before measuring (default: 20 on a GPU, 1 on the CPU).
-    #[arg(long)]
+    #[arg(long, value_parser = warmup)]
     pub warmup: Option<usize>,
     #[command(flatten)]
     pub tracing: TracingArgs,
@@ -351,10 +366,10 @@ pub struct LadderArgs {
     #[command(flatten)]
     pub shape: ShapeArgs,
     /// Measured runs of each rung (default: 200 on a GPU; on the CPU 3, 1 where it is slow).
-    #[arg(long)]
+    #[arg(long, value_parser = runs)]
     pub runs: Option<usize>,
     /// Runs before measuring (default: 20 on a GPU, 1 on the CPU).
-    #[arg(long)]
+    #[arg(long, value_parser = warmup)]
     pub warmup: Option<usize>,
     /// Write the ladder as JSON to this file (`-` for standard output).
     #[arg(long)]
@@ -382,10 +397,10 @@ pub struct ReportArgs {
     #[arg(long, value_delimiter = ',')]
     pub batch: Vec<usize>,
     /// Measured runs of each row (default: 200 on a GPU; on the CPU 5, 3 on the ladder).
-    #[arg(long)]
+    #[arg(long, value_parser = runs)]
     pub runs: Option<usize>,
     /// Runs before measuring (default: 20 on a GPU, 1 on the CPU).
-    #[arg(long)]
+    #[arg(long, value_parser = warmup)]
     pub warmup: Option<usize>,
     #[command(flatten)]
     pub tracing: TracingArgs,

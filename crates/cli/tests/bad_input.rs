@@ -106,6 +106,34 @@ fn damaged_and_foreign_checkpoints() {
     fails(&["inspect", "/no/such/folder"], &["/no/such/folder", "No such file or directory"]);
 }
 
+/// The command line itself is refused, and the flag named.
+#[track_caller]
+fn refuses(arguments: &[&str], flag: &str) {
+    let output = pirouette(arguments);
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{arguments:?}: {told}");
+    assert!(told.contains(flag) && !told.contains("panicked"), "{arguments:?}: {told}");
+}
+
+#[test]
+fn numbers_beyond_any_machine() {
+    let huge = "18446744073709551615";
+    for command in ["bench", "profile", "ladder", "report"] {
+        for number in [huge, "1000000000000", "0"] {
+            refuses(&[command, "--device", "cpu", "--runs", number], "--runs");
+        }
+        refuses(&[command, "--device", "cpu", "--warmup", huge], "--warmup");
+    }
+    for seconds in [huge, "0"] {
+        refuses(&["stress", "--overload-seconds", seconds], "--overload-seconds");
+    }
+    fails(&["bench", "--deterministic", huge], &["batch"]);
+    let dir = checkpoint();
+    let verify = ["verify", text(&dir), "--device", "cpu", "--horizon", "4", "--seed", huge];
+    let told = pirouette(&verify);
+    assert_eq!(told.status.code(), Some(0), "{}", String::from_utf8_lossy(&told.stderr));
+}
+
 #[test]
 fn the_wrong_configuration() {
     let (dir, tokenizer) = (checkpoint(), tokenizer());

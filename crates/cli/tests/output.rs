@@ -79,7 +79,10 @@ fn notes_that_nobody_reads_cost_no_results() {
 
 #[test]
 fn a_full_standard_output_is_one_line_and_no_panic() {
-    for (name, flags) in [("plan", &["pi05", "--all"][..]), ("doctor", &[]), ("infer", &[])] {
+    let stress = &["--short", "--only", "interleavings"];
+    for (name, flags) in
+        [("plan", &["pi05", "--all"][..]), ("doctor", &[]), ("infer", &[]), ("stress", stress)]
+    {
         let Some(full) = full() else { return };
         let output = run(command(name, flags).stdout(full));
         let told = text(&output.stderr);

@@ -101,7 +101,7 @@ fn one_by_one(
     repeats: Repeats,
 ) -> Result<Timing> {
     let program = fill(executable, config)?;
-    let mut total = Vec::with_capacity(repeats.runs);
+    let mut total = Vec::new();
     for i in 0..repeats.warmup + repeats.runs {
         let start = Instant::now();
         executable.run_steps(0..program.steps.len())?;

@@ -92,7 +92,7 @@ impl Meter for CpuMeter {
         _: Option<&TracingArgs>,
     ) -> Result<StepTimes, BackendError> {
         self.0.time_steps(true);
-        let mut samples = vec![Vec::with_capacity(n); self.0.program().steps.len()];
+        let mut samples = vec![Vec::new(); self.0.program().steps.len()];
         for _ in 0..n {
             self.0.run(inputs, actions)?;
             for (sample, &ms) in samples.iter_mut().zip(self.0.step_ms()) {

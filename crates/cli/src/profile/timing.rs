@@ -119,7 +119,7 @@ pub fn time(
             break;
         }
     }
-    let (mut total, mut stages) = (Vec::with_capacity(runs), Vec::new());
+    let (mut total, mut stages) = (Vec::new(), Vec::new());
     for _ in 0..runs {
         let t = meter.run(&inputs, &mut actions)?;
         total.push(t.total_ms);

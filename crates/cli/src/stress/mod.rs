@@ -35,8 +35,8 @@ pub struct StressArgs {
     /// The server of `overhead` with `serve --busy-poll=MS`.
     #[arg(long, value_name = "MS")]
     pub busy_poll: Option<f64>,
-    /// Seconds of overload (default 600; 10 in the short form).
-    #[arg(long)]
+    /// Seconds of overload, up to a week (default 600; 10 in the short form).
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..=604_800))]
     pub overload_seconds: Option<u64>,
     /// Write the results as JSON to this file (`-` for standard output).
     #[arg(long)]
@@ -207,8 +207,7 @@ pub fn run(args: &StressArgs) -> Result<()> {
         }
     }
     raise_file_limit();
-    // Engines are killed by panics here; their words would drown the table.
-    std::panic::set_hook(Box::new(|_| {}));
+    silence_engines();
     let times = measured_times()?;
     let StressArgs { short, overload_seconds, busy_poll, .. } = *args;
     let scale = Scale { short, overload_seconds, busy_poll, times };
@@ -271,6 +270,17 @@ fn measured_times() -> Result<NullTimes> {
         |row: &serde_json::Value| Some((row["batch"].as_u64()? as usize, row["p50_ms"].as_f64()?));
     let table: Option<Vec<_>> = rows.iter().map(pair).collect();
     Ok(NullTimes(table.context("a row has no batch or no median")?))
+}
+
+/// Engines are killed by panics here; their words would drown the table. Other threads have theirs.
+fn silence_engines() {
+    let usual = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let thread = std::thread::current();
+        if !thread.name().is_some_and(|name| name.starts_with("device-")) {
+            usual(panic);
+        }
+    }));
 }
 
 /// A thousand sockets need as many descriptors, at both ends.
