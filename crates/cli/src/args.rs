@@ -414,7 +414,7 @@ pub struct ReportArgs {
     #[arg(long, num_args = 2, value_names = ["A", "B"])]
     pub compare: Vec<PathBuf>,
     /// Numbers published by others, shown beside ours and labelled as theirs.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "compare")]
     pub published: Option<PathBuf>,
     /// Write the page as HTML to this file.
     #[arg(long)]
@@ -424,6 +424,6 @@ pub struct ReportArgs {
     #[arg(long)]
     pub markdown: Option<PathBuf>,
     /// Write the measurements as JSON to this file (`-` for standard output).
-    #[arg(long)]
+    #[arg(long, conflicts_with = "compare")]
     pub json: Option<PathBuf>,
 }

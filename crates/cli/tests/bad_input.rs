@@ -135,6 +135,13 @@ fn numbers_beyond_any_machine() {
 }
 
 #[test]
+fn a_comparison_has_no_measurements_to_write() {
+    for (flag, value) in [("--json", "c.json"), ("--json", "-"), ("--published", "p.json")] {
+        refuses(&["report", "--compare", "a.json", "b.json", flag, value], flag);
+    }
+}
+
+#[test]
 fn the_wrong_configuration() {
     let (dir, tokenizer) = (checkpoint(), tokenizer());
     let serve = |name| {
