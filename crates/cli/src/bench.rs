@@ -17,7 +17,7 @@ use crate::args::BenchArgs;
 use crate::device;
 use crate::log;
 use crate::provenance::{Provenance, stolen};
-use crate::text::{table, write_json};
+use crate::text::{table, writable, write_json};
 use crate::weights::Weights;
 
 #[derive(Serialize)]
@@ -108,6 +108,7 @@ const CLOCK: &str = "inputs in host memory to actions in host memory";
 
 /// Measures every batch size asked for.
 pub fn run(args: &BenchArgs) -> Result<()> {
+    writable(&args.json)?;
     if args.batch.is_empty() {
         bail!("nothing to measure: --batch must be at least 1");
     }

@@ -9,7 +9,7 @@ use serde::Serialize;
 use crate::args::{DeviceArgs, GoldenArgs, ModelName, Precision};
 use crate::device;
 use crate::log;
-use crate::text::{table, write_json};
+use crate::text::{table, writable, write_json};
 use crate::weights::Weights;
 
 #[derive(Serialize)]
@@ -24,6 +24,7 @@ struct Row {
 
 /// Runs the cases; fails when one is over its bar.
 pub fn run(args: &GoldenArgs) -> Result<()> {
+    writable(&args.json)?;
     let bar = if args.device.precision == Precision::F32 { Bar::F32 } else { Bar::Bf16 };
     let models = match args.model {
         Some(model) => vec![model],

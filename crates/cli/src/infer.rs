@@ -12,7 +12,7 @@ use crate::args::{DeviceArgs, RopeArgs, WeightArgs, euler_steps};
 use crate::log::LogFormat;
 use crate::model::{self, Open};
 use crate::setup::{self, ConfigArgs, PolicyArgs};
-use crate::text::write_json;
+use crate::text::{writable, write_json};
 use crate::weights::Weights;
 use crate::{device, log, npz};
 
@@ -53,6 +53,7 @@ pub struct InferArgs {
 
 /// Runs one observation through the whole stack.
 pub fn run(args: &InferArgs) -> Result<()> {
+    writable(args.json.iter().chain(&args.out))?;
     let family = match args.config.name() {
         Some(name) => setup::policy_config(name)?.family,
         None => pirouette_model::Family::Pi0,

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::log;
 use crate::provenance::Provenance;
 use crate::setup;
-use crate::text::{table, write_json};
+use crate::text::{table, writable, write_json};
 
 /// Arguments of `load`.
 #[derive(clap::Args)]
@@ -74,6 +74,7 @@ struct Report<'a> {
 
 /// Runs the clients and prints what they saw.
 pub fn run(args: &LoadArgs) -> Result<()> {
+    writable(&args.json)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(measure(args))
 }

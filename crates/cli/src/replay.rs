@@ -16,7 +16,7 @@ use tokio::runtime::Runtime;
 use crate::log;
 use crate::opening::{self, OpenArgs};
 use crate::service::PolicyService;
-use crate::text::write_json;
+use crate::text::{writable, write_json};
 
 /// Arguments of `replay`.
 #[derive(clap::Args)]
@@ -64,6 +64,7 @@ struct Difference {
 
 /// Runs a recording again.
 pub fn run(args: &ReplayArgs) -> Result<()> {
+    writable(&args.json)?;
     log::start(args.open.log_format)?;
     let recording = Recording::open(&args.dir)?;
     let service = opening::load(&args.open, args.open.config.name(), |_| Ok(()))?;

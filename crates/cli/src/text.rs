@@ -1,4 +1,10 @@
-//! Numbers and tables for people.
+//! Numbers and tables for people, and the files that results go to.
+
+use std::fs::{File, remove_file};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
 
 /// `1.23 T`, `45.6 G`, … with three digits.
 pub fn scaled(value: f64) -> String {
@@ -62,14 +68,39 @@ pub fn today() -> String {
     format!("{year:04}-{month:02}-{day:02}")
 }
 
+/// Fails where results could not be written, before they are measured. What is there stays as it
+/// is, and nothing is left behind.
+pub fn writable<'a>(paths: impl IntoIterator<Item = &'a PathBuf>) -> Result<()> {
+    let mut files = paths.into_iter().filter(|path| path.as_os_str() != "-");
+    files.try_for_each(|path| attempt(path).with_context(|| unwritten(path)))
+}
+
+fn attempt(path: &Path) -> io::Result<()> {
+    match path.metadata() {
+        // A pipe that is opened and closed would end for its reader.
+        Ok(there) if !there.is_file() && !there.is_dir() => Ok(()),
+        Ok(_) => File::options().write(true).open(path).map(drop),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => match path.read_link() {
+            // A link to what is not there yet.
+            Ok(target) => attempt(&path.parent().unwrap_or(path).join(target)),
+            Err(_) => File::create_new(path).and_then(|_| remove_file(path)),
+        },
+        Err(error) => Err(error),
+    }
+}
+
+fn unwritten(path: &Path) -> String {
+    format!("can't write {}", path.display())
+}
+
 /// Writes JSON to a file, or to standard output for `-`.
-pub fn write_json(path: &std::path::Path, value: &impl serde::Serialize) -> anyhow::Result<()> {
+pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
     let text = serde_json::to_string_pretty(value)? + "\n";
     if path.as_os_str() == "-" {
         print!("{text}");
         return Ok(());
     }
-    std::fs::write(path, text).map_err(|e| anyhow::anyhow!("can't write {}: {e}", path.display()))
+    std::fs::write(path, text).with_context(|| unwritten(path))
 }
 
 #[cfg(test)]
@@ -82,6 +113,25 @@ mod tests {
         assert_eq!(scaled(105.8e9), "106 G");
         assert_eq!(scaled(3.04e12), "3.04 T");
         assert_eq!(scaled(22_528.0), "22.5 k");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn files_are_tried_without_a_trace() {
+        let folder = tempfile::tempdir().unwrap();
+        let [old, new, link] = ["old", "new", "link"].map(|name| folder.path().join(name));
+        std::fs::write(&old, "kept").unwrap();
+        // Relative to the folder that the link is in.
+        std::os::unix::fs::symlink("new", &link).unwrap();
+        writable([&old, &new, &link, &"-".into(), &"/dev/null".into()]).unwrap();
+        assert_eq!(std::fs::read_to_string(&old).unwrap(), "kept");
+        assert!(!new.exists() && link.is_symlink());
+        std::fs::remove_file(&link).unwrap();
+        std::os::unix::fs::symlink("/no/such/folder/file", &link).unwrap();
+        for bad in [link, folder.path().into(), old.join("below"), folder.path().join("no/file")] {
+            let error = format!("{:#}", writable([&old, &bad]).unwrap_err());
+            assert!(error.starts_with(&format!("can't write {}: ", bad.display())), "{error}");
+        }
     }
 
     #[test]

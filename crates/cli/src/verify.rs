@@ -20,7 +20,7 @@ use crate::args::{DeviceArgs, Precision, VerifyArgs, WeightArgs};
 use crate::bench::RandomInputs;
 use crate::device::{self, Opened};
 use crate::log;
-use crate::text::{table, write_json};
+use crate::text::{table, writable, write_json};
 use crate::weights::Weights;
 
 /// A step diverges when its relative error passes this bound, or grows fivefold over its
@@ -46,6 +46,7 @@ struct Report {
 
 /// Runs both and compares; fails when a step diverges.
 pub fn run(args: &VerifyArgs) -> Result<()> {
+    writable(&args.json)?;
     let weights = Weights::open(&WeightArgs {
         checkpoint: args.dir.clone(),
         model: args.model,

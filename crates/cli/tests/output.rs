@@ -93,3 +93,39 @@ fn a_full_standard_output_is_one_line_and_no_panic() {
         assert!(last.starts_with(want), "{name}: {told}");
     }
 }
+
+#[test]
+fn where_results_go_is_tried_before_anything_is_measured() {
+    for name in ["bench", "golden", "verify", "profile", "ladder", "report", "stress", "infer"] {
+        cant_write(name, &["--json"]);
+    }
+    // Neither a server nor a recording is there.
+    cant_write("load", &["ws://127.0.0.1:1", "--json"]);
+    cant_write("replay", &["/no/recording", "--json"]);
+    for (name, flag) in
+        [("profile", "--trace"), ("report", "--html"), ("report", "--markdown"), ("infer", "--out")]
+    {
+        cant_write(name, &[flag]);
+    }
+}
+
+#[track_caller]
+fn cant_write(name: &str, flags: &[&str]) {
+    let output = run(command(name, flags).arg("/no/such/folder/x"));
+    let want = "pirouette: can't write /no/such/folder/x: No such file or directory (os error 2)\n";
+    assert_eq!(text(&output.stderr), want, "{name} {flags:?}");
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), String::new()));
+}
+
+#[test]
+fn a_command_that_fails_leaves_files_as_they_were() {
+    let folder = tempfile::tempdir().unwrap();
+    let [old, new] = ["old", "new"].map(|name| folder.path().join(name));
+    std::fs::write(&old, "kept").unwrap();
+    for file in [&old, &new] {
+        let flags = ["ws://127.0.0.1:1", "--json", file.to_str().unwrap()];
+        assert_eq!(run(&mut command("load", &flags)).status.code(), Some(1));
+    }
+    assert_eq!(std::fs::read_to_string(&old).unwrap(), "kept");
+    assert!(!new.exists());
+}

@@ -15,7 +15,7 @@ use crate::device::{self, Opened};
 use crate::log;
 use crate::profile::{Repeats, Timing, compile, milliseconds, time};
 use crate::provenance::Provenance;
-use crate::text::{table, write_json};
+use crate::text::{table, writable, write_json};
 use crate::weights::Weights;
 
 /// One measurement.
@@ -56,6 +56,7 @@ pub const WHOLE: &str = "inputs in host memory to actions in host memory";
 
 /// Climbs and prints, or writes.
 pub fn run(args: &LadderArgs) -> Result<()> {
+    writable(&args.json)?;
     let weights = Weights::open(&args.weights)?;
     let shape = args.shape.shape(1);
     let ladders = climb(&weights, &args.device, shape, args.runs, args.warmup)?;

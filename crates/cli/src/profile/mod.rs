@@ -29,7 +29,7 @@ use crate::bench::RandomInputs;
 use crate::device;
 use crate::log;
 use crate::provenance::Provenance;
-use crate::text::{scaled, table, write_json};
+use crate::text::{scaled, table, writable, write_json};
 use crate::weights::Weights;
 
 /// Where the milliseconds of one run go.
@@ -86,6 +86,7 @@ pub struct Measured {
 
 /// Profiles one model and prints the tables, or writes them.
 pub fn run(args: &ProfileArgs) -> Result<()> {
+    writable(args.json.iter().chain(&args.trace))?;
     let weights = Weights::open(&args.weights)?;
     let config = weights.config;
     let mut opened = device::open(&args.device, config, args.shape.steps, weights.source())?;

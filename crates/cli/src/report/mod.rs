@@ -20,20 +20,21 @@ use crate::profile::{
     Limits, Meter, Repeats, Workload, compile, limits, measure, step_times, time,
 };
 use crate::provenance::Provenance;
-use crate::text::write_json;
+use crate::text::{writable, write_json};
 use crate::weights::Weights;
 use data::{ModelReport, Published, Report, read};
 use html::{Block, html, markdown};
 
 /// Measures (or reads), then writes the page.
 pub fn run(args: &ReportArgs) -> Result<()> {
+    // Before hours of measuring: a mistyped file should not cost them.
+    writable(args.json.iter().chain(&args.html).chain(&args.markdown))?;
     if let [a, b] = args.compare.as_slice() {
         let names = [a, b].map(|p| p.display().to_string());
         let (left, right): (Report, Report) = (read(a)?, read(b)?);
         let page = compare::page(&left, &right, [&names[0], &names[1]]);
         return write_page(args, "Pirouette comparison", &page);
     }
-    // Before hours of measuring: a mistyped file should not cost them.
     let published: Option<Published> = args.published.as_deref().map(read).transpose()?;
     let report = if args.from.is_empty() { measure_all(args)? } else { merge(&args.from)? };
     if let Some(path) = &args.json {

@@ -21,7 +21,7 @@ use serde::Serialize;
 
 use crate::log;
 use crate::provenance::Provenance;
-use crate::text::{table, write_json};
+use crate::text::{table, writable, write_json};
 
 /// Arguments of `stress`.
 #[derive(clap::Args)]
@@ -200,6 +200,7 @@ const PROMISES: &[Promise] = &[
 
 /// Runs the rows; an error when one does not hold.
 pub fn run(args: &StressArgs) -> Result<()> {
+    writable(&args.json)?;
     for name in &args.only {
         if !PROMISES.iter().any(|p| p.name == name) {
             let names: Vec<&str> = PROMISES.iter().map(|p| p.name).collect();
