@@ -206,15 +206,22 @@ fn compare(reference: &Run, tested: &Run, weights: String, device: String) -> Re
     }
 }
 
-fn print(report: &Report) {
+/// The worst step of each stage: its first that is no number, if there is one.
+fn worst(steps: &[Row]) -> BTreeMap<&str, (f64, &str)> {
     let mut stages: BTreeMap<&str, (f64, &str)> = BTreeMap::new();
-    for row in &report.steps {
+    for row in steps {
         let stage = row.step.split('.').next().unwrap_or("");
         let worst = stages.entry(stage).or_insert((0.0, ""));
-        if row.relative_l2 > worst.0 {
+        let first_nan = row.relative_l2.is_nan() && !worst.0.is_nan();
+        if first_nan || row.relative_l2 > worst.0 {
             *worst = (row.relative_l2, &row.step);
         }
     }
+    stages
+}
+
+fn print(report: &Report) {
+    let stages = worst(&report.steps);
     let rows: Vec<Vec<String>> = ["vision", "prefill", "denoise"]
         .iter()
         .filter_map(|s| stages.get(s).map(|w| (s, w)))
@@ -255,6 +262,16 @@ mod tests {
             assert_eq!(diverging(&run(&[("a", 1.0), ("c", 3.0)], actions)).unwrap(), "actions");
         }
         assert_eq!(diverging(&run(&[], 1.0)).unwrap(), "actions", "nothing was compared");
+    }
+
+    #[test]
+    fn nothing_is_worse_than_what_is_no_number() {
+        let errors = [("a.0", 0.1), ("a.1", f64::NAN), ("a.2", 9.0), ("a.3", f64::NAN), ("b", 0.2)];
+        let row = |(step, relative_l2): (&str, f64)| Row { step: step.into(), relative_l2 };
+        let steps: Vec<Row> = errors.map(row).into();
+        let stages = worst(&steps);
+        assert!(stages["a"].0.is_nan());
+        assert_eq!((stages["a"].1, stages["b"]), ("a.1", (0.2, "b")));
     }
 
     #[test]

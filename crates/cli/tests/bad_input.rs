@@ -106,6 +106,20 @@ fn damaged_and_foreign_checkpoints() {
     fails(&["inspect", "/no/such/folder"], &["/no/such/folder", "No such file or directory"]);
 }
 
+#[test]
+fn weights_that_are_no_numbers() {
+    let nan = edited(|bytes| {
+        let end = bytes.len();
+        bytes[end - 256..].fill(0xFF);
+    });
+    let (folder, tokenizer) = (text(nan.path()), tokenizer());
+    let says = ["is NaN: the weights or the device are broken"];
+    fails(&infer(folder, text(&tokenizer), &[]), &says);
+    let flags = ["--device", "cpu", "--horizon", "4", "--steps", "1", "--runs", "1"];
+    let bench: Vec<_> = ["bench", "--checkpoint", folder].into_iter().chain(flags).collect();
+    fails(&bench, &["NaN: the weights or the device are broken"]);
+}
+
 /// The command line itself is refused, and the flag named.
 #[track_caller]
 fn refuses(arguments: &[&str], flag: &str) {

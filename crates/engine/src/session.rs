@@ -373,7 +373,10 @@ impl Session {
         self.canary_took = Some(started.elapsed());
         let got = &self.staging.actions[..bucket.horizon * config.action_dim];
         if let Some(i) = got.iter().position(|v| !v.is_finite()) {
-            return Err(format!("canary: value {i} is {}", got[i]));
+            let bad = got[i];
+            return Err(format!(
+                "canary: value {i} is {bad}: the weights or the device are broken"
+            ));
         }
         let mut state = self.shared.lock();
         let device = &mut state.devices[self.index];
