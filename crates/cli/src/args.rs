@@ -151,6 +151,12 @@ pub fn euler_steps(text: &str) -> Result<usize, String> {
     steps.ok_or_else(|| "1 to 1000 steps".into())
 }
 
+/// A rate that limits are computed for, in 10¹² a second: they are divided by it.
+fn rate(text: &str) -> Result<f64, String> {
+    let rate = text.parse().ok().filter(|rate| (1e-6..=1e6).contains(rate));
+    rate.ok_or_else(|| "a rate from 0.000001 to 1000000".into())
+}
+
 /// Most runs of a measurement: their times are kept.
 const MOST_RUNS: usize = 1_000_000;
 
@@ -208,10 +214,10 @@ pub struct PlanArgs {
     #[arg(long, default_value_t = 1)]
     pub batch: usize,
     /// Matrix rate the limit is computed for, TFLOP/s.
-    #[arg(long, default_value_t = 790.0)]
+    #[arg(long, default_value_t = 790.0, value_parser = rate)]
     pub tflops: f64,
     /// Memory bandwidth the limit is computed for, TB/s.
-    #[arg(long, default_value_t = 4.3)]
+    #[arg(long, default_value_t = 4.3, value_parser = rate)]
     pub tbps: f64,
     /// Stored precision of the matrices.
     #[arg(long, value_enum, default_value = "bf16")]
@@ -309,10 +315,10 @@ pub struct DoctorArgs {
 pub struct RateArgs {
     /// Matrix rate the limits are computed for, TFLOP/s (default: an H200's as measured; on the
     /// CPU one product measured now).
-    #[arg(long)]
+    #[arg(long, value_parser = rate)]
     pub tflops: Option<f64>,
     /// Memory bandwidth the limits are computed for, TB/s (default: likewise).
-    #[arg(long)]
+    #[arg(long, value_parser = rate)]
     pub tbps: Option<f64>,
 }
 

@@ -149,6 +149,17 @@ fn numbers_beyond_any_machine() {
 }
 
 #[test]
+fn rates_that_nothing_can_be_divided_by() {
+    for command in ["plan", "profile", "report"] {
+        for flag in ["--tflops", "--tbps"] {
+            for rate in ["nan", "inf", "0", "-1", "1e300"] {
+                refuses(&[command, &format!("{flag}={rate}")], flag);
+            }
+        }
+    }
+}
+
+#[test]
 fn a_comparison_has_no_measurements_to_write() {
     for (flag, value) in [("--json", "c.json"), ("--json", "-"), ("--published", "p.json")] {
         refuses(&["report", "--compare", "a.json", "b.json", flag, value], flag);

@@ -36,7 +36,9 @@ pub fn limits(device: &str, args: &DeviceArgs, typed: &RateArgs) -> Result<Limit
     let weight_bytes = if args.precision == Precision::F32 { 4.0 } else { 2.0 };
     let made = |tflops: f64, tbps: f64, origin: String| {
         if !(tflops > 0.0 && tbps > 0.0 && tflops.is_finite() && tbps.is_finite()) {
-            bail!("limits need rates above zero: --tflops {tflops}, --tbps {tbps}");
+            bail!(
+                "limits need rates above zero, not {tflops} and {tbps}: give --tflops and --tbps"
+            );
         }
         Ok(Limits { tflops, tbps, weight_bytes, origin })
     };
