@@ -3,6 +3,7 @@
 //! The policy is loaded as `serve` loads it, the requests run one at a time with the recorded
 //! seeds, and actions are compared bit for bit.
 
+use std::num::NonZeroUsize;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
@@ -25,9 +26,9 @@ pub struct ReplayArgs {
     pub dir: PathBuf,
     #[command(flatten)]
     pub open: OpenArgs,
-    /// Stop after this many requests.
+    /// Stop once this many observations are compared.
     #[arg(long)]
-    pub limit: Option<usize>,
+    pub limit: Option<NonZeroUsize>,
     /// Write the report as JSON to this file (`-` for standard output).
     #[arg(long)]
     pub json: Option<PathBuf>,
@@ -74,7 +75,7 @@ pub fn run(args: &ReplayArgs) -> Result<()> {
     let mut report = Report { now: service.identity(), ..Report::default() };
     let read = recording.for_each(|recorded| {
         report.take(&recorded, &service, &runtime);
-        let enough = args.limit.is_some_and(|limit| report.compared >= limit);
+        let enough = args.limit.is_some_and(|limit| report.compared >= limit.get());
         if enough { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     // What was found before the recording could not be read on is worth telling, too.

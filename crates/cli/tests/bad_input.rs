@@ -138,6 +138,7 @@ fn numbers_beyond_any_machine() {
         }
         refuses(&[command, "--device", "cpu", "--warmup", huge], "--warmup");
     }
+    refuses(&["replay", "recordings", "--limit", "0"], "--limit");
     for seconds in [huge, "0"] {
         refuses(&["stress", "--overload-seconds", seconds], "--overload-seconds");
     }
