@@ -129,3 +129,22 @@ fn a_command_that_fails_leaves_files_as_they_were() {
     assert_eq!(std::fs::read_to_string(&old).unwrap(), "kept");
     assert!(!new.exists());
 }
+
+#[test]
+fn json_takes_the_place_of_tables_and_those_of_stress_stay_beside_a_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let stress = &["--short", "--only", "interleavings"][..];
+    for (name, flags, list) in
+        [("bench", &[][..], "results"), ("profile", &[], "stages"), ("stress", stress, "rows")]
+    {
+        let there = run(command(name, flags).args(["--json", "-"]));
+        let whole: serde_json::Value = serde_json::from_slice(&there.stdout).unwrap();
+        let file = folder.path().join(name);
+        let beside = text(&run(command(name, flags).arg("--json").arg(&file)).stdout);
+        assert_eq!(beside.contains("held   interleavings"), name == "stress", "{beside}");
+        assert_eq!(beside.is_empty(), name != "stress", "{beside}");
+        for written in [whole, json(&file)] {
+            assert!(!written[list].as_array().unwrap().is_empty(), "{name}: {written}");
+        }
+    }
+}

@@ -222,7 +222,12 @@ pub fn run(args: &StressArgs) -> Result<()> {
     };
     for promise in PROMISES {
         if args.only.is_empty() || args.only.iter().any(|n| n == promise.name) {
-            report.rows.push(row(promise, &scale));
+            let row = row(promise, &scale);
+            // Rows take minutes: they are shown as they come, but for what a program reads.
+            if args.json.as_ref().is_none_or(|path| path.as_os_str() != "-") {
+                row.print();
+            }
+            report.rows.push(row);
         }
     }
     if let Some(path) = &args.json {
@@ -249,17 +254,23 @@ fn row(promise: &Promise, scale: &Scale) -> Row {
     };
     let passed = error.is_none() && checks.iter().all(|c| c.holds);
     let seconds = began.elapsed().as_secs_f64();
-    println!("{} {} ({seconds:.1} s)", if passed { "held  " } else { "FAILED" }, promise.name);
-    let cells = |c: &Check| {
-        let mark = if c.holds { "" } else { "<- not held" };
-        vec![format!("  {}", c.what), c.bar.clone(), c.measured.clone(), mark.into()]
-    };
-    let rows: Vec<Vec<String>> = checks.iter().map(cells).collect();
-    print!("{}", table(&["", "bar", "measured", ""], &rows));
-    if let Some(error) = &error {
-        println!("  {error}");
-    }
     Row { name: promise.name, what: promise.what, passed, seconds, checks, error }
+}
+
+impl Row {
+    fn print(&self) {
+        let outcome = if self.passed { "held  " } else { "FAILED" };
+        println!("{outcome} {} ({:.1} s)", self.name, self.seconds);
+        let cells = |c: &Check| {
+            let mark = if c.holds { "" } else { "<- not held" };
+            vec![format!("  {}", c.what), c.bar.clone(), c.measured.clone(), mark.into()]
+        };
+        let rows: Vec<Vec<String>> = self.checks.iter().map(cells).collect();
+        print!("{}", table(&["", "bar", "measured", ""], &rows));
+        if let Some(error) = &self.error {
+            println!("  {error}");
+        }
+    }
 }
 
 /// Batch → milliseconds, from the benchmark kept in the repository.
