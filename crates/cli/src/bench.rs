@@ -16,7 +16,8 @@ use serde::Serialize;
 use crate::args::BenchArgs;
 use crate::device;
 use crate::log;
-use crate::provenance::{Provenance, stolen};
+use crate::meanwhile::Meanwhile;
+use crate::provenance::Provenance;
 use crate::text::{table, writable, write_json};
 use crate::weights::Weights;
 
@@ -65,9 +66,9 @@ struct Row {
     denoise_ms: f64,
     #[serde(flatten)]
     gpu: Option<Gpu>,
-    /// Seconds of this machine's cores that its host gave to others meanwhile, warm-up included.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    stolen_s: Option<f64>,
+    /// Of the runs, warm-up included.
+    #[serde(flatten)]
+    meanwhile: Meanwhile,
     /// How many runs were [`slow`], of the median; of those the first [`SLOW_TOLD`].
     slow: usize,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -149,9 +150,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
                 let run = |inputs: &Inputs<'_>, actions: &mut [f32]| {
                     Ok(Run::new(executable.run(inputs, actions)?, None))
                 };
-                let (runs, stolen_s) =
-                    with_stolen(|| time(run, &sample, [warmup, runs], period, None))?;
-                Measured { runs, stolen_s, gpu: None }
+                let (runs, meanwhile) =
+                    Meanwhile::of(|| time(run, &sample, [warmup, runs], period, None))?;
+                Measured { runs, meanwhile, gpu: None }
             }
             device::Opened::Cuda(cuda) => {
                 let mut executable = cuda.compile_cuda(program)?;
@@ -160,9 +161,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
                     let run = executable.run_timed(inputs, actions)?;
                     Ok(Run::new(run.times, Some([run.queued_ms, run.device_ms])))
                 };
-                let (runs, stolen_s) =
-                    with_stolen(|| time(run, &sample, [warmup, runs], period, gauge.as_ref()))?;
-                Measured { gpu: Some(gpu(cuda, &mut executable, &runs)?), runs, stolen_s }
+                let (runs, meanwhile) =
+                    Meanwhile::of(|| time(run, &sample, [warmup, runs], period, gauge.as_ref()))?;
+                Measured { gpu: Some(gpu(cuda, &mut executable, &runs)?), runs, meanwhile }
             }
         };
         Ok(row(shape, &measured))
@@ -197,7 +198,7 @@ fn longest_prompt(family: Family) -> usize {
 /// What was measured of one shape.
 struct Measured {
     runs: Vec<Run>,
-    stolen_s: Option<f64>,
+    meanwhile: Meanwhile,
     gpu: Option<Gpu>,
 }
 
@@ -236,14 +237,6 @@ struct Gpu {
     temperature_celsius: Option<u32>,
     #[serde(skip)]
     stages: [f64; 3],
-}
-
-/// What `timed` gives, and the seconds that this machine's host gave to others meanwhile.
-fn with_stolen<T>(timed: impl FnOnce() -> Result<T>) -> Result<(T, Option<f64>)> {
-    let before = stolen();
-    let value = timed()?;
-    let since = |(after, before): (u64, u64)| after.saturating_sub(before) as f64 / 100.0;
-    Ok((value, stolen().zip(before).map(since)))
 }
 
 /// Runs warm-up and measured runs, one every `period`; the actions of the last must be finite. In
@@ -416,7 +409,7 @@ fn row(shape: Shape, measured: &Measured) -> Row {
         prefill_ms,
         denoise_ms,
         gpu: measured.gpu.clone(),
-        stolen_s: measured.stolen_s,
+        meanwhile: measured.meanwhile,
         slow: total.iter().filter(|&&ms| slow(ms, quantile(&total, 0.5))).count(),
         slow_runs: slow_runs(runs, quantile(&total, 0.5)),
     }
@@ -482,8 +475,11 @@ fn print(report: &Report) {
         );
     }
     for r in &report.results {
-        if let Some(s) = r.stolen_s.filter(|&s| s > 0.0) {
+        if let Some(s) = r.meanwhile.stolen_s.filter(|&s| s > 0.0) {
             println!("batch {}: this machine's host took {s:.2} s of its cores meanwhile", r.batch);
+        }
+        if let Some(n) = r.meanwhile.page_faults.filter(|&n| n > 10 * r.runs as u64) {
+            println!("batch {}: {n} page faults meanwhile, warm-up included", r.batch);
         }
         let Some(g) = &r.gpu else { continue };
         println!(

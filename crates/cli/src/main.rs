@@ -18,6 +18,7 @@ mod ladder;
 mod lerobot;
 mod load;
 mod log;
+mod meanwhile;
 mod model;
 mod npz;
 mod opening;

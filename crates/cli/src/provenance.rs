@@ -63,34 +63,8 @@ impl Machine {
     }
 }
 
-/// Hundredths of a second that the host of this virtual machine gave to others while its cores had
-/// work, all cores together, since it started; none where Linux does not tell.
-pub fn stolen() -> Option<u64> {
-    stolen_of(&std::fs::read_to_string("/proc/stat").ok()?)
-}
-
-/// The eighth number of /proc/stat's first line.
-fn stolen_of(stat: &str) -> Option<u64> {
-    let mut numbers = stat.lines().next()?.strip_prefix("cpu ")?.split_whitespace();
-    numbers.nth(7)?.parse().ok()
-}
-
 fn commit() -> Option<String> {
     let git = std::process::Command::new("git").args(["rev-parse", "HEAD"]).output().ok()?;
     let text = String::from_utf8(git.stdout).ok()?;
     git.status.success().then(|| text.trim().to_string())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn stolen_time_is_the_eighth_number_of_all_cores() {
-        let stat = "cpu  49972 0 8179 583244 121 0 339 275 4 5\ncpu0 1 2 3 4 5 6 7 8 9 10\n";
-        assert_eq!(stolen_of(stat), Some(275));
-        assert_eq!(stolen_of("cpu  1 2 3\n"), None);
-        assert_eq!(stolen_of("cpu0 1 2 3 4 5 6 7 8\n"), None);
-        assert_eq!(stolen_of(""), None);
-    }
 }

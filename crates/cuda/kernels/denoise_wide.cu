@@ -33,6 +33,8 @@
 // (5.94) or 2 stages (5.17), rows by multicast to pairs of gate‖up's CTAs (5.07 against 5.06, at 80
 // rows 7.27 against 7.19, at 160 12.75 against 12.72) or of qkv's (5.15), 7 stages and one CTA a
 // multiprocessor (5.33), down in 2 stages (5.50).
+// Nor, whole runs at h = 50 (H100, 2026-11-27): the weights of the stages behind the ring brought
+// into L2 before the dependency is met (11.34 ms against 11.00; for gate‖up alone 11.35).
 // These kernels at 10 rows: 3.42, against 3.12 of denoise_product.cu. Weights with the 64 outputs
 // of a stage side by side would give 0.1 here and cost 0.09 there.
 #include "denoise_wide.cuh"
