@@ -17,6 +17,14 @@ const MAX_ITEMS: usize = 1000;
 /// `eps` of a step that names none.
 const EPS: f64 = 1e-8;
 
+const BEFORE: &str = "policy_preprocessor.json";
+const AFTER: &str = "policy_postprocessor.json";
+
+/// The step that makes actions relative, and its name in LeRobot 0.5, which has it in every
+/// checkpoint.
+const RELATIVE: &str = "relative_actions_processor";
+const RELATIVE_BEFORE_0_6: &str = "delta_actions_processor";
+
 /// What a feature holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum FeatureKind {
@@ -109,7 +117,7 @@ impl Default for Normaliser {
 /// One step of a processor.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ProcessorStep {
-    /// `registry_name`, or the class of an unregistered step.
+    /// `registry_name`, as LeRobot calls the step today, or the class of an unregistered one.
     pub name: String,
     /// Its `config` object.
     pub config: Map<String, Value>,
@@ -166,9 +174,10 @@ pub struct LeRobot {
     pub rtc_training_max_delay: usize,
     /// The whole `rtc_config`, if not null.
     pub rtc: Option<Value>,
-    /// Steps before the model.
+    /// Steps before the model; none where there is no file.
     pub preprocessor: Vec<ProcessorStep>,
-    /// Steps after it.
+    /// Steps after it. Where one of the two has none, numbers are normalised on one side alone:
+    /// for whoever runs the policy to refuse.
     pub postprocessor: Vec<ProcessorStep>,
     /// The normaliser of the inputs.
     pub input_stats: Normaliser,
@@ -188,18 +197,18 @@ impl LeRobot {
         let family = family(config, &path)?;
         let fields = Fields { json: config };
         let damaged = |e: Malformed| e.at(&path);
-        let pre = steps(root, "policy_preprocessor.json")?;
-        let post = steps(root, "policy_postprocessor.json")?;
-        if pre.is_empty() != post.is_empty() {
-            let what = "one of policy_preprocessor.json and policy_postprocessor.json has no \
-                        steps or is missing: numbers would be normalised on one side alone";
-            return Err(CheckpointError::Unsupported { path: root.into(), what: what.into() });
-        }
+        let pre = steps(root, BEFORE)?;
+        let post = steps(root, AFTER)?;
         let tokenizer = step(&pre, "tokenizer_processor");
         let rename = step(&pre, "rename_observations_processor")
             .and_then(|s| s.config.get("rename_map")?.as_object());
         let tokenizer_settings = settings(tokenizer);
         let default_tokens = if family == Family::Pi0 { 48 } else { 200 };
+        let tokens = fields.size("tokenizer_max_length", default_tokens).map_err(damaged)?;
+        let tokens = Fields { json: &tokenizer_settings }.size("max_length", tokens);
+        let tokens = tokens.map_err(|e| e.within("step `tokenizer_processor`"));
+        let tokenizer_max_length = tokens.map_err(|e| e.at(root.join(BEFORE)))?;
+        let relative_actions = relative_actions(root, &fields, &pre, &post)?;
         let build = || -> Result<LeRobot, Malformed> {
             Ok(LeRobot {
                 family,
@@ -213,9 +222,8 @@ impl LeRobot {
                 periods: (fields.float("min_period", 0.004)?, fields.float("max_period", 4.0)?),
                 image_resolution: fields.resolution()?,
                 empty_cameras: fields.size("empty_cameras", 0)?,
-                tokenizer_max_length: Fields { json: &tokenizer_settings }
-                    .size("max_length", fields.size("tokenizer_max_length", default_tokens)?)?,
-                relative_actions: relative_actions(&fields, &pre, &post)?,
+                tokenizer_max_length,
+                relative_actions,
                 rename_map: rename
                     .into_iter()
                     .flatten()
@@ -351,6 +359,7 @@ fn steps(root: &Path, file: &str) -> Result<Vec<ProcessorStep>, CheckpointError>
             let name = name.ok_or_else(|| {
                 Malformed::new("a step has neither `registry_name` nor `class`").at(&path)
             })?;
+            let name = if name == RELATIVE_BEFORE_0_6 { RELATIVE } else { name };
             let state_file = v["state_file"].as_str().map(String::from);
             if let Some(state) = &state_file
                 && state.contains(['/', '\\'])
@@ -376,32 +385,42 @@ fn settings(step: Option<&ProcessorStep>) -> Value {
 /// Whether the step after the model adds the state, and what the step before it, from which it has
 /// the state, says of the elements.
 fn relative_actions(
+    root: &Path,
     config: &Fields<'_>,
     pre: &[ProcessorStep],
     post: &[ProcessorStep],
-) -> Result<Option<RelativeActions>, Malformed> {
+) -> Result<Option<RelativeActions>, CheckpointError> {
+    let read = |fields: &Fields<'_>, joints: &str, names: &str| {
+        Ok((fields.strings(joints)?, fields.strings(names)?))
+    };
     if post.is_empty() {
         if config.json["use_relative_actions"] != true {
             return Ok(None);
         }
-        let excluded = config.strings("relative_exclude_joints")?;
-        return Ok(Some(RelativeActions {
-            exclude_joints: excluded.unwrap_or_else(|| vec!["gripper".into()]),
-            action_names: config.strings("action_feature_names")?,
-        }));
+        let found = read(config, "relative_exclude_joints", "action_feature_names");
+        let (joints, action_names) =
+            found.map_err(|e: Malformed| e.at(root.join("config.json")))?;
+        let exclude_joints = joints.unwrap_or_else(|| vec!["gripper".into()]);
+        return Ok(Some(RelativeActions { exclude_joints, action_names }));
     }
-    if settings(step(post, "absolute_actions_processor"))["enabled"] != true {
+    let enabled = settings(step(post, "absolute_actions_processor"))["enabled"] == true;
+    // Without any step before the model nothing of this is run.
+    if !enabled || pre.is_empty() {
         return Ok(None);
     }
-    let relative = step(pre, "relative_actions_processor").ok_or_else(|| {
-        Malformed::new("absolute_actions_processor has no relative_actions_processor before it")
-    })?;
+    let path = root.join(BEFORE);
+    let Some(relative) = step(pre, RELATIVE) else {
+        let what = format!(
+            "it has no {RELATIVE}, from which the absolute_actions_processor in {AFTER} has the \
+             state: save the policy again with both"
+        );
+        return Err(CheckpointError::Unsupported { path, what });
+    };
     let relative = settings(Some(relative));
-    let relative = Fields { json: &relative };
-    Ok(Some(RelativeActions {
-        exclude_joints: relative.strings("exclude_joints")?.unwrap_or_default(),
-        action_names: relative.strings("action_names")?,
-    }))
+    let found = read(&Fields { json: &relative }, "exclude_joints", "action_names");
+    let found = found.map_err(|e| e.within(&format!("step `{RELATIVE}`")));
+    let (joints, action_names) = found.map_err(|e| e.at(path))?;
+    Ok(Some(RelativeActions { exclude_joints: joints.unwrap_or_default(), action_names }))
 }
 
 fn normaliser(

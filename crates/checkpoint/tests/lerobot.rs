@@ -224,13 +224,14 @@ fn processor_files_go_before_the_configuration() {
         std::fs::write(dir.path().join("policy_postprocessor.json"), post.to_string()).unwrap();
         open(dir.path())
     };
-    let before = |excluded: &str| {
+    let named = |name: &str, joints: Value| {
         json!([
             {"registry_name": "tokenizer_processor", "config": {"max_length": 60}},
-            {"registry_name": "relative_actions_processor",
-             "config": {"enabled": false, "exclude_joints": [excluded], "action_names": null}},
+            {"registry_name": name,
+             "config": {"enabled": false, "exclude_joints": joints, "action_names": null}},
         ])
     };
+    let before = |excluded: &str| named("relative_actions_processor", json!([excluded]));
     let lerobot = |checkpoint: Checkpoint| checkpoint.lerobot.unwrap();
     let names = vec!["arm.pos".to_string(), "Gripper.pos".into()];
     let relative = |joint: &str, action_names| {
@@ -247,8 +248,29 @@ fn processor_files_go_before_the_configuration() {
     let found = lerobot(read(true, Some((false, before("thumb")))).unwrap());
     assert_eq!(found.relative_actions, None);
     let without = json!([{"registry_name": "device_processor", "config": {}}]);
-    let error = read(true, Some((true, without))).map(drop).unwrap_err().to_string();
-    assert!(error.contains("has no relative_actions_processor before it"), "{error}");
+    let error = read(true, Some((true, without))).map(drop).unwrap_err();
+    assert!(matches!(&error, CheckpointError::Unsupported { path, .. }
+        if path.ends_with("policy_preprocessor.json")));
+    assert!(error.to_string().contains("it has no relative_actions_processor"), "{error}");
+
+    // LeRobot 0.5's name for it.
+    for (enabled, want) in [(true, relative("thumb", None)), (false, None)] {
+        let old = named("delta_actions_processor", json!(["thumb"]));
+        let found = lerobot(read(enabled, Some((enabled, old))).unwrap());
+        assert_eq!(found.relative_actions, want);
+        assert_eq!(found.preprocessor[1].name, "relative_actions_processor");
+    }
+
+    // The file that holds a value is the one that is named.
+    let broken = read(false, Some((true, named("relative_actions_processor", json!("thumb")))));
+    let error = broken.map(drop).unwrap_err().to_string();
+    let step = "policy_preprocessor.json is damaged: step `relative_actions_processor`: \
+                `exclude_joints` is \"thumb\"";
+    assert!(error.contains(step), "{error}");
+    let tokens = json!([{"registry_name": "tokenizer_processor", "config": {"max_length": "x"}}]);
+    let error = read(false, Some((false, tokens))).map(drop).unwrap_err().to_string();
+    let step = "policy_preprocessor.json is damaged: step `tokenizer_processor`: `max_length`";
+    assert!(error.contains(step), "{error}");
 }
 
 #[test]
@@ -266,8 +288,8 @@ fn a_base_checkpoint_may_lack_processors() {
     // A processor without the step says that nothing is normalised.
     let steps = processor(json!([{"registry_name": "device_processor", "config": {}}]));
     std::fs::write(dir.path().join("policy_preprocessor.json"), steps.to_string()).unwrap();
-    let error = open(dir.path()).map(drop).unwrap_err().to_string();
-    assert!(error.contains("normalised on one side alone"), "{error}");
+    let report = open(dir.path()).unwrap().inspect().to_string();
+    assert!(report.contains("before: device_processor"), "one alone can be looked at: {report}");
     std::fs::write(dir.path().join("policy_postprocessor.json"), steps.to_string()).unwrap();
     let policy = open(dir.path()).unwrap().lerobot.unwrap();
     assert!(policy.input_stats.norm_map.is_empty());

@@ -105,9 +105,21 @@ fn norm_mode(stored: Stored) -> NormMode {
     }
 }
 
+/// Statistics of one processor without those of the other are worse than none.
+fn check_sides(l: &LeRobot) -> Result<()> {
+    if l.preprocessor.is_empty() != l.postprocessor.is_empty() {
+        bail!(
+            "one of policy_preprocessor.json and policy_postprocessor.json has no steps or is \
+             missing: numbers would be normalised on one side alone; copy both beside config.json"
+        );
+    }
+    Ok(())
+}
+
 /// Refuses what a robot would feel and nothing here does: a step of somebody's own, normalised
 /// images, a prompt from elsewhere.
 fn check_steps(l: &LeRobot) -> Result<()> {
+    check_sides(l)?;
     for (file, steps, known) in [
         ("policy_preprocessor.json", &l.preprocessor, &BEFORE[..]),
         ("policy_postprocessor.json", &l.postprocessor, &AFTER[..]),
@@ -159,6 +171,7 @@ fn absolute_mask(l: &LeRobot, dims: usize) -> Vec<bool> {
 
 /// The processors' statistics under the policy's names.
 pub fn statistics(l: &LeRobot) -> Result<NormStats> {
+    check_sides(l)?;
     let tensors = |stats: &pirouette_checkpoint::lerobot::Normaliser, feature: &'static str| {
         let found = stats.stats.get(feature).cloned().unwrap_or_default();
         found.into_iter().map(move |(name, values)| (format!("{feature}.{name}"), values))

@@ -339,14 +339,19 @@ mod tests {
             let config = serde_json::json!({key: value}).as_object().unwrap().clone();
             ProcessorStep { name: name.into(), config, state_file: None }
         };
-        let mut before = read();
-        before.preprocessor = vec![step("mylab.Crop", "x", "y")];
-        let mut after = read();
-        after.postprocessor = vec![step("ee_so3_relative_actions_processor", "x", "y")];
-        let mut side = read();
-        side.preprocessor = vec![step("tokenizer_processor", "padding_side", "left")];
-        let mut task = read();
-        task.preprocessor = vec![step("tokenizer_processor", "task_key", "goal")];
+        let with = |before: ProcessorStep, after: ProcessorStep| {
+            let (preprocessor, postprocessor) = (vec![before], vec![after]);
+            LeRobot { preprocessor, postprocessor, ..read() }
+        };
+        let device = || step("device_processor", "device", "cpu");
+        let before = with(step("mylab.Crop", "x", "y"), device());
+        let after = with(device(), step("ee_so3_relative_actions_processor", "x", "y"));
+        let side = with(step("tokenizer_processor", "padding_side", "left"), device());
+        let task = with(step("tokenizer_processor", "task_key", "goal"), device());
+        let mut one = read();
+        one.preprocessor = vec![device()];
+        let error = lerobot::statistics(&one).unwrap_err().to_string();
+        assert!(error.contains("on one side alone"), "with a configuration's name, too: {error}");
         let mut images = read();
         images.input_stats.norm_map = vec![(FeatureKind::Visual, Stored::MeanStd)];
         assert!(lerobot::policy_config(&images).is_ok(), "no statistics: nothing happens");
@@ -357,10 +362,30 @@ mod tests {
             (after, "policy_postprocessor.json has a step `ee_so3_relative_actions_processor`"),
             (side, "`padding_side` is \"left\""),
             (task, "`task_key` is \"goal\""),
+            (one, "normalised on one side alone"),
             (images, "`observation.images.top` is normalised (MeanStd)"),
         ] {
             let error = lerobot::policy_config(&policy).unwrap_err().to_string();
             assert!(error.contains(part), "{error}\nlacks {part}");
+        }
+    }
+
+    /// LeRobot 0.5 calls the step that makes actions relative by another name, and always has it.
+    #[test]
+    fn policies_of_lerobot_0_5_are_served() {
+        let folder = lerobot_directory();
+        let processor = |name: &str, enabled: bool| {
+            let step = serde_json::json!({"registry_name": name, "config": {"enabled": enabled}});
+            serde_json::json!({ "steps": [step] }).to_string()
+        };
+        for enabled in [false, true] {
+            let pre = processor("delta_actions_processor", enabled);
+            put(&folder.path().join("policy_preprocessor.json"), &pre);
+            let post = processor("absolute_actions_processor", enabled);
+            put(&folder.path().join("policy_postprocessor.json"), &post);
+            let checkpoint = pirouette_checkpoint::open(folder.path()).unwrap();
+            let config = lerobot::policy_config(&checkpoint.lerobot.unwrap()).unwrap();
+            assert_eq!(config.absolute_mask, vec![true; if enabled { 2 } else { 0 }]);
         }
     }
 
