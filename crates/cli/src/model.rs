@@ -285,7 +285,7 @@ pub fn open_here(open: &Open) -> Result<(Config, Box<dyn Device>), BackendError>
     let unavailable = |e: anyhow::Error| BackendError::Unavailable(format!("{e:#}"));
     let weights = Weights::open(&open.weights).map_err(unavailable)?;
     if let Some(file) = open.identity.difference(&weights.identity()) {
-        return Err(BackendError::Unavailable(format!(
+        return Err(BackendError::Stale(format!(
             "{file} is not what it was when its model was opened: the checkpoint was replaced or \
              written to; POST /swap to serve the new files, or restart"
         )));

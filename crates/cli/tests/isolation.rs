@@ -183,7 +183,7 @@ fn a_process_that_is_killed_while_idle_comes_back() {
 }
 
 /// A worker that is started anew once the checkpoint was replaced: it does not serve the new one
-/// beside devices that serve the old, and says what to do.
+/// beside devices that serve the old, says what to do, and is not started again.
 #[test]
 fn a_replaced_checkpoint_is_not_opened_again() {
     let testdata = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../testdata");
@@ -206,11 +206,20 @@ fn a_replaced_checkpoint_is_not_opened_again() {
         let named = format!("{} is not what it was", weights.display());
         log.contains(&named) && log.contains("POST /swap to serve the new files, or restart")
     });
+    server.until("beyond help", || server.get("/livez").starts_with("HTTP/1.1 503"));
     assert!(server.get("/readyz").starts_with("HTTP/1.1 503"));
+    // A second try would come within half a second.
+    std::thread::sleep(Duration::from_secs(2));
+    let log = server.log.lock().unwrap().join("\n");
+    for told in ["device is reopened", "device is not opened again"] {
+        assert_eq!(log.matches(told).count(), 1, "{told}: {log}");
+    }
     let public = std::mem::replace(&mut server.port, admin);
     let answer = server.ask("POST", "/swap", "{}");
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(answer.contains("\"other_weights\":false"), "the same bytes: {answer}");
     server.port = public;
+    assert!(server.get("/livez").starts_with("HTTP/1.1 200"));
     assert!(server.get("/readyz").starts_with("HTTP/1.1 200"));
 }
 

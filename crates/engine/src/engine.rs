@@ -246,7 +246,7 @@ impl Engine {
     /// Waits until a device is ready.
     ///
     /// # Errors
-    /// Why not, when every device has failed (they keep being reopened) or the engine stops.
+    /// Why not, when every device has failed (most keep being reopened) or the engine stops.
     pub async fn wait_ready(&self) -> Result<(), String> {
         loop {
             let changed = self.shared.phases.notified();
@@ -298,10 +298,11 @@ impl Engine {
         Err(why)
     }
 
-    /// Why no device will ever be ready again without a new process, or `None` while one may.
+    /// Why no device will be ready again without a successor or a new process, or `None` while one
+    /// may: every device hangs, or the files of its weights are others by now.
     pub fn beyond_help(&self) -> Option<String> {
         let state = self.shared.lock();
-        if state.stop || state.devices.iter().any(|d| !d.abandoned) {
+        if state.stop || state.devices.iter().any(|d| !d.abandoned && !d.stale) {
             return None;
         }
         state.unready()

@@ -24,7 +24,8 @@ pub enum Phase {
     Warming,
     /// Serving.
     Ready,
-    /// Failed; it will be reopened.
+    /// Failed; it will be reopened, unless it hung too often or the files of its weights are
+    /// others by now.
     Failed(String),
     /// Stopped for good.
     Stopped,
@@ -50,6 +51,17 @@ pub struct DeviceStatus {
     pub fingerprint: Option<u64>,
 }
 
+/// What becomes of a device that failed.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Next {
+    /// Its thread opens it again.
+    Reopen,
+    /// The thread hangs and is given up.
+    GiveUp,
+    /// Nothing: its weights' files are others by now.
+    Leave,
+}
+
 pub(crate) type CanaryWaiter = oneshot::Sender<Result<(), String>>;
 
 /// A run in progress. The replies live here so that the watchdog can answer them.
@@ -69,6 +81,8 @@ pub(crate) struct DeviceState {
     pub(crate) hung: usize,
     /// Not opened again until one of those comes back.
     pub(crate) abandoned: bool,
+    /// Never opened again: its weights' files are others by now.
+    pub(crate) stale: bool,
     pub(crate) name: String,
     pub(crate) weight_bytes: u64,
     pub(crate) phase: Phase,
@@ -211,23 +225,27 @@ impl Shared {
         if device.generation != generation { None } else { device.running.take() }
     }
 
-    /// A device failed: its requests and probes get an error, it is no longer ready. With
-    /// `hung`, its thread is given up too. Says whether the generation was still the current one.
+    /// A device failed: its requests and probes get an error, it is no longer ready. Says whether
+    /// the generation was still the current one.
     pub(crate) fn device_failed(
         &self,
         index: usize,
         generation: u64,
         reason: &str,
-        hung: bool,
+        next: Next,
     ) -> bool {
         let mut state = self.lock();
         let device = &mut state.devices[index];
         if device.generation != generation {
             return false;
         }
-        if hung {
-            device.generation += 1;
-            device.hung += 1;
+        match next {
+            Next::Reopen => {}
+            Next::GiveUp => {
+                device.generation += 1;
+                device.hung += 1;
+            }
+            Next::Leave => device.stale = true,
         }
         device.phase = Phase::Failed(reason.into());
         device.restarts += 1;
@@ -257,6 +275,7 @@ impl DeviceState {
             generation: 0,
             hung: 0,
             abandoned: false,
+            stale: false,
             name: String::new(),
             weight_bytes: 0,
             phase: Phase::Opening,

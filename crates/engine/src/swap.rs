@@ -78,9 +78,11 @@ impl Engine {
         Ok((new, SwapReport { devices, took: began.elapsed(), changed }))
     }
 
-    /// The canary's answer of the first ready device.
+    /// The canary's answer of the first ready device, or else of one that was ready once.
     fn reference(&self) -> Option<Vec<f32>> {
-        self.shared.lock().ready().find_map(|d| d.reference.clone())
+        let state = self.shared.lock();
+        let known = |d: &DeviceState| d.reference.clone();
+        state.ready().find_map(known).or_else(|| state.devices.iter().find_map(known))
     }
 
     /// An error without text: the time is over.

@@ -4,9 +4,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use pirouette_model::BackendError;
+
 use crate::request::EngineError;
 use crate::session::Session;
-use crate::shared::{Phase, Shared};
+use crate::shared::{Next, Phase, Shared};
 
 /// With this many of a device's threads given up and not come back, it is not opened again: each
 /// may still hold its memory.
@@ -31,7 +33,14 @@ fn run(shared: &Arc<Shared>, index: usize, generation: u64) {
         let started = Instant::now();
         match live(shared, index, generation) {
             Ok(()) => break,
-            Err(reason) => tracing::warn!(device = index, %reason, "device is reopened"),
+            Err(End::Failed(reason)) => {
+                tracing::warn!(device = index, %reason, "device is reopened");
+            }
+            Err(End::Stale(reason)) => {
+                tracing::error!(device = index, %reason, "device is not opened again");
+                // Its phase says why for as long as the engine lives.
+                return;
+            }
         }
         if started.elapsed() > STEADY {
             pause = shared.options.restart_pause;
@@ -69,11 +78,19 @@ fn replace(shared: &Arc<Shared>, index: usize, generation: u64) {
     }
 }
 
-/// One life of a device: `Ok` when the engine stops, `Err` when the device must be reopened.
-fn live(shared: &Arc<Shared>, index: usize, generation: u64) -> Result<(), String> {
+/// Why a life of a device ended early.
+enum End {
+    /// The device must be reopened.
+    Failed(String),
+    /// Its weights' files are others by now: reopening is of no use.
+    Stale(String),
+}
+
+/// One life of a device: `Ok` when the engine stops.
+fn live(shared: &Arc<Shared>, index: usize, generation: u64) -> Result<(), End> {
     let failed = |reason: String| {
-        shared.device_failed(index, generation, &reason, false);
-        reason
+        shared.device_failed(index, generation, &reason, Next::Reopen);
+        End::Failed(reason)
     };
     if !shared.set_phase(index, generation, Phase::Opening) {
         return Ok(());
@@ -82,11 +99,17 @@ fn live(shared: &Arc<Shared>, index: usize, generation: u64) -> Result<(), Strin
     let options = &shared.options;
     // A driver can hang wherever it is called: under the watchdog another thread takes over.
     shared.begin(index, generation, options.watchdog_open);
-    let opened = guard(|| factory()).and_then(|opened| opened.map_err(|e| e.to_string()));
+    let opened = guard(|| factory());
     if shared.end(index, generation).is_none() {
-        return Err("given up while it was opened".into());
+        return Err(End::Failed("given up while it was opened".into()));
     }
-    let device = opened.map_err(failed)?;
+    let device = match opened.map_err(failed)? {
+        Err(BackendError::Stale(reason)) => {
+            shared.device_failed(index, generation, &reason, Next::Leave);
+            return Err(End::Stale(reason));
+        }
+        opened => opened.map_err(|e| failed(e.to_string()))?,
+    };
     let mut session = Session::new(shared.clone(), index, generation, device);
     let outcome = guard(|| session.warm().and_then(|()| session.serve())).and_then(|r| r);
     // Requests learn of the failure before the device is closed: closing may hang.
@@ -164,7 +187,7 @@ pub(crate) fn watch(shared: &Arc<Shared>) {
         drop(state);
         let reason = format!("no answer from the device within {:.1} s", limit.as_secs_f64());
         tracing::error!(device = index, %reason, "device thread is given up");
-        shared.device_failed(index, generation, &reason, true);
+        shared.device_failed(index, generation, &reason, Next::GiveUp);
         if hung >= HUNG_LIMIT {
             abandon(shared, index, hung);
         } else {

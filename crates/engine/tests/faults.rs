@@ -331,6 +331,56 @@ async fn a_device_that_hangs_while_it_is_opened_is_given_up() {
     assert!(engine.submit(request(0)).unwrap().await.is_ok());
 }
 
+/// A device whose weights were replaced: nothing is tried again, and `beyond_help` says so. A swap
+/// compares with what it answered while it was ready.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_whose_weights_were_replaced_is_left_alone_until_a_swap() {
+    let (lost, opened) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let open = |stale: bool, opened: &Arc<AtomicUsize>| -> pirouette_engine::DeviceFactory {
+        let (lost, opened) = (lost.clone(), opened.clone());
+        Arc::new(move || {
+            if opened.fetch_add(1, SeqCst) > 0 && stale {
+                return Err(BackendError::Stale("other weights: POST /swap".into()));
+            }
+            let inner = NullDevice::new(NullTimes::constant(0.1));
+            Ok(Box::new(Losable { inner, lost: lost.clone(), closing: Duration::ZERO }))
+        })
+    };
+    let engine = Engine::start(vec![open(true, &opened)], rig::options(1)).unwrap();
+    engine.wait_ready().await.unwrap();
+    lost.store(true, SeqCst);
+    eventually("left alone", || engine.beyond_help().is_some()).await;
+    // Ten times the pause before it would be opened again.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(opened.load(SeqCst), 2);
+    assert_eq!(engine.beyond_help().as_deref(), Some("other weights: POST /swap"));
+    let phase = engine.stats().devices[0].phase.clone();
+    assert_eq!(phase, Phase::Failed("other weights: POST /swap".into()));
+    let refused = engine.submit(request(0)).unwrap_err();
+    assert!(matches!(&refused, EngineError::Unavailable(why) if why.contains("POST /swap")));
+
+    let again = open(false, &Arc::default());
+    let (new, report) = tokio::task::block_in_place(|| {
+        engine.successor(vec![again], rig::options(1), Duration::from_secs(20)).unwrap()
+    });
+    assert_eq!((report.devices, report.changed), (1, false), "the same answer to the canary");
+    assert!(new.beyond_help().is_none());
+    assert!(new.submit(request(0)).unwrap().await.is_ok());
+}
+
+/// One device that serves on is enough.
+#[tokio::test]
+async fn one_stale_device_among_others_is_no_end() {
+    let stale = || Err(BackendError::Stale("other weights".into()));
+    let good = rig::factory(&NullDevice::new(NullTimes::constant(0.1)));
+    let engine = Engine::start(vec![Arc::new(stale), good], rig::options(1)).unwrap();
+    engine.wait_ready().await.unwrap();
+    let failed = |phase: &Phase| matches!(phase, Phase::Failed(why) if why == "other weights");
+    eventually("stale", || failed(&engine.stats().devices[0].phase)).await;
+    assert_eq!(engine.beyond_help(), None);
+    assert!(engine.submit(request(0)).unwrap().await.is_ok());
+}
+
 #[tokio::test]
 async fn draining_does_not_wait_for_a_device_that_is_opened() {
     let (engine, _, opened) = losable(rig::options(1), [Duration::from_secs(2), Duration::ZERO]);

@@ -86,6 +86,10 @@ pub enum BackendError {
     /// The device is not there or can't be used; the text says why and what to do.
     #[error("{0}")]
     Unavailable(String),
+    /// The weights' files are not those the model was first opened from; the text names one and
+    /// says what to do. Opening again is of no use.
+    #[error("{0}")]
+    Stale(String),
     /// A weight could not be read.
     #[error(transparent)]
     Source(#[from] crate::source::SourceError),

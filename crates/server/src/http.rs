@@ -87,7 +87,7 @@ pub(crate) fn liveness(shared: &Shared) -> Response {
         Ok(()) => plain(StatusCode::OK, "alive\n"),
         Err(why) => {
             tracing::warn!(%why, "liveness probe");
-            plain(StatusCode::SERVICE_UNAVAILABLE, "only a new process helps\n")
+            plain(StatusCode::SERVICE_UNAVAILABLE, "it does not recover by itself: see the log\n")
         }
     }
 }

@@ -35,7 +35,7 @@ pub trait Service: Send + Sync + 'static {
     /// time it waits for this.
     fn readiness(&self) -> ServiceFuture<'_, Result<(), String>>;
 
-    /// Whether it can ever answer again without a new process; if not, why.
+    /// Whether it may yet answer again by itself; if not, why.
     fn alive(&self) -> Result<(), String> {
         Ok(())
     }

@@ -280,7 +280,7 @@ async fn a_process_that_can_not_answer_again_says_that_it_should_be_restarted() 
     let server = Server::with(std::sync::Arc::new(Lost), defaults(), true).await;
     let (status, _, body) = server.get(&get("/livez", "")).await;
     assert_eq!(status, "HTTP/1.1 503 Service Unavailable");
-    assert_eq!(body, "only a new process helps\n", "the reason is the log's");
+    assert_eq!(body, "it does not recover by itself: see the log\n", "the reason is the log's");
     assert!(server.admin(&get("/livez", "")).await.0.contains(" 503 "));
     assert!(server.get(&get("/healthz", "")).await.0.contains(" 200 "));
 }

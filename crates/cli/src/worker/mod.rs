@@ -60,6 +60,7 @@ enum Answer {
 #[derive(Debug, Serialize, Deserialize)]
 enum Failure {
     Unavailable(String),
+    Stale(String),
     Unsupported(String),
     Device(String),
     OutOfMemory { what: String, device: String, needed_bytes: u64, free_bytes: u64 },
@@ -71,6 +72,7 @@ impl From<BackendError> for Failure {
             BackendError::OutOfMemory { what, device, needed_bytes, free_bytes } => {
                 Failure::OutOfMemory { what, device, needed_bytes, free_bytes }
             }
+            BackendError::Stale(text) => Failure::Stale(shortened(text)),
             BackendError::Unsupported(text) => Failure::Unsupported(shortened(text)),
             BackendError::Device(text) => Failure::Device(shortened(text)),
             other => Failure::Unavailable(shortened(other.to_string())),
@@ -94,6 +96,7 @@ impl From<Failure> for BackendError {
             }
             Failure::Unsupported(text) => BackendError::Unsupported(text),
             Failure::Device(text) => BackendError::Device(text),
+            Failure::Stale(text) => BackendError::Stale(text),
             Failure::Unavailable(text) => BackendError::Unavailable(text),
         }
     }
@@ -230,14 +233,16 @@ mod tests {
             BackendError::Device("gone".into()),
             BackendError::Unsupported("rtc".into()),
             BackendError::Unavailable("no GPU".into()),
+            BackendError::Stale("other files".into()),
         ] {
-            let text = error.to_string();
+            let (text, stale) = (error.to_string(), matches!(error, BackendError::Stale(_)));
             let mut wire = Vec::new();
             send(&mut wire, &Answer::Failed(error.into())).unwrap();
             let Some(Answer::Failed(back)) = receive(&mut &wire[..]).unwrap() else {
                 panic!("{text}")
             };
-            assert_eq!(BackendError::from(back).to_string(), text);
+            let back = BackendError::from(back);
+            assert_eq!((back.to_string(), matches!(back, BackendError::Stale(_))), (text, stale));
         }
         // A compiler's log, at its worst.
         let log = "\u{1}".repeat(1 << 20);
