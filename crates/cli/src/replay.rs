@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use pirouette_policy::NdArray;
-use pirouette_server::{Recorded, Recording, Service};
+use pirouette_server::{LeftOut, Recorded, Recording, Service};
 use serde::Serialize;
 use serde_json::Value;
 use tokio::runtime::Runtime;
@@ -45,12 +45,21 @@ struct Report {
     different: usize,
     /// Recorded requests that had no answer: nothing to compare.
     unanswered: usize,
+    /// What could not be compared; null where the recording could not be read to its end.
+    left_out: Option<Missing>,
     /// Largest difference of an action.
     max_abs: f64,
     first: Option<Difference>,
     /// What computed the recorded answers, as far as it is not what computes now.
     recorded_by: Vec<Value>,
     now: Value,
+}
+
+/// What was recorded and is not there.
+#[derive(Debug, Serialize)]
+struct Missing {
+    lines: usize,
+    segments: usize,
 }
 
 /// Where an answer is another.
@@ -78,12 +87,23 @@ pub fn run(args: &ReplayArgs) -> Result<()> {
         let enough = args.limit.is_some_and(|limit| report.compared >= limit.get());
         if enough { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
+    report.left_out = read.as_ref().ok().map(|left_out| {
+        let LeftOut { lines, segments, .. } = *left_out;
+        Missing { lines, segments }
+    });
     // What was found before the recording could not be read on is worth telling, too.
     match &args.json {
         Some(path) => write_json(path, &report)?,
         None => report.print(),
     }
-    read?;
+    let damaged = read?.damaged;
+    if !damaged.is_empty() {
+        bail!(
+            "frames are missing in {}, although its server recorded on after it: copy the folder \
+             again",
+            damaged.join(", ")
+        );
+    }
     match (report.compared, report.different) {
         (0, _) => bail!("the recording holds no answered request"),
         (_, 0) => Ok(()),
@@ -134,6 +154,9 @@ impl Report {
              {} requests had no answer",
             self.compared, self.identical, self.different, self.unanswered
         );
+        if let Some(Missing { lines: lines @ 1.., segments }) = self.left_out {
+            println!("left out: {lines} lines at the ends of {segments} segments, which were cut");
+        }
         if let Some(first) = &self.first {
             let batch = first.batch.map_or(String::new(), |n| format!(", then in a batch of {n}"));
             println!(

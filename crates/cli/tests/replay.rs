@@ -107,8 +107,10 @@ fn a_recording_is_reproduced_bit_for_bit_and_a_flipped_bit_is_found() {
     let dir = tempfile::tempdir().unwrap();
     let recording = dir.path().join("records");
     record(&recording, 8);
+    let none = serde_json::json!({"lines": 0, "segments": 0});
     let (output, report) = replay(&recording, &[]);
     assert!(output.status.success(), "{report}");
+    assert_eq!(report["left_out"], none, "{report}");
     assert_eq!((&report["compared"], &report["identical"]), (&8.into(), &8.into()), "{report}");
     assert_eq!(report["recorded_by"], Value::Array(vec![]), "the same fingerprint: {report}");
     assert_eq!(report["now"]["devices"][0]["fingerprint"].as_str().unwrap().len(), 16);
@@ -146,6 +148,33 @@ fn a_recording_is_reproduced_bit_for_bit_and_a_flipped_bit_is_found() {
     assert_eq!((&report["compared"], &report["different"]), (&4.into(), &1.into()), "{report}");
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(log.contains("line 6 of ") && log.contains("this is no JSON"), "{log}");
+}
+
+#[test]
+fn what_a_cut_recording_lacks_is_told_and_is_an_error_in_the_middle_of_a_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let recording = dir.path().join("records");
+    record(&recording, 4);
+    let paths = ["jsonl", "frames"].map(|extension| file(&recording, extension));
+    let whole = std::fs::read(&paths[1]).unwrap();
+    std::fs::write(&paths[1], &whole[..whole.len() - 1]).unwrap();
+    let one = serde_json::json!({"lines": 1, "segments": 1});
+    let (output, report) = replay(&recording, &["--limit", "100"]);
+    assert!(output.status.success(), "{report}");
+    assert_eq!((&report["identical"], &report["left_out"]), (&3.into(), &one), "{report}");
+    let told = pirouette(&["replay", recording.to_str().unwrap()], &[]).output().unwrap();
+    let told = String::from_utf8_lossy(&told.stdout).into_owned();
+    assert!(told.contains("left out: 1 lines at the ends of 1 segments"), "{told}");
+
+    // The same server's next segment.
+    std::fs::copy(&paths[0], recording.join("90000000000000-000002.jsonl")).unwrap();
+    std::fs::write(recording.join("90000000000000-000002.frames"), &whole).unwrap();
+    let (output, report) = replay(&recording, &[]);
+    assert_eq!(output.status.code(), Some(1), "{report}");
+    assert_eq!((&report["identical"], &report["left_out"]), (&7.into(), &one), "{report}");
+    let log = String::from_utf8_lossy(&output.stderr);
+    let name = paths[0].file_stem().unwrap().to_str().unwrap();
+    assert!(log.contains(&format!("frames are missing in {name}, although")), "{log}");
 }
 
 #[test]

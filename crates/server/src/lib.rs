@@ -54,7 +54,7 @@ pub use options::{
 };
 pub use pages::{Method, Page, PageRequest};
 pub use preparation::{Preparation, Prepared};
-pub use record::{RecordOptions, Recorded, Recorder, Recording, RecordingError};
+pub use record::{LeftOut, RecordOptions, Recorded, Recorder, Recording, RecordingError};
 pub use render::render_engine;
 pub use rtc::{LeftOver, RtcFields, Space};
 pub use seldom::Seldom;

@@ -26,7 +26,7 @@ use self::segment::Folder;
 use crate::recent::{RequestRecord, ms_between};
 use crate::render::{header, sample};
 
-pub use read::{Recorded, Recording, RecordingError};
+pub use read::{LeftOut, Recorded, Recording, RecordingError};
 
 /// Requests, and bytes of their frames, that may wait for the disk.
 const QUEUE: usize = 64;

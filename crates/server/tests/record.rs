@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use pirouette_policy::Value;
 use pirouette_server::{
-    RecordOptions, Recorded, Recorder, Recording, RecordingError, ServeOptions, Service, msgpack,
+    LeftOut, RecordOptions, Recorded, Recorder, Recording, RecordingError, ServeOptions, Service,
+    msgpack,
 };
 use rig::engine::EngineService;
 use rig::{Server, state, text};
@@ -29,6 +30,10 @@ fn all(dir: &Path) -> Vec<Recorded> {
         })
         .unwrap();
     all
+}
+
+fn left_out(dir: &Path) -> LeftOut {
+    Recording::open(dir).unwrap().for_each(|_| ControlFlow::Continue(())).unwrap()
 }
 
 /// The recorder learns of a request after its answer was sent: waits until it has.
@@ -215,6 +220,8 @@ async fn a_folder_is_read_while_it_is_recorded_into_and_after_the_power_failed()
     }
     write([index, &frames[..frames.len() - 1]]);
     assert_eq!(all(&dir).len(), 2 + 3, "the next segment is read");
+    let cut = |lines| LeftOut { lines, segments: 1, damaged: vec![] };
+    assert_eq!(left_out(&dir), cut(1), "the next segment is another run's first");
 
     // Room is needed before the next segment is read.
     let mut read = 0;
@@ -238,6 +245,9 @@ async fn damaged_recordings_are_named_and_a_cut_end_is_no_damage() {
     assert_eq!(whole, 3);
     std::fs::write(file("jsonl"), &index[..index.len() - 5]).unwrap();
     assert_eq!(all(&dir).len(), whole - 1, "a line that was cut short");
+    assert_eq!(left_out(&dir), LeftOut { lines: 1, segments: 1, damaged: vec![] });
+    std::fs::write(file("jsonl"), &index).unwrap();
+    assert_eq!(left_out(&dir), LeftOut::default());
     let read = || Recording::open(&dir).unwrap().for_each(|_| ControlFlow::Continue(()));
     for (damaged, wanted) in [
         (index.replacen("pirouette recording", "something else", 1), "no recording"),
@@ -255,4 +265,36 @@ async fn damaged_recordings_are_named_and_a_cut_end_is_no_damage() {
     std::fs::create_dir(&empty).unwrap();
     assert!(matches!(Recording::open(&empty), Err(RecordingError::Empty(_))));
     assert!(matches!(Recording::open(&empty.join("no")), Err(RecordingError::Read { .. })));
+}
+
+/// Frames that are missing at the end of a run never reached the disk; where the same server wrote
+/// another segment after them, somebody has cut them off. All that is there is read.
+#[tokio::test]
+async fn frames_may_be_missing_at_the_end_of_a_run_alone() {
+    let temporary = tempfile::tempdir().unwrap();
+    let dir = temporary.path().join("records");
+    record_three(&dir).await;
+    let whole = ["jsonl", "frames"].map(|e| std::fs::read(file(&dir, e)).unwrap());
+    let name = file(&dir, "jsonl").file_stem().unwrap().to_str().unwrap().to_owned();
+    let cut = |bytes: usize| std::fs::write(file(&dir, "frames"), &whole[1][..bytes]).unwrap();
+    let all_but_one = whole[1].len() - 1;
+
+    // The newest segment: one line, then all three and a torn fourth.
+    cut(all_but_one);
+    assert_eq!(left_out(&dir), LeftOut { lines: 1, segments: 1, damaged: vec![] });
+    cut(0);
+    std::fs::write(file(&dir, "jsonl"), [&whole[0][..], b"{\"requ"].concat()).unwrap();
+    assert_eq!(left_out(&dir), LeftOut { lines: 4, segments: 1, damaged: vec![] });
+    std::fs::write(file(&dir, "jsonl"), &whole[0]).unwrap();
+
+    for (next, damaged) in
+        [("90000000000000-000002", vec![name]), ("90000000000000-000001", vec![])]
+    {
+        cut(all_but_one);
+        let paths = ["jsonl", "frames"].map(|e| dir.join(format!("{next}.{e}")));
+        paths.iter().zip(&whole).for_each(|(path, bytes)| std::fs::write(path, bytes).unwrap());
+        assert_eq!(all(&dir).len(), 2 + 3);
+        assert_eq!(left_out(&dir), LeftOut { lines: 1, segments: 1, damaged });
+        paths.iter().for_each(|path| std::fs::remove_file(path).unwrap());
+    }
 }

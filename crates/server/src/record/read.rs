@@ -9,7 +9,7 @@ use bytes::Bytes;
 use pirouette_policy::{NdArray, Value};
 use serde_json::Value as Json;
 
-use super::segment::{FORMAT, VERSION, names};
+use super::segment::{FORMAT, VERSION, names, place_of};
 use crate::dialect::{Frame, decode, openpi};
 use crate::msgpack;
 use crate::service::{RequestContext, ServiceError};
@@ -48,6 +48,18 @@ pub enum RecordingError {
 pub struct Recording {
     dir: PathBuf,
     names: Vec<String>,
+}
+
+/// What was recorded and is not there.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LeftOut {
+    /// Lines that were cut short or whose frames are not there.
+    pub lines: usize,
+    /// Segments that end with such lines.
+    pub segments: usize,
+    /// Those of them that lack frames although their server went on to another segment: that is
+    /// no failure of the power, but damage.
+    pub damaged: Vec<String>,
 }
 
 /// One recorded request.
@@ -137,27 +149,41 @@ impl Recording {
         Ok(Recording { dir: dir.to_owned(), names })
     }
 
-    /// Hands every request, oldest first, to `take`, until that says stop.
+    /// Hands every request, oldest first, to `take`, until that says stop. Says what was left out
+    /// up to there.
     ///
-    /// The folder may be recorded into meanwhile: a segment that has gone by its turn is left out.
-    /// A last line that was cut short (the server was killed) ends its segment, and so does a line
-    /// whose frames are not there (the power failed).
+    /// The folder may be recorded into meanwhile: a segment that has gone by its turn is passed
+    /// over. A last line that was cut short (the disk was full) ends its segment, and so does a
+    /// line whose frames are not there (the power failed).
     ///
     /// # Errors
     /// A file that can't be read or is not in the format.
     pub fn for_each(
         &self,
         mut take: impl FnMut(Recorded) -> std::ops::ControlFlow<()>,
-    ) -> Result<(), RecordingError> {
-        for name in &self.names {
+    ) -> Result<LeftOut, RecordingError> {
+        let mut left_out = LeftOut::default();
+        for (i, name) in self.names.iter().enumerate() {
             let Some(mut segment) = Reader::open(&self.dir, name)? else { continue };
             while let Some(recorded) = segment.next()? {
                 if take(recorded).is_break() {
-                    return Ok(());
+                    return Ok(left_out);
                 }
             }
+            let lines = segment.frameless + usize::from(segment.torn);
+            left_out.lines += lines;
+            left_out.segments += usize::from(lines > 0);
+            if segment.frameless > 0 && !self.ends_run(i) {
+                left_out.damaged.push(name.clone());
+            }
         }
-        Ok(())
+        Ok(left_out)
+    }
+
+    /// Whether segment `i` is the last that its server wrote, as far as the folder tells: the next
+    /// begins another count.
+    fn ends_run(&self, i: usize) -> bool {
+        self.names.get(i + 1).is_none_or(|next| place_of(next) <= place_of(&self.names[i]))
     }
 }
 
@@ -169,6 +195,10 @@ struct Reader {
     frame_bytes: u64,
     line: usize,
     identity: Json,
+    /// Lines from the first without frames on.
+    frameless: usize,
+    /// Whether the last line was cut short.
+    torn: bool,
 }
 
 impl Reader {
@@ -193,7 +223,9 @@ impl Reader {
         let ((_, frames), (path, index)) = (frames?, index?);
         let index = BufReader::new(index);
         let (name, identity) = (name.to_owned(), Json::Null);
-        let mut reader = Reader { name, path, index, frames, frame_bytes: 0, line: 0, identity };
+        let (frame_bytes, line, frameless, torn) = (0, 0, 0, false);
+        let mut reader =
+            Reader { name, path, index, frames, frame_bytes, line, identity, frameless, torn };
         let Some(head) = reader.json()? else { return Ok(Some(reader)) };
         if head["format"] != FORMAT || head["version"] != VERSION {
             return Err(reader.wrong("this is no recording of a version known here"));
@@ -212,21 +244,33 @@ impl Reader {
 
     /// The next whole line; `None` at the end, also when the last line was cut short.
     fn json(&mut self) -> Result<Option<Json>, RecordingError> {
+        let Some(line) = self.line()? else { return Ok(None) };
+        serde_json::from_slice(&line).map(Some).map_err(|_| self.wrong("this is no JSON"))
+    }
+
+    fn line(&mut self) -> Result<Option<Vec<u8>>, RecordingError> {
         let mut line = Vec::new();
         let read = self.index.by_ref().take(MAX_LINE).read_until(b'\n', &mut line);
         read.map_err(|error| self.failed(error))?;
         self.line += 1;
         if line.last() != Some(&b'\n') {
             let long = line.len() as u64 == MAX_LINE;
+            self.torn = !line.is_empty();
             return if long { Err(self.wrong("the line is too long")) } else { Ok(None) };
         }
-        serde_json::from_slice(&line).map(Some).map_err(|_| self.wrong("this is no JSON"))
+        Ok(Some(line))
     }
 
     fn next(&mut self) -> Result<Option<Recorded>, RecordingError> {
         let Some(line) = self.json()? else { return Ok(None) };
         let frames = self.frame(&line["request"])?.zip(self.frame(&line["reply"])?);
-        let Some((request, reply)) = frames else { return Ok(None) };
+        let Some((request, reply)) = frames else {
+            self.frameless = 1;
+            while self.line()?.is_some() {
+                self.frameless += 1;
+            }
+            return Ok(None);
+        };
         Ok(Some(Recorded {
             segment: self.name.clone(),
             id: line["id"].as_u64().unwrap_or(0),

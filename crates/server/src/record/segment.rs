@@ -220,6 +220,11 @@ pub(super) fn names(dir: &Path, extensions: &[&str]) -> std::io::Result<Vec<Stri
     Ok(names)
 }
 
+/// A segment's place among those of its run, from 1, in its name.
+pub(super) fn place_of(name: &str) -> u64 {
+    name.split('-').nth(1).and_then(|place| place.parse().ok()).unwrap_or(0)
+}
+
 /// Milliseconds in a segment's name.
 fn time_of(name: &str) -> u128 {
     name.split('-').next().and_then(|time| time.parse().ok()).unwrap_or(0)
