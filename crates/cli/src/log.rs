@@ -40,11 +40,10 @@ pub enum LogFormat {
 pub fn start(format: LogFormat) -> io::Result<()> {
     let queue = Arc::new(Queue::default());
     let (writer, lines) = (Arc::clone(&queue), Arc::clone(&queue));
-    let lost = |lines| tracing::warn!(lines, "lines of the log are lost: standard error was full");
     let thread = std::thread::Builder::new().name("log".into());
-    thread.spawn(move || writer.write(io::stderr(), lost))?;
+    thread.spawn(move || writer.write(io::stderr(), tell_lost))?;
     QUEUE.get_or_init(|| queue);
-    let filter = EnvFilter::try_from_env("PIROUETTE_LOG").unwrap_or(EnvFilter::new("info"));
+    let filter = filter(std::env::var("PIROUETTE_LOG").ok().as_deref());
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(move || Line(Arc::clone(&lines)))
@@ -56,6 +55,23 @@ pub fn start(format: LogFormat) -> io::Result<()> {
         LogFormat::Json => lines.json().flatten_event(true).init(),
     }
     Ok(())
+}
+
+/// What is told, `info` where that is not said or makes no sense. Lines that are lost are told with
+/// any filter that does not itself name who tells of them.
+fn filter(wanted: Option<&str>) -> EnvFilter {
+    let parsed = wanted.and_then(|wanted| wanted.parse::<EnvFilter>().ok());
+    let names = |directive: &str| directive.split(['=', '[']).next() == Some(module_path!());
+    let named = parsed.is_some() && wanted.is_some_and(|wanted| wanted.split(',').any(names));
+    let filter = parsed.unwrap_or_else(|| EnvFilter::new("info"));
+    match concat!(module_path!(), "=warn").parse() {
+        Ok(own) if !named => filter.add_directive(own),
+        _ => filter,
+    }
+}
+
+fn tell_lost(lines: u64) {
+    tracing::warn!(lines, "lines of the log are lost: standard error was full");
 }
 
 /// Tells what must not be lost, also where no log was started.
@@ -214,6 +230,36 @@ mod tests {
         let [told @ .., urgent, lost] = &lines[..] else { panic!("{lines:?}") };
         assert_eq!((urgent.as_str(), lost), ("panicked", &format!("lost {}", all - told.len())));
         assert!(told.len() >= ROOM / line.len() && told.iter().all(|line| line.len() == 1023));
+    }
+
+    #[test]
+    fn lost_lines_are_told_with_any_filter() {
+        for (wanted, is_told) in [
+            (None, true),
+            (Some("info"), true),
+            (Some("pirouette::request=debug"), true),
+            (Some("error,pirouette=error"), true),
+            (Some("off"), true),
+            (Some(""), true),
+            (Some("no=such=filter"), true),
+            (Some("info,pirouette::log=off"), false),
+            (Some("pirouette::log"), true),
+        ] {
+            let queue = Arc::new(Queue::default());
+            let lines = Arc::clone(&queue);
+            let log = tracing_subscriber::fmt()
+                .with_env_filter(filter(wanted))
+                .with_writer(move || Line(Arc::clone(&lines)))
+                .json();
+            tracing::subscriber::with_default(log.finish(), || {
+                tell_lost(7);
+                tracing::debug!("that is not asked for");
+            });
+            let told = String::from_utf8(std::mem::take(&mut queue.lock().waiting)).unwrap();
+            assert_eq!(told.matches("lines of the log are lost").count(), usize::from(is_told));
+            let debug = wanted == Some("pirouette::log");
+            assert_eq!(told.contains("not asked for"), debug, "{wanted:?}: {told}");
+        }
     }
 
     #[test]
