@@ -31,7 +31,7 @@ pub fn policy_config(l: &LeRobot) -> Result<PolicyConfig> {
         .into_iter()
         .enumerate()
         .map(|(i, f)| Camera {
-            slot: format!("camera {i}"),
+            slot: None,
             key: renamed(l, &f.name),
             required: i == 0,
             layout: Layout::Auto,

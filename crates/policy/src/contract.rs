@@ -259,10 +259,10 @@ fn observation_fields(robot: &Robot) -> Vec<Field> {
             ]
         }
         Robot::Generic(robot) => {
-            let cameras = robot
-                .cameras
-                .iter()
-                .map(|camera| image(&[&camera.key], camera.layout, camera.required, &camera.slot));
+            let cameras = robot.cameras.iter().enumerate().map(|(i, camera)| {
+                let meaning = camera.slot.clone().unwrap_or_else(|| format!("camera {i}"));
+                image(&[&camera.key], camera.layout, camera.required, &meaning)
+            });
             let state =
                 robot.state.iter().map(|key| numbers(&key.key, key.dims, &robot.state_units));
             cameras.chain(state).collect()

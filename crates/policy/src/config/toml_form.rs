@@ -197,10 +197,7 @@ fn robot(form: RobotForm) -> Robot {
 
 fn camera(index: usize, form: CameraForm) -> Camera {
     Camera {
-        slot: form.slot.unwrap_or_else(|| match crate::robots::SLOTS.get(index) {
-            Some(slot) => (*slot).into(),
-            None => format!("camera_{index}"),
-        }),
+        slot: form.slot.or_else(|| crate::robots::SLOTS.get(index).map(|slot| (*slot).into())),
         key: form.key,
         required: form.required,
         layout: match form.layout {
@@ -243,7 +240,7 @@ mod tests {
         assert_eq!(config.absolute_mask, [true, true, true, true, true, false]);
         assert_eq!(config.output_dims(), 6);
         let Robot::Generic(robot) = &config.robot else { panic!("generic") };
-        assert_eq!(robot.cameras[0].slot, "base_0_rgb");
+        assert_eq!(robot.cameras[0].slot.as_deref(), Some("base_0_rgb"));
         assert!(!robot.cameras[1].required);
         assert_eq!(robot.state.iter().map(|s| s.dims).collect::<Vec<_>>(), [Some(5), Some(1)]);
         assert_eq!(config.metadata[0].0, "reset_pose");
@@ -273,6 +270,29 @@ mod tests {
         assert_eq!(from_toml(&more).unwrap().robot.cameras(), 3);
         let error = from_toml(&(more + &camera(4))).unwrap_err().to_string();
         assert!(error.contains("has 4 entries in `cameras`; it must be 1 to 3"), "{error}");
+    }
+
+    /// The model gets the cameras in the file's order, whatever they are called.
+    #[test]
+    fn slots_agree_with_the_order_of_the_cameras() {
+        let told = |base: &str, wrist: &str| {
+            let text = EXAMPLE.replace("slot = \"left_wrist_0_rgb\"", wrist);
+            let text = text.replacen("slot = \"base_0_rgb\"", base, 1);
+            from_toml(&text).map(drop).map_err(|e| e.to_string())
+        };
+        let [base, left, right] = crate::robots::SLOTS.map(|slot| format!("slot = \"{slot}\""));
+        for (first, second) in [(&base[..], &right[..]), (&left, &right), ("", ""), ("", &left)] {
+            assert_eq!(told(first, second), Ok(()), "{first} {second}");
+        }
+        for (first, second, says) in [
+            (&left[..], &base[..], "so write them in the model's: base_0_rgb, left_wrist_0_rgb"),
+            (&base, &base, "to the cameras `observation/image` and `observation/wrist_image`"),
+            (&left, "", "gives the slot `left_wrist_0_rgb` to the cameras"),
+            ("slot = \"top\"", &left, "`top`; the model's slots are base_0_rgb, left_wrist_0_rgb"),
+        ] {
+            let error = told(first, second).unwrap_err();
+            assert!(error.contains(says), "{error}");
+        }
     }
 
     #[test]

@@ -28,8 +28,11 @@ pub struct GenericRobot {
 /// One camera of a [`GenericRobot`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Camera {
-    /// The model's name for it; informative, the order decides.
-    pub slot: String,
+    /// The model's name for it, one of [`SLOTS`]; the order decides, [`Robot::check`] sees that the
+    /// names agree with it. `None`: a model whose cameras have no names.
+    ///
+    /// [`Robot::check`]: super::Robot::check
+    pub slot: Option<String>,
     /// Key of the observation.
     pub key: String,
     /// Whether a request without it is refused.
@@ -77,6 +80,45 @@ impl GenericRobot {
         }
         if !self.cameras.iter().any(|camera| camera.required) {
             return Err("has no required camera; a model needs at least one image".into());
+        }
+        self.check_slots()
+    }
+
+    /// Cameras reach the model in the order of the description, so a slot that says otherwise
+    /// would be a lie in the log and in the contract.
+    fn check_slots(&self) -> Result<(), String> {
+        let order = || SLOTS.join(", ");
+        let mut last: Option<(usize, &Camera)> = None;
+        for camera in &self.cameras {
+            let Some(slot) = &camera.slot else { continue };
+            let Some(place) = SLOTS.iter().position(|known| known == slot) else {
+                return Err(format!(
+                    "has a camera `{}` with the slot `{slot}`; the model's slots are {} (leave \
+                     `slot` out to name a camera by its place)",
+                    camera.key,
+                    order()
+                ));
+            };
+            match last {
+                Some((before, other)) if before == place => {
+                    return Err(format!(
+                        "gives the slot `{slot}` to the cameras `{}` and `{}`; each slot is for \
+                         one, and a camera without `slot` has that of its place",
+                        other.key, camera.key
+                    ));
+                }
+                Some((before, other)) if before > place => {
+                    return Err(format!(
+                        "has the camera `{}` ({slot}) after `{}` ({}); cameras reach the model in \
+                         the file's order, so write them in the model's: {}",
+                        camera.key,
+                        other.key,
+                        SLOTS[before],
+                        order()
+                    ));
+                }
+                _ => last = Some((place, camera)),
+            }
         }
         Ok(())
     }
