@@ -1,7 +1,7 @@
 //! Flags that name a policy, its weights and its devices → the policy behind an engine. `serve`
 //! and `replay` have them in common.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -163,26 +163,64 @@ pub fn what_to_open(
     args: &OpenArgs,
     config: Option<&str>,
 ) -> Result<(Option<String>, Option<PathBuf>)> {
-    let positional = config.filter(|c| !c.starts_with("policy:"));
-    if let Some(other) = config.filter(|c| c.starts_with("policy:"))
-        && !["policy:checkpoint", "policy:default"].contains(&other)
-    {
-        bail!("`{other}`: openpi knows policy:checkpoint and policy:default");
-    }
-    // openpi's default environment, for those who ask for the default.
-    let env = args.env.as_deref().or((config == Some("policy:default")).then_some("ALOHA_SIM"));
-    let env = env.map(environment).transpose()?;
-    let named = positional.or(args.policy_config.as_deref());
-    let dir = match (&args.checkpoint, &args.policy_dir) {
-        (Some(dir), _) => Some(dir.clone()),
-        (None, Some(uri)) => Some(PathBuf::from(uri)),
-        (None, None) => match (named, env) {
-            (None, Some(env)) => Some(PathBuf::from(env.checkpoint)),
-            _ => None,
-        },
+    let (openpi, own) = match config {
+        Some(policy) if policy.starts_with("policy:") => (Some(policy), None),
+        other => (None, other),
     };
-    let name = named.map(str::to_string).or_else(|| env.map(|e| e.config.to_string()));
-    Ok((name, dir))
+    check_openpi(args, openpi)?;
+    let named = one_of("configuration", own, ("--policy.config", args.policy_config.as_deref()))?;
+    let checkpoint = args.checkpoint.as_deref();
+    let dir = args.policy_dir.as_deref().map(Path::new);
+    let dir = one_of("checkpoint", checkpoint, ("--policy.dir", dir))?;
+    // openpi's default environment, for those who ask for the default.
+    let env = args.env.as_deref().or((openpi == Some("policy:default")).then_some("ALOHA_SIM"));
+    let env = env.map(environment).transpose()?;
+    let dir = match (dir, named, env) {
+        (None, None, Some(env)) => Some(PathBuf::from(env.checkpoint)),
+        (dir, ..) => dir.map(PathBuf::from),
+    };
+    Ok((named.or(env.map(|env| env.config)).map(str::to_string), dir))
+}
+
+/// What openpi's own server refuses of its `policy:…`.
+fn check_openpi(args: &OpenArgs, openpi: Option<&str>) -> Result<()> {
+    match openpi {
+        None => Ok(()),
+        // It would be random weights, whose actions nobody means who types this.
+        Some("policy:checkpoint") if args.policy_dir.is_none() && args.checkpoint.is_none() => {
+            bail!(
+                "policy:checkpoint needs the checkpoint's directory: add --policy.dir=DIR, or take \
+                 openpi's own checkpoint of the environment with policy:default (random weights, \
+                 for trying things out: name the configuration alone, without policy:checkpoint)"
+            )
+        }
+        Some("policy:default") if args.policy_config.is_some() || args.policy_dir.is_some() => {
+            bail!(
+                "policy:default is the environment's own configuration and checkpoint: with \
+                 --policy.config and --policy.dir say policy:checkpoint"
+            )
+        }
+        Some("policy:checkpoint" | "policy:default") => Ok(()),
+        Some(other) => bail!("`{other}`: openpi knows policy:checkpoint and policy:default"),
+    }
+}
+
+/// What was said in Pirouette's spelling or in openpi's. Said twice it must be the same: which one
+/// was meant can't be known.
+fn one_of<'a, T: ?Sized + PartialEq + AsRef<Path>>(
+    what: &str,
+    own: Option<&'a T>,
+    (flag, openpi): (&str, Option<&'a T>),
+) -> Result<Option<&'a T>> {
+    if let (Some(own), Some(openpi)) = (own, openpi)
+        && own != openpi
+    {
+        let (own, openpi) = (own.as_ref().display(), openpi.as_ref().display());
+        bail!(
+            "which {what}, `{own}` or `{openpi}`? Both are given, the latter as {flag}: leave one"
+        );
+    }
+    Ok(own.or(openpi))
 }
 
 #[cfg(test)]
@@ -199,6 +237,43 @@ mod tests {
 
     fn open(line: &str) -> OpenArgs {
         Line::try_parse_from(["open"].into_iter().chain(line.split(' '))).unwrap().open
+    }
+
+    fn meant(line: &str) -> Result<(Option<String>, Option<PathBuf>)> {
+        let args = open(line);
+        what_to_open(&args, args.config.name())
+    }
+
+    #[test]
+    fn what_is_said_twice_and_differs_is_refused() {
+        let openpi = "policy:checkpoint --policy.config=pi05_droid --policy.dir=d";
+        for line in [
+            openpi,
+            &format!("--env DROID {openpi}"),
+            &format!("{openpi} --checkpoint d/"),
+            "policy:checkpoint --policy.config=pi05_droid --checkpoint d",
+            "pi05_droid --policy.dir=d",
+            "--config pi05_droid --policy.config=pi05_droid --checkpoint d",
+        ] {
+            let (name, dir) = meant(line).unwrap();
+            assert_eq!(
+                (name.as_deref(), dir.as_deref()),
+                (Some("pi05_droid"), Some(Path::new("d")))
+            );
+        }
+        for (line, says) in [
+            ("pi05_droid --checkpoint d --policy.dir=/e", "which checkpoint, `d` or `/e`?"),
+            ("pi05_droid --policy.config=pi0_libero", "`pi05_droid` or `pi0_libero`?"),
+            ("--config a.toml --policy.config=pi0_libero", "the latter as --policy.config"),
+            ("policy:checkpoint --policy.config=pi05_droid", "add --policy.dir=DIR"),
+            ("--env DROID policy:checkpoint", "add --policy.dir=DIR"),
+            ("policy:default --policy.config=pi05_droid", "say policy:checkpoint"),
+            ("policy:default --policy.dir=d", "say policy:checkpoint"),
+            ("policy:other", "openpi knows policy:checkpoint and policy:default"),
+        ] {
+            let error = meant(line).unwrap_err().to_string();
+            assert!(error.contains(says), "{line}: {error}");
+        }
     }
 
     #[test]
