@@ -106,21 +106,7 @@ impl PolicyService {
             tracing::warn!(dropped, unsaid, "the prompt was cut at its end");
         }
         let drawn = context.seed.is_none() && context.noise.is_none();
-        let noise = match (&context.noise, context.seed) {
-            (Some(given), _) => {
-                let c = model.policy.config();
-                if given.shape != [c.horizon, c.action_dim] {
-                    let message = format!(
-                        "noise has shape {:?}, the model takes [{}, {}]",
-                        given.shape, c.horizon, c.action_dim
-                    );
-                    return Err(ServiceError::exception("ValueError", message));
-                }
-                Noise::Given(given.values.clone())
-            }
-            (None, Some(seed)) => Noise::Seed(seed),
-            (None, None) => Noise::Drawn,
-        };
+        let noise = noise(&context, model.policy.config())?;
         let sizes = &model.engine.options().tables[0].config;
         let previous = rtc::previous_chunk(sizes, &model.policy, &prepared, &context.rtc)?;
         let input = prepared.input.clone();
@@ -152,6 +138,22 @@ impl PolicyService {
         }
         let (model_ms, timing) = (answer.timing.run.total_ms, Some(answer.timing));
         Ok(Reply { actions, model_ms, timing, extras })
+    }
+}
+
+/// The noise a request asks for.
+pub fn noise(context: &RequestContext, c: &PolicyConfig) -> Result<Noise, ServiceError> {
+    match (&context.noise, context.seed) {
+        (Some(given), _) if given.shape != [c.horizon, c.action_dim] => {
+            let message = format!(
+                "noise has shape {:?}, the model takes [{}, {}]",
+                given.shape, c.horizon, c.action_dim
+            );
+            Err(ServiceError::exception("ValueError", message))
+        }
+        (Some(given), _) => Ok(Noise::Given(given.values.clone())),
+        (None, Some(seed)) => Ok(Noise::Seed(seed)),
+        (None, None) => Ok(Noise::Drawn),
     }
 }
 

@@ -289,6 +289,66 @@ fn wrong_observations() {
     }
 }
 
+/// An observation "as a client sends it" may bring the optional keys: none is ignored.
+#[test]
+fn request_keys_of_an_observation_count_or_are_refused_by_name() {
+    use pirouette_policy::{NdArray, Value};
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("obs.msgpack");
+    let (dir, tokenizer) = (checkpoint(), tokenizer());
+    let own = ["--observation", text(&file), "--json", "-"];
+    let with = |keys: &[(&str, Value)]| {
+        let bytes = observation(|map| {
+            map.extend(keys.iter().map(|(key, value)| (key.to_string(), value.clone())));
+        });
+        std::fs::write(&file, bytes).unwrap();
+    };
+    let run = |flags: &[&str]| {
+        let output = pirouette(&infer(text(&dir), text(&tokenizer), &[&own, flags].concat()));
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{errors}");
+        let answer: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        (answer["actions"].clone(), answer["seed"].clone(), errors)
+    };
+    let seed = |n| ("seed", Value::Int(n));
+    with(&[]);
+    let (three, ..) = run(&["--seed", "3"]);
+    with(&[seed(3), ("explain", Value::Bool(false)), ("deadline_ms", Value::Nil)]);
+    let (actions, told, _) = run(&[]);
+    assert_eq!((&actions, told), (&three, 3.into()));
+    let (actions, told, errors) = run(&["--seed", "4"]);
+    assert_eq!((actions != three, told), (true, 4.into()));
+    assert!(errors.contains("--seed 4 instead of the observation's seed 3"), "{errors}");
+
+    let zeros = NdArray::from_f32(vec![15, 32], &[0.0; 15 * 32]).unwrap();
+    let noise = ("noise", Value::Array(zeros));
+    with(std::slice::from_ref(&noise));
+    let (from_zeros, told, errors) = run(&[]);
+    assert_eq!((from_zeros != three, told), (true, serde_json::Value::Null));
+    assert!(errors.contains("the observation's noise"), "{errors}");
+    let left = NdArray::from_f32(vec![10, 8], &[0.5; 80]).unwrap();
+    with(&[noise, ("prev_chunk_left_over", Value::Array(left))]);
+    assert_ne!(run(&[]).0, from_zeros, "drawn towards what is left of the last chunk");
+    with(&[seed(3), ("num_steps", Value::Int(2))]);
+    assert_ne!(run(&[]).0, three);
+
+    let short = NdArray::from_f32(vec![1, 32], &[0.0; 32]).unwrap();
+    for (key, value, says) in [
+        ("seed", Value::Int(-1), "`seed` must be an integer"),
+        ("num_steps", Value::Int(0), "1 to 1000 steps"),
+        ("noise", Value::Array(short), "noise has shape [1, 32], the model takes [15, 32]"),
+        ("deadline_ms", Value::Int(50), "what `deadline_ms` asks for"),
+        ("explain", Value::Bool(true), "what `explain` asks for"),
+        ("newest_wins", Value::Bool(true), "what `newest_wins` asks for"),
+        ("session", Value::Str("arm".into()), "what `session` asks for"),
+        ("return_model_actions", Value::Bool(true), "what `return_model_actions` asks for"),
+        ("batch", Value::List(vec![]), "what `batch` asks for"),
+    ] {
+        with(&[(key, value)]);
+        fails(&infer(text(&dir), text(&tokenizer), &own), &[says]);
+    }
+}
+
 #[test]
 fn empty_and_endless_prompts_are_served_as_openpi_does() {
     let folder = tempfile::tempdir().unwrap();

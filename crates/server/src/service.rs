@@ -151,6 +151,15 @@ impl RequestContext {
         }
     }
 
+    /// Takes the optional keys out of the observation of a request received now, as the server
+    /// does with each frame.
+    ///
+    /// # Errors
+    /// `ValueError`, with the key and what its value must be.
+    pub fn take(observation: &mut Vec<(String, Value)>) -> Result<Self, ServiceError> {
+        crate::fields::take(observation, Instant::now())
+    }
+
     /// Resolves when a newer request of the session arrives, if that matters.
     pub async fn superseded(&self) {
         match &self.ticket {
