@@ -1,7 +1,7 @@
 //! The optional keys of real-time chunking (LeRobot's names): taken out of a request, checked.
 
 use pirouette_model::rtc::{Schedule, Settings};
-use pirouette_policy::{NdArray, Value};
+use pirouette_policy::Value;
 
 use crate::fields::{integer, matrix, number};
 
@@ -71,6 +71,9 @@ impl RtcFields {
                 _ => return Err("true or false".into()),
             },
             _ => {
+                if is_empty(value) {
+                    return Ok(());
+                }
                 let robot = key == "prev_chunk_left_over_actions";
                 let space = if robot { Space::Robot } else { Space::Model };
                 if self.left_over.as_ref().is_some_and(|l| l.space != space) {
@@ -105,13 +108,19 @@ fn limit(value: &Value) -> Result<f32, String> {
     }
 }
 
+/// Nothing is left of the last chunk, however that is written: `[]`, or an array without elements.
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::List(items) => items.is_empty(),
+        Value::Array(array) => array.shape.contains(&0),
+        _ => false,
+    }
+}
+
 fn left_over(value: &Value, space: Space) -> Result<LeftOver, String> {
     let want =
         || format!("an array of float32 or float64 [1 to {MAX_ROWS} actions, dims], all finite");
-    let Value::Array(array @ NdArray { shape, .. }) = value else { return Err(want()) };
-    if let [0, cols] = shape[..] {
-        return Ok(LeftOver { shape: [0, cols], values: vec![], space });
-    }
+    let Value::Array(array) = value else { return Err(want()) };
     let few = |m: &([usize; 2], Vec<f64>)| m.0[0] as i128 <= MAX_ROWS;
     let (shape, values) = matrix(array).filter(few).ok_or_else(want)?;
     Ok(LeftOver { shape, values, space })
@@ -119,7 +128,7 @@ fn left_over(value: &Value, space: Space) -> Result<LeftOver, String> {
 
 #[cfg(test)]
 mod tests {
-    use pirouette_policy::Scalar;
+    use pirouette_policy::{NdArray, Scalar};
 
     use super::*;
 
@@ -140,8 +149,11 @@ mod tests {
         assert_eq!((l.shape, l.values, l.space), ([2, 3], vec![0.5; 6], Space::Model));
         let l = take("prev_chunk_left_over_actions", rows(1, 9.0)).unwrap().left_over.unwrap();
         assert_eq!((l.shape, l.space), ([1, 3], Space::Robot));
-        let l = take("prev_chunk_left_over", rows(0, 0.0)).unwrap().left_over.unwrap();
-        assert_eq!((l.shape, l.values.len()), ([0, 3], 0), "nothing is left: a first chunk");
+        let flat = Value::Array(NdArray::from_f64(vec![0], &[]).unwrap());
+        for empty in [rows(0, 0.0), flat, Value::List(vec![])] {
+            let read = take("prev_chunk_left_over", empty);
+            assert_eq!(read, Ok(RtcFields::default()), "nothing is left: a first chunk");
+        }
         assert_eq!(take("inference_delay", Value::Int(4)).unwrap().settings.delay, 4);
         let numpy = Value::Scalar(Scalar::I64, Box::new(Value::Int(8)));
         assert_eq!(take("execution_horizon", numpy).unwrap().settings.execution_horizon, 8);
@@ -159,7 +171,7 @@ mod tests {
         let text = Value::Str("1".into());
         for (key, value, want) in [
             ("prev_chunk_left_over", rows(2, f64::NAN), "all finite"),
-            ("prev_chunk_left_over", Value::List(vec![]), "array"),
+            ("prev_chunk_left_over", Value::List(vec![Value::Int(1)]), "array"),
             ("prev_chunk_left_over", rows(1025, 0.0), "1 to 1024 actions"),
             ("inference_delay", Value::Int(-1), "from 0 to 1024"),
             ("inference_delay", Value::Float(1.5), "integer"),

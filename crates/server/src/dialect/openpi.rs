@@ -39,6 +39,8 @@ pub(crate) fn read(
     if endpoints && endpoint(&mut map)? {
         return Ok(Request::Reset);
     }
+    // nil counts as absent, as it does for the keys that `fields` reads.
+    map.retain(|(key, value)| *value != Value::Nil || !["batch", "noise"].contains(&&**key));
     let Some(at) = map.iter().position(|(key, _)| key == "batch") else {
         let context = fields::take(&mut map, received)?;
         return Ok(Request::Infer(Box::new((Value::Map(map), context))));
@@ -71,11 +73,14 @@ fn one_of_batch(
         let message = format!("observation {index} of the batch must be a map");
         return Err(ServiceError::exception("TypeError", message));
     };
-    if let Some((key, _)) = own.iter().find(|(k, _)| ["newest_wins", "session"].contains(&&**k)) {
+    let misplaced = |(key, value): &&(String, Value)| {
+        ["newest_wins", "session"].contains(&&**key) && *value != Value::Nil
+    };
+    if let Some((key, _)) = own.iter().find(misplaced) {
         return Err(wrong(format!("`{key}` belongs beside `batch`, not into an observation")));
     }
     for (key, value) in shared {
-        if !own.iter().any(|(known, _)| known == key) {
+        if !own.iter().any(|(known, value)| known == key && *value != Value::Nil) {
             own.push((key.clone(), value.clone()));
         }
     }
@@ -92,6 +97,7 @@ fn endpoint(map: &mut Vec<(String, Value)>) -> Result<bool, ServiceError> {
     }
     let Some(at) = map.iter().position(|(key, _)| key == "endpoint") else { return Ok(false) };
     match map.remove(at).1 {
+        Value::Nil => Ok(false),
         Value::Str(name) if name == "infer" => Ok(false),
         Value::Str(name) if name == "reset" => Ok(true),
         _ => Err(wrong("`endpoint` must be \"infer\" or \"reset\"".into())),
@@ -194,6 +200,23 @@ mod tests {
     }
 
     #[test]
+    fn nil_counts_as_absent() {
+        let nil = |key| entry(key, Value::Nil);
+        let alone = vec![entry("state", Value::Int(1)), nil("batch"), nil("noise"), nil("seed")];
+        assert_eq!(observation(alone, false), [entry("state", Value::Int(1))]);
+        assert_eq!(observation(vec![nil("endpoint")], true), []);
+        let own = Value::Map(vec![nil("seed"), nil("session"), nil("newest_wins")]);
+        let batch = vec![
+            entry("batch", Value::List(vec![own])),
+            nil("noise"),
+            nil("session"),
+            entry("seed", Value::Int(9)),
+        ];
+        let Request::Batch(asked) = read_one(batch, false).unwrap() else { panic!("a batch") };
+        assert_eq!(asked[0].as_ref().unwrap().1.seed, Some(9));
+    }
+
+    #[test]
     fn wrong_batches_are_refused_as_a_whole() {
         let empty = || Value::Map(vec![]);
         for (batch, beside, want) in [
@@ -201,7 +224,7 @@ mod tests {
             (Value::List(vec![]), None, "`batch` holds 0 observations: 1 to 3"),
             (Value::List(vec![empty(); 4]), None, "`batch` holds 4 observations"),
             (Value::List(vec![empty()]), Some(("seed", Value::Int(-1))), "`seed` must be"),
-            (Value::List(vec![empty()]), Some(("noise", Value::Nil)), "`noise` belongs into"),
+            (Value::List(vec![empty()]), Some(("noise", Value::Int(1))), "`noise` belongs into"),
         ] {
             let map = [entry("batch", batch)].into_iter();
             let map = map.chain(beside.map(|(key, value)| entry(key, value))).collect();
