@@ -58,6 +58,7 @@ pub fn policy_config(l: &LeRobot) -> Result<PolicyConfig> {
         horizon: l.chunk_size,
         max_token_len: l.tokenizer_max_length,
         action_dim: l.max_action_dim,
+        action_dim_said: false,
         steps: l.num_inference_steps,
         asset_id: None,
         state_norm: mode(FeatureKind::State, &l.input_stats),

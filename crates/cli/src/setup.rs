@@ -88,12 +88,24 @@ pub fn policy(
     if let Some(lerobot) = checkpoint.and_then(|c| c.lerobot.as_ref()) {
         check_lerobot(lerobot)?;
     }
+    let mut warnings = Vec::new();
     if config.action_dim != model.action_dim {
-        // The width belongs to the weights; named configurations assume the released ones.
-        config.action_dim = model.action_dim;
+        let (said, width) = (config.action_dim, model.action_dim);
+        match (config.action_dim_said, checkpoint) {
+            (true, Some(_)) => bail!(
+                "configuration {} says `action_dim = {said}`, these weights are {width} wide \
+                 (`pirouette inspect`): name their checkpoint, or leave `action_dim` out; how many \
+                 columns the robot receives is `output_dims`",
+                config.name
+            ),
+            (true, None) => warnings
+                .push(format!("random weights: {width} wide, not `action_dim = {said}` as said")),
+            // The width belongs to the weights; what is not said assumes the released ones.
+            (false, _) => {}
+        }
+        config.action_dim = width;
     }
     config.default_prompt = args.default_prompt.clone().or(config.default_prompt);
-    let mut warnings = Vec::new();
     let stats = statistics(&config, checkpoint, args, &mut warnings)?;
     let tokenizer = tokenizer(checkpoint, args, model, &mut warnings)?;
     let found = stats.is_some();
@@ -299,6 +311,33 @@ mod tests {
             let error = found(&checkpoint, folder.path().join("mine")).unwrap_err().to_string();
             assert!(error.contains("asset ids there: my/arm"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_width_that_is_said_must_be_the_weights() {
+        let checkpoint = testdata().join("A_tiny/e2e/pi05_droid/checkpoint");
+        let checkpoint = pirouette_checkpoint::open(&checkpoint).unwrap();
+        let tokenizer = Some(testdata().join("D_preprocess/tokenizer/tok_bpe.model"));
+        let args = PolicyArgs { tokenizer, ..args(None) };
+        let width = checkpoint.config.action_dim;
+        let set_up = |line: &str, checkpoint: Option<&Checkpoint>, model: &Config| {
+            let config = from_toml(&format!(
+                "name='arm'\nfamily='pi05'\nhorizon=15\nasset_id='droid'\n{line}\n[robot]\n\
+                 kind='droid'\n"
+            ));
+            policy(config.unwrap(), model, checkpoint, &args)
+        };
+        let model = checkpoint.config;
+        for line in ["", &format!("action_dim={width}")] {
+            let (policy, _) = set_up(line, Some(&checkpoint), &model).unwrap();
+            assert_eq!(policy.config().action_dim, width);
+        }
+        let error = set_up("action_dim=8", Some(&checkpoint), &model).map(drop).unwrap_err();
+        let says = format!("says `action_dim = 8`, these weights are {width} wide");
+        assert!(error.to_string().contains(&says), "{error}");
+        let (policy, warnings) = set_up("action_dim=8", None, &model).unwrap();
+        assert_eq!(policy.config().action_dim, width);
+        assert!(warnings[0].contains("not `action_dim = 8` as said"), "{warnings:?}");
     }
 
     #[test]

@@ -30,14 +30,21 @@ pub enum ShapeError {
 }
 
 impl Shape {
+    /// Longest prompt, tokens.
+    pub const MAX_PROMPT: usize = 4096;
+    /// Longest chunk, actions.
+    pub const MAX_HORIZON: usize = 1024;
+    /// Most Euler steps.
+    pub const MAX_STEPS: usize = 1000;
+
     /// Limits of every extent: batch 256, cameras 3, prompt 4096, horizon 1024, steps 1000.
     pub fn check(&self) -> Result<(), ShapeError> {
         for (what, limit, got) in [
             ("batch", 256, self.batch),
             ("cameras", 3, self.cameras),
-            ("prompt tokens", 4096, self.prompt_tokens),
-            ("horizon", 1024, self.horizon),
-            ("steps", 1000, self.steps),
+            ("prompt tokens", Self::MAX_PROMPT, self.prompt_tokens),
+            ("horizon", Self::MAX_HORIZON, self.horizon),
+            ("steps", Self::MAX_STEPS, self.steps),
         ] {
             if got == 0 || got > limit {
                 return Err(ShapeError::Extent { what, limit, got });

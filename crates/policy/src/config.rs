@@ -10,6 +10,7 @@ pub use toml_form::from_toml;
 use crate::norm::NormMode;
 use crate::robots::Robot;
 use crate::value::Value;
+use pirouette_model::Shape;
 use pirouette_model::config::Family;
 use thiserror::Error;
 
@@ -36,8 +37,11 @@ pub struct PolicyConfig {
     pub horizon: usize,
     /// Most prompt tokens (L), BOS included.
     pub max_token_len: usize,
-    /// Columns of the model's state and actions (A).
+    /// Columns of the model's state and actions (A): the weights' width, not the robot's.
     pub action_dim: usize,
+    /// Whether the user said so: then weights of another width are not those that were meant.
+    /// Otherwise it is assumed, and the weights decide.
+    pub action_dim_said: bool,
     /// Denoising steps.
     pub steps: usize,
     /// Folder of the statistics below `assets/`; may contain slashes.
@@ -74,10 +78,10 @@ impl PolicyConfig {
             Err(ConfigError::Field { name: self.name.clone(), field, problem })
         };
         for (field, value, most) in [
-            ("horizon", self.horizon, 4096),
-            ("max_token_len", self.max_token_len, 8192),
+            ("horizon", self.horizon, Shape::MAX_HORIZON),
+            ("max_token_len", self.max_token_len, Shape::MAX_PROMPT),
             ("action_dim", self.action_dim, 4096),
-            ("steps", self.steps, 1000),
+            ("steps", self.steps, Shape::MAX_STEPS),
         ] {
             if !(1..=most).contains(&value) {
                 return wrong(field, format!("is {value}; it must be 1 to {most}"));
@@ -183,5 +187,21 @@ mod tests {
         let mut config = named("pi0_droid").unwrap();
         config.horizon = 0;
         assert!(config.check().unwrap_err().to_string().contains("horizon"));
+    }
+
+    /// What no program can be made for is refused when it is read, not at the first request.
+    #[test]
+    fn sizes_end_where_the_models_do() {
+        let shape = |horizon, prompt_tokens, steps| {
+            let rtc = pirouette_model::Rtc::Off;
+            Shape { batch: 1, cameras: 1, prompt_tokens, horizon, steps, rtc }.check().is_ok()
+        };
+        for (horizon, tokens, steps) in
+            [(1024, 4096, 1000), (1025, 48, 10), (50, 4097, 10), (50, 48, 1001)]
+        {
+            let mut config = named("pi0_droid").unwrap();
+            (config.horizon, config.max_token_len, config.steps) = (horizon, tokens, steps);
+            assert_eq!(config.check().is_ok(), shape(horizon, tokens, steps), "{config:?}");
+        }
     }
 }

@@ -182,6 +182,7 @@ impl Row {
             horizon: self.horizon,
             max_token_len: self.max_token_len,
             action_dim: 32,
+            action_dim_said: false,
             steps: STEPS,
             asset_id: Some(self.asset_id.into()),
             state_norm: norm,

@@ -157,6 +157,7 @@ pub fn from_toml(text: &str) -> Result<PolicyConfig, ConfigError> {
         horizon: form.horizon,
         max_token_len: form.max_token_len.unwrap_or(if pi05 { 200 } else { 48 }),
         action_dim: form.action_dim.unwrap_or(32),
+        action_dim_said: form.action_dim.is_some(),
         steps: form.steps.unwrap_or(STEPS),
         asset_id: form.asset_id,
         state_norm: form.state_norm.map_or(norm, NormMode::from),
