@@ -1,5 +1,6 @@
 //! The command line: commands, and the flags that mean the same everywhere.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -143,6 +144,23 @@ impl WeightArgs {
         };
         WeightArgs { checkpoint, model, weight_seed: 1, rope }
     }
+}
+
+/// A count: 0 of something is a mistake, and no other number is put in its place.
+pub fn at_least_one(text: &str) -> Result<usize, String> {
+    let count = text.parse().ok().filter(|&count| count > 0);
+    count.ok_or_else(|| "it must be a whole number from 1".into())
+}
+
+/// An address to listen on. `localhost` is this machine alone, as 127.0.0.1.
+pub fn host(text: &str) -> Result<IpAddr, String> {
+    if text.eq_ignore_ascii_case("localhost") {
+        return Ok(Ipv4Addr::LOCALHOST.into());
+    }
+    text.parse().map_err(|_| {
+        "an IP address is wanted: 127.0.0.1 for this machine alone, 0.0.0.0 for all its addresses"
+            .into()
+    })
 }
 
 /// A number of Euler steps: tables are made of it before a program's shape is checked.

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use pirouette_policy::Policy;
 use pirouette_policy::config::environment;
 
-use crate::args::{DeviceArgs, RopeArgs, euler_steps};
+use crate::args::{DeviceArgs, RopeArgs, at_least_one, euler_steps};
 use crate::device::{self, Target};
 use crate::log::LogFormat;
 use crate::model::{Isolate, ModelPlan, Served};
@@ -39,7 +39,7 @@ pub struct OpenArgs {
     #[command(flatten)]
     pub device: DeviceArgs,
     /// Most requests in one batch (default: 8 on a GPU, 1 on the CPU).
-    #[arg(long)]
+    #[arg(long, value_parser = at_least_one)]
     pub max_batch: Option<usize>,
     /// Euler steps (default: the configuration's).
     #[arg(long, value_parser = euler_steps)]

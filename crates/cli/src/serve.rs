@@ -16,6 +16,7 @@ use pirouette_server::{
     check_admin_exposure, check_exposure, check_lerobot_exposure,
 };
 
+use crate::args::{at_least_one, host};
 use crate::descriptors;
 use crate::ending;
 use crate::log;
@@ -31,7 +32,7 @@ pub struct ServeArgs {
     #[arg(long, default_value_t = 8000)]
     pub port: u16,
     /// Address to listen on. Anything but loopback needs --api-key-file, --tls-cert or --insecure.
-    #[arg(long, default_value = "127.0.0.1")]
+    #[arg(long, default_value = "127.0.0.1", value_parser = host)]
     pub host: IpAddr,
     /// File with one API key a line, `[NAME] KEY [QUOTA=N …]` (connections, rate, burst,
     /// in_flight); clients send `Authorization: Api-Key KEY`. Read again when it changes, and at
@@ -52,7 +53,7 @@ pub struct ServeArgs {
     #[arg(long)]
     pub admin_port: Option<u16>,
     /// Address of the admin port. Anything but loopback needs --admin-key-file or --insecure.
-    #[arg(long, default_value = "127.0.0.1", requires = "admin_port")]
+    #[arg(long, default_value = "127.0.0.1", value_parser = host, requires = "admin_port")]
     pub admin_host: IpAddr,
     /// File with the keys of the admin port, as --api-key-file.
     #[arg(long, requires = "admin_port")]
@@ -62,7 +63,7 @@ pub struct ServeArgs {
     #[arg(long)]
     pub lerobot_port: Option<u16>,
     /// Address of LeRobot's port. Anything but loopback needs --insecure.
-    #[arg(long, default_value = "127.0.0.1", requires = "lerobot_port")]
+    #[arg(long, default_value = "127.0.0.1", value_parser = host, requires = "lerobot_port")]
     pub lerobot_host: IpAddr,
     /// Actions a second that a LeRobot client executes, by which the actions of a chunk are dated.
     #[arg(long, default_value_t = 30.0, value_parser = rate, requires = "lerobot_port")]
@@ -72,14 +73,14 @@ pub struct ServeArgs {
     #[arg(long, default_value_t = Dialect::Openpi)]
     pub dialect: Dialect,
     /// Actions of a chunk that a vla-eval client executes before the next inference.
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 10, value_parser = at_least_one)]
     pub vla_eval_actions: usize,
     /// Most observations in one `batch` request.
-    #[arg(long, default_value_t = 128)]
+    #[arg(long, default_value_t = 128, value_parser = at_least_one)]
     pub max_observations: usize,
     /// Largest message accepted, MiB.
-    #[arg(long, default_value_t = 64)]
-    pub max_frame_mib: usize,
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    pub max_frame_mib: u16,
     /// Write every request and answer, pictures included, into this folder, for `replay`.
     #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = RECORD_DIR)]
     pub record: Option<PathBuf>,
@@ -181,13 +182,13 @@ fn serve_options(args: &ServeArgs, doors: &Doors<SocketAddr>) -> Result<ServeOpt
     if let Some(lerobot) = doors.lerobot {
         check_lerobot_exposure(lerobot, args.insecure)?;
     }
-    let max_frame_bytes = args.max_frame_mib.clamp(1, 4096) << 20;
+    let max_frame_bytes = usize::from(args.max_frame_mib) << 20;
     Ok(ServeOptions {
         max_frame_bytes,
         dialect: args.dialect,
         lerobot_fps: args.lerobot_fps,
-        vla_eval_actions: args.vla_eval_actions.max(1),
-        max_batch_observations: args.max_observations.max(1),
+        vla_eval_actions: args.vla_eval_actions,
+        max_batch_observations: args.max_observations,
         api_keys,
         admin_keys,
         tls,
@@ -319,6 +320,31 @@ mod tests {
             let twice = parse("a.toml --config b.toml").map(drop).unwrap_err().to_string();
             assert!(twice.contains("--config") && twice.contains("cannot be used"), "{twice}");
         }
+    }
+
+    /// A limit of nothing was served as another one, and `localhost` was no address.
+    #[test]
+    fn limits_begin_at_one_and_hosts_are_addresses_or_this_machine() {
+        let parse = |flags: &str| {
+            let line =
+                format!("pirouette serve pi05_droid --admin-port 1 --lerobot-port 2 {flags}");
+            Cli::try_parse_from(line.split_whitespace()).map(drop).map_err(|e| e.to_string())
+        };
+        for flag in ["--max-batch", "--max-frame-mib", "--max-observations", "--vla-eval-actions"] {
+            assert_eq!(parse(&format!("{flag} 1")), Ok(()));
+            for wrong in ["0", "-1", "x"] {
+                let error = parse(&format!("{flag}={wrong}")).unwrap_err();
+                assert!(error.contains(flag), "{flag} {wrong}: {error}");
+            }
+        }
+        assert!(parse("--max-frame-mib 4097").unwrap_err().contains("1..=4096"));
+        for flag in ["--host", "--admin-host", "--lerobot-host"] {
+            assert_eq!(parse(&format!("{flag} localhost")), Ok(()));
+            let error = parse(&format!("{flag} robot")).unwrap_err();
+            assert!(error.contains("127.0.0.1 for this machine alone"), "{error}");
+        }
+        assert!(serve("pi05_droid --host localhost").host.is_loopback());
+        assert_eq!(serve("pi05_droid --host ::1").host.to_string(), "::1");
     }
 
     #[test]

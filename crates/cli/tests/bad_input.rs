@@ -103,6 +103,9 @@ fn damaged_and_foreign_checkpoints() {
     let empty = tempfile::tempdir().unwrap();
     let says = ["is not a checkpoint: expected `model.safetensors`"];
     fails(&["inspect", text(empty.path())], &says);
+    // A folder of arrays that are no model's: `inspect` must not recommend itself.
+    let arrays = testdata().join("F_loader/orbax_train_style/7");
+    fails(&["inspect", text(&arrays)], &["is missing from", "or name another directory"]);
     fails(&["inspect", "/no/such/folder"], &["/no/such/folder", "No such file or directory"]);
 }
 

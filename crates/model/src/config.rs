@@ -115,7 +115,7 @@ pub enum ConfigError {
     /// A tensor that sizes are read from is not there.
     #[error(
         "`{name}` is missing from {origin}: this is no π0 or π0.5 checkpoint, or not all of it; \
-         `pirouette inspect` lists what is there"
+         copy or download the whole checkpoint again, or name another directory"
     )]
     Missing {
         /// Canonical tensor name.
