@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use pirouette_policy::sample_observation;
-use pirouette_server::load::{self, LoadOptions, LoadReport, Percentiles};
+use pirouette_server::load::{self, LoadError, LoadOptions, LoadReport, Percentiles};
 use serde::Serialize;
 
+use crate::args::at_least_one;
 use crate::log;
 use crate::provenance::Provenance;
 use crate::setup;
@@ -33,7 +34,7 @@ pub struct LoadArgs {
     #[arg(long)]
     pub seconds: Option<f64>,
     /// Requests per client.
-    #[arg(long)]
+    #[arg(long, value_parser = at_least_one)]
     pub requests: Option<usize>,
     /// Requests per client before that, not counted.
     #[arg(long, default_value_t = 3)]
@@ -117,9 +118,7 @@ async fn options(args: &LoadArgs) -> Result<LoadOptions> {
     let observation = match &args.config {
         Some(name) => sample_observation(&setup::policy_config(name)?, 0),
         None => {
-            let card = load::contract(&args.url, api_key.as_deref()).await.context(
-                "the server does not say what it takes: name its configuration with --config",
-            )?;
+            let card = load::contract(&args.url, api_key.as_deref()).await.map_err(advised)?;
             let read = |path: &PathBuf| {
                 std::fs::read(path).with_context(|| format!("can't read {}", path.display()))
             };
@@ -140,6 +139,16 @@ async fn options(args: &LoadArgs) -> Result<LoadOptions> {
         observation,
         timeout: Duration::from_secs_f64(timeout),
     })
+}
+
+/// `--config` helps where a server answered that it has no contract, not where none did.
+fn advised(error: LoadError) -> anyhow::Error {
+    let lacks = matches!(error, LoadError::Contract(_));
+    let error = anyhow::Error::new(error);
+    if !lacks {
+        return error;
+    }
+    error.context("the server does not say what it takes: name its configuration with --config")
 }
 
 /// The first line of a key file that is one.

@@ -399,6 +399,22 @@ fn a_taken_port_and_a_full_disk() {
     fails(&["bench", "--device", "tpu"], &["use auto, cpu or cuda:N"]);
 }
 
+#[test]
+fn load_says_what_is_wrong_with_the_address() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    drop(listener);
+    for (url, says) in [
+        (format!("ws://{address}"), format!("nothing answers at ws://{address}")),
+        (address, "it must start with ws://".into()),
+    ] {
+        fails(&["load", &url], &[&says]);
+        let told = pirouette(&["load", &url]).stderr;
+        assert!(!String::from_utf8_lossy(&told).contains("--config"), "{url}");
+    }
+    assert_eq!(pirouette(&["load", "--requests", "0"]).status.code(), Some(2));
+}
+
 #[cfg(unix)]
 #[test]
 fn no_permission() {

@@ -19,6 +19,9 @@ pub use self::observe::observation_of;
 /// How long a server may take to tell its contract.
 const CONTRACT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a server may take to close a connection after an exception's text.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// What to send, and how hard.
 #[derive(Clone, Debug)]
 pub struct LoadOptions {
@@ -59,6 +62,14 @@ pub enum LoadError {
     /// The observation can't be sent.
     #[error("the observation must be a map that msgpack can hold")]
     Observation,
+    /// Nothing is there, or nothing that speaks HTTP.
+    #[error("nothing answers at {url}: {error}; start a server there, or give the address of one")]
+    Unreachable {
+        /// What was given.
+        url: String,
+        /// Why.
+        error: String,
+    },
     /// The server does not tell what it takes.
     #[error("the server's /contract: {0}")]
     Contract(String),
@@ -139,15 +150,20 @@ impl Percentiles {
 /// Asks a server for its contract card, JSON text.
 ///
 /// # Errors
-/// When there is no such server, or it is one without a contract (openpi's own).
+/// [`LoadError::Unreachable`] when there is no such server, [`LoadError::Contract`] when it is one
+/// without a contract (openpi's own).
 pub async fn contract(url: &str, api_key: Option<&str>) -> Result<String, LoadError> {
     let address =
         Address::parse(url).map_err(|error| LoadError::Url { url: url.to_owned(), error })?;
     let asked = timeout(CONTRACT_TIMEOUT, socket::get(&address, "/contract", api_key)).await;
+    let unreachable = |error| LoadError::Unreachable { url: url.to_owned(), error };
     match asked {
         Ok(Ok(text)) => Ok(text),
-        Ok(Err(error)) => Err(LoadError::Contract(error.to_string())),
-        Err(_) => Err(LoadError::Contract(format!("no answer within {CONTRACT_TIMEOUT:?}"))),
+        Ok(Err(error)) if error.kind() == std::io::ErrorKind::InvalidData => {
+            Err(LoadError::Contract(error.to_string()))
+        }
+        Ok(Err(error)) => Err(unreachable(error.to_string())),
+        Err(_) => Err(unreachable(format!("no answer within {CONTRACT_TIMEOUT:?}"))),
     }
 }
 
@@ -195,7 +211,8 @@ pub async fn run(options: &LoadOptions) -> Result<LoadReport, LoadError> {
         let (options, address, request) = (options.clone(), address.clone(), request.clone());
         let (barrier, began) = (barrier.clone(), began.clone());
         clients.spawn(async move {
-            let mut client = Client { socket: None, options: &options, address, request };
+            let mut client =
+                Client { socket: None, refused: false, options: &options, address, request };
             for _ in 0..options.warm_up {
                 client.ask(Instant::now()).await;
             }
@@ -273,6 +290,8 @@ fn report(
 
 struct Client<'a> {
     socket: Option<Socket>,
+    /// Its last answer was an error's text, after which a server may close it.
+    refused: bool,
     options: &'a LoadOptions,
     address: Address,
     request: Bytes,
@@ -293,7 +312,9 @@ impl Client<'_> {
                 }
             }
             Ok(Ok(Received::Refusal(text))) => {
-                Outcome::Refusal { latency_ms: due.elapsed().as_secs_f64() * 1e3, text }
+                let latency_ms = due.elapsed().as_secs_f64() * 1e3;
+                self.leave(&text).await;
+                Outcome::Refusal { latency_ms, text }
             }
             Ok(Err(error)) => self.broken(error.to_string()),
             Err(_) => self.broken(format!("no answer within {limit:?}")),
@@ -305,14 +326,42 @@ impl Client<'_> {
         Outcome::Broken(why)
     }
 
+    /// After an exception's text the server closes the connection. The close is read here: at the
+    /// next request it would be taken for that one's fate, and the reason would be lost.
+    async fn leave(&mut self, text: &str) {
+        let last = text.lines().last().unwrap_or_default();
+        // Refusals of this server leave it open.
+        let open = ["RuntimeError:", "TimeoutError:"].iter().any(|kind| last.starts_with(kind));
+        self.refused = open;
+        if !open && let Some(mut socket) = self.socket.take() {
+            // Whatever comes, or nothing: this connection is over.
+            let _ = timeout(CLOSE_TIMEOUT, socket.receive()).await;
+        }
+    }
+
+    /// One exchange. openpi's own server closes after every error's text, and that close is no
+    /// answer to the request that finds it: it is asked again on a new connection.
     async fn exchange(&mut self) -> std::io::Result<Received> {
+        let refused = std::mem::take(&mut self.refused);
+        match self.exchange_once().await {
+            Err(_) if refused => {
+                self.socket = None;
+                self.exchange_once().await
+            }
+            other => other,
+        }
+    }
+
+    async fn exchange_once(&mut self) -> std::io::Result<Received> {
         let socket = match &mut self.socket {
             Some(socket) => socket,
             None => {
                 let key = self.options.api_key.as_deref();
                 let mut socket = Socket::connect(&self.address, key).await?;
-                socket.receive().await?; // the metadata
-                self.socket.insert(socket)
+                match socket.receive().await? {
+                    Received::Answer(_metadata) => self.socket.insert(socket),
+                    refusal => return Ok(refusal),
+                }
             }
         };
         socket.send(&self.request).await?;

@@ -84,7 +84,7 @@ pub fn handshake(address: &Address, api_key: Option<&str>) -> String {
 /// A plain GET: the body of a 200.
 ///
 /// # Errors
-/// Any other answer, or none.
+/// `InvalidData` for any other answer, with its status; another kind for none.
 pub async fn get(address: &Address, path: &str, api_key: Option<&str>) -> io::Result<String> {
     let mut stream = TcpStream::connect(&address.authority).await?;
     let key = api_key.map_or(String::new(), |k| format!("Authorization: Api-Key {k}\r\n"));
@@ -95,7 +95,9 @@ pub async fn get(address: &Address, path: &str, api_key: Option<&str>) -> io::Re
     let mut answer = Vec::new();
     stream.take(MAX_PAGE).read_to_end(&mut answer).await?;
     let answer = String::from_utf8_lossy(&answer);
-    let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(|| bad("no HTTP answer"))?;
+    let (head, body) = answer
+        .split_once("\r\n\r\n")
+        .ok_or_else(|| io::Error::new(io::ErrorKind::UnexpectedEof, "no HTTP answer"))?;
     let status = head.lines().next().unwrap_or_default();
     if !status.starts_with("HTTP/1.1 200") {
         return Err(bad(status));
