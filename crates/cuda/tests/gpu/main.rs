@@ -18,6 +18,7 @@ mod limits;
 mod tiers;
 mod trace;
 
+use pirouette_cuda::CudaDevice;
 use pirouette_cuda::driver::Driver;
 use rayon::iter::{IndexedParallelIterator, ParallelIterator};
 use rayon::slice::ParallelSlice;
@@ -43,6 +44,17 @@ fn has_gpu() -> bool {
             false
         }
     }
+}
+
+/// Whether this is the GPU that the Hopper kernels' shapes were measured on, an H100 SXM or H200:
+/// others with fewer multiprocessors, and other kinds, launch other kernels.
+fn is_measured_gpu(device: &CudaDevice) -> bool {
+    let properties = &device.context().properties;
+    let measured = properties.capability == (9, 0) && properties.sms == 132;
+    if !measured {
+        println!("{}: which kernels run is not checked here", properties.name);
+    }
+    measured
 }
 
 /// Whether long loops and lists of shapes are cut, for tools that slow every kernel down
