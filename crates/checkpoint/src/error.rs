@@ -4,23 +4,37 @@ use std::path::PathBuf;
 
 use pirouette_model::config::ConfigError;
 
-/// A file's bytes contradict its format; says which field and what was found.
+/// A file's bytes contradict its format, or are of a kind that is not read; says which field and
+/// what was found.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0}")]
-pub struct Malformed(pub String);
+#[error("{what}")]
+pub struct Malformed {
+    what: String,
+    /// Nothing is wrong with the bytes: another copy of them would not help.
+    unread: bool,
+}
 
 impl Malformed {
     pub(crate) fn new(what: impl Into<String>) -> Self {
-        Malformed(what.into())
+        Malformed { what: what.into(), unread: false }
+    }
+
+    /// Well-formed, but of a kind that is not read. `what` ends with the remedy.
+    pub(crate) fn unread(what: impl Into<String>) -> Self {
+        Malformed { what: what.into(), unread: true }
     }
 
     /// The same fault inside something larger: `context: what`.
     pub(crate) fn within(self, context: &str) -> Self {
-        Malformed(format!("{context}: {}", self.0))
+        Malformed { what: format!("{context}: {}", self.what), ..self }
     }
 
     pub(crate) fn at(self, path: impl Into<PathBuf>) -> CheckpointError {
-        CheckpointError::Damaged { path: path.into(), what: self.0 }
+        let (path, what) = (path.into(), self.what);
+        match self.unread {
+            true => CheckpointError::Unsupported { path, what },
+            false => CheckpointError::Damaged { path, what },
+        }
     }
 }
 

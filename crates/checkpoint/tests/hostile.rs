@@ -206,6 +206,16 @@ fn chunks_of_the_wrong_length_are_named() {
     }
 }
 
+/// What follows a frame is no part of it: the chunk was written over by something else.
+#[test]
+fn bytes_behind_a_frame_are_noticed() {
+    let (meta, good) = frame();
+    let read = |bytes: &[u8]| read_array(meta, &|_: &str| Ok(Some((bytes.len() as u64, bytes))));
+    read(good).unwrap();
+    let text = read(&[good, &[0][..]].concat()).unwrap_err().to_string();
+    assert!(text.contains("after the end of the frame"), "{text}");
+}
+
 /// A tree that refers to a file outside its root.
 #[test]
 fn data_files_outside_the_database_are_refused() {

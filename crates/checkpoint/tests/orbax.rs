@@ -183,6 +183,14 @@ fn lost_chunks_are_no_zeros() {
     let error = || Arrays::open(dir.path()).unwrap().read("a/b").unwrap_err().to_string();
     std::fs::remove_file(path.join("1.0")).unwrap();
     assert!(Arrays::open(dir.path()).unwrap().read("a/b").is_ok(), "the fill value");
+    // Without one there is none to stand for it.
+    let meta = std::fs::read_to_string(path.join(".zarray")).unwrap();
+    let without = meta.replace(r#""fill_value":0.0"#, r#""fill_value":null"#);
+    assert_ne!(meta, without);
+    std::fs::write(path.join(".zarray"), without).unwrap();
+    let lost = error();
+    assert!(lost.contains("array `params.a.b`: chunk `1.0` is missing"), "{lost}");
+    std::fs::write(path.join(".zarray"), meta).unwrap();
     let says = |stored: bool| format!(r#"{{"store_array_data_equal_to_fill_value": {stored}}}"#);
     std::fs::write(dir.path().join("_METADATA"), says(false)).unwrap();
     assert!(Arrays::open(dir.path()).unwrap().read("a/b").is_ok());
@@ -354,6 +362,52 @@ fn wrong_arrays_are_named() {
     }
 }
 
+/// A folder without arrays, or with two of one name, says what it is and what helps.
+#[test]
+fn trees_that_are_no_arrays_are_explained() {
+    let error = |files: &[&str]| {
+        let dir = tempfile::tempdir().unwrap();
+        for file in files {
+            let path = dir.path().join("params").join(file);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "{}").unwrap();
+        }
+        open(dir.path()).map(drop).unwrap_err()
+    };
+    for (files, part, damaged) in [
+        (&["params.a/zarr.json"][..], "use_zarr3=False", false),
+        (&["ocdbt.process_0/manifest.ocdbt"], "the save was not finished", true),
+        (&["checkpoint", "_METADATA"], "without `aggregate`", false),
+        (&["_METADATA"], "no zarr array", true),
+    ] {
+        let e = error(files);
+        assert!(e.to_string().contains(part), "{e}\nlacks {part}");
+        assert_eq!(matches!(e, CheckpointError::Damaged { .. }), damaged, "{e}");
+    }
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["a.b", "params.a.b"] {
+        write_zarr(&dir.path().join(name), &[2], &[2], &[1.0, 2.0], true, &|_| false);
+    }
+    let text = Arrays::open(dir.path()).map(drop).unwrap_err().to_string();
+    assert!(text.contains("`a.b` and `params.a.b` are both `a/b`"), "{text}");
+}
+
+/// What is not read is not called damaged: another copy of the same would not help.
+#[test]
+fn unread_arrays_are_not_damaged_ones() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("params.a/.zarray");
+    write_zarr(path.parent().unwrap(), &[2], &[2], &[1.0, 2.0], true, &|_| false);
+    let good = std::fs::read_to_string(&path).unwrap();
+    for (from, to) in [("<f4", "<f8"), ("<f4", "<i4"), ("zstd", "blosc"), (r#""C""#, r#""F""#)] {
+        std::fs::write(&path, good.replace(from, to)).unwrap();
+        let e = Arrays::open(dir.path()).map(drop).unwrap_err();
+        assert!(matches!(e, CheckpointError::Unsupported { .. }), "{e}");
+        let text = e.to_string();
+        assert!(text.contains("array `params.a`") && text.contains("save the weights"), "{text}");
+    }
+}
+
 #[test]
 fn unread_kinds_of_zarr_are_named() {
     let good = serde_json::json!({
@@ -380,6 +434,19 @@ fn unread_kinds_of_zarr_are_named() {
         let e = pirouette_checkpoint::orbax::zarr::parse_zarray(text.as_bytes()).unwrap_err();
         assert!(e.to_string().contains(part), "{e}\nlacks {part}");
     }
+    for (text, wanted) in [("NaN", f64::NAN), ("-Infinity", f64::NEG_INFINITY)] {
+        let mut json = good.clone();
+        json["fill_value"] = text.into();
+        let meta = pirouette_checkpoint::orbax::zarr::parse_zarray(json.to_string().as_bytes());
+        assert_eq!(meta.unwrap().fill.map(f64::to_bits), Some(wanted.to_bits()));
+    }
+    let mut json = good.clone();
+    json["chunks"] = serde_json::json!([16777216]); // 64 MiB
+    assert!(pirouette_checkpoint::orbax::zarr::parse_zarray(json.to_string().as_bytes()).is_ok());
+    (json["shape"], json["chunks"]) = (serde_json::json!([2, 2]), serde_json::json!([5000, 5000]));
+    let e = pirouette_checkpoint::orbax::zarr::parse_zarray(json.to_string().as_bytes());
+    let e = e.unwrap_err().to_string();
+    assert!(e.contains("chunks [5000, 5000] for shape [2, 2]"), "{e}");
     let huge = r#"{"zarr_format":2,"shape":[16777216,16777216,16777216],"chunks":[1,1,1],
         "dtype":"<f4","order":"C","compressor":null}"#;
     let e = pirouette_checkpoint::orbax::zarr::parse_zarray(huge.as_bytes()).unwrap_err();

@@ -119,7 +119,10 @@ impl Arrays {
             return Err(zarr3(root));
         }
         let names = store.names()?;
-        if names.is_empty() || names.len() > MAX_ARRAYS {
+        if names.is_empty() {
+            return Err(no_arrays(root));
+        }
+        if names.len() > MAX_ARRAYS {
             let what = format!("{} zarr arrays in it, expected about 50", names.len());
             return Err(Malformed::new(what).at(root));
         }
@@ -136,6 +139,13 @@ impl Arrays {
                 .map_err(|e| e.within(&format!("array `{stored}`")).at(root))?;
             let name = stored.strip_suffix(".value").filter(|_| valued).unwrap_or(&stored);
             let path = name.strip_prefix("params.").unwrap_or(name).replace('.', "/");
+            if let Some(other) = entries.get(&path).map(|e: &ArrayEntry| &e.stored) {
+                let what = format!(
+                    "arrays `{other}` and `{stored}` are both `{path}`; save the weights of one \
+                     model alone"
+                );
+                return Err(Malformed::unread(what).at(root));
+            }
             entries.insert(path, ArrayEntry { stored, meta });
         }
         Ok(Arrays { root: root.into(), store, entries, complete })
@@ -182,7 +192,7 @@ impl Arrays {
         let chunk = |key: &str| {
             let stored = self.store.get(&format!("{}/{key}", entry.stored));
             let stored = stored.map_err(|e| Malformed::new(note(&failed, e)))?;
-            if stored.is_none() && self.complete {
+            if stored.is_none() && (self.complete || entry.meta.fill.is_none()) {
                 return Err(Malformed::new(format!("chunk `{key}` is missing")));
             }
             Ok(stored.map(|stored| {
@@ -225,6 +235,28 @@ impl Read for Noted<'_> {
     }
 }
 
+/// Why there is none, as far as the folder tells.
+fn no_arrays(root: &Path) -> CheckpointError {
+    let entries = || std::fs::read_dir(root).into_iter().flatten().flatten();
+    if entries().any(|e| e.path().join("zarr.json").is_file()) {
+        return zarr3(root);
+    }
+    if root.join("manifest.ocdbt").is_file() {
+        return Malformed::new("no zarr array in it, expected about 50").at(root);
+    }
+    if entries().any(|e| e.file_name().to_string_lossy().starts_with("ocdbt.process_")) {
+        let what = "there are `ocdbt.process_*` folders but no `manifest.ocdbt` that joins them: \
+                    the save was not finished, or not all of it was copied";
+        return Malformed::new(what).at(root);
+    }
+    if root.join("checkpoint").is_file() {
+        let what = "the arrays are in one `checkpoint` file (msgpack), which is not read; save \
+                    them again with Orbax without `aggregate`";
+        return Malformed::unread(what).at(root);
+    }
+    Malformed::new("no zarr array in it, expected about 50").at(root)
+}
+
 fn zarr3(root: &Path) -> CheckpointError {
     let what = "the arrays are stored as zarr v3, which openpi does not write; save them again \
                 with Orbax's `use_zarr3=False`";
@@ -232,7 +264,8 @@ fn zarr3(root: &Path) -> CheckpointError {
 }
 
 /// `_METADATA` is optional; what matters in it is whether the codec is the known one, and whether
-/// a chunk that is not there is one that was lost: without a word on it, it holds the fill value.
+/// a chunk that is not there is one that was lost: without a word on it, it holds the fill value,
+/// if the array has one.
 fn every_chunk_is_there(root: &Path) -> Result<bool, CheckpointError> {
     let path = root.join("_METADATA");
     if !present(&path)? {

@@ -14,6 +14,8 @@ use crate::error::Malformed;
 pub const MAX_ARRAY_BYTES: usize = 16 << 30;
 /// Most chunks of one array.
 pub const MAX_CHUNKS: usize = 1 << 20;
+/// Largest chunk that may exceed its array.
+const LARGER_CHUNK_BYTES: usize = 64 << 20;
 /// Most axes.
 pub const MAX_RANK: usize = 8;
 /// Decoded bytes handed on at a time: the decoder buffers what it is asked for.
@@ -32,8 +34,9 @@ pub struct ArrayMeta {
     pub dtype: DType,
     /// Whether chunks are zstd frames (else raw).
     pub zstd: bool,
-    /// Value of absent chunks.
-    pub fill: f64,
+    /// Value of absent chunks. Without one every chunk was written: TensorStore leaves out only
+    /// chunks that equal it.
+    pub fill: Option<f64>,
     /// Between the indices of a chunk's key: `.` or `/`.
     pub separator: char,
 }
@@ -69,8 +72,12 @@ pub fn parse_zarray(bytes: &[u8]) -> Result<ArrayMeta, Malformed> {
     let json: Value = serde_json::from_slice(bytes)
         .map_err(|e| Malformed::new(format!(".zarray is not JSON: {e}")))?;
     let bad = |what: &str| Malformed::new(format!(".zarray: {what}"));
+    let unread = |what: &str| {
+        let remedy = "save the weights again as float32 or bfloat16 with Orbax's defaults";
+        Malformed::unread(format!(".zarray: {what}; {remedy}"))
+    };
     if json["zarr_format"] != 2 {
-        return Err(bad(&format!("zarr_format {} is not read, only 2", json["zarr_format"])));
+        return Err(unread(&format!("zarr_format {} is not read, only 2", json["zarr_format"])));
     }
     let extents = |key: &str| -> Result<Vec<usize>, Malformed> {
         let list = json[key].as_array().ok_or_else(|| bad(&format!("no `{key}`")))?;
@@ -93,23 +100,23 @@ pub fn parse_zarray(bytes: &[u8]) -> Result<ArrayMeta, Malformed> {
         Some("bfloat16") => DType::Bf16,
         _ => {
             let what = format!("dtype {} is not read, only <f4, <f2, bfloat16", json["dtype"]);
-            return Err(bad(&what));
+            return Err(unread(&what));
         }
     };
     if json["order"] != "C" {
-        return Err(bad(&format!("order {} is not read, only \"C\"", json["order"])));
+        return Err(unread(&format!("order {} is not read, only \"C\"", json["order"])));
     }
     if json["filters"].as_array().is_some_and(|f| !f.is_empty()) {
-        return Err(bad("filters are not read"));
+        return Err(unread("filters are not read"));
     }
     let zstd = match &json["compressor"] {
         Value::Null => false,
         c if c["id"] == "zstd" => true,
-        c => return Err(bad(&format!("compressor {c} is not read, only zstd"))),
+        c => return Err(unread(&format!("compressor {c} is not read, only zstd"))),
     };
     let fill = match &json["fill_value"] {
-        Value::Null => 0.0,
-        v => v.as_f64().ok_or_else(|| bad(&format!("fill_value {v} is not a number")))?,
+        Value::Null => None,
+        v => Some(number(v).ok_or_else(|| bad(&format!("fill_value {v} is not a number")))?),
     };
     let separator = match json["dimension_separator"].as_str() {
         None | Some(".") => '.',
@@ -117,6 +124,17 @@ pub fn parse_zarray(bytes: &[u8]) -> Result<ArrayMeta, Malformed> {
         Some(s) => return Err(bad(&format!("dimension_separator {s:?}"))),
     };
     check_sizes(ArrayMeta { shape, chunks, dtype, zstd, fill, separator })
+}
+
+/// A number, or the name of one that JSON does not have.
+fn number(v: &Value) -> Option<f64> {
+    match v.as_str() {
+        None => v.as_f64(),
+        Some("NaN") => Some(f64::NAN),
+        Some("Infinity") => Some(f64::INFINITY),
+        Some("-Infinity") => Some(f64::NEG_INFINITY),
+        Some(_) => None,
+    }
 }
 
 fn check_sizes(meta: ArrayMeta) -> Result<ArrayMeta, Malformed> {
@@ -127,6 +145,11 @@ fn check_sizes(meta: ArrayMeta) -> Result<ArrayMeta, Malformed> {
             let limit = MAX_ARRAY_BYTES >> 30;
             return Err(Malformed::new(format!(".zarray: {what} {list:?} exceeds {limit} GiB")));
         }
+    }
+    let (chunk, limit) = (meta.chunk_bytes(), meta.bytes().max(LARGER_CHUNK_BYTES));
+    if chunk > limit {
+        let what = format!(".zarray: chunks {:?} for shape {:?}", meta.chunks, meta.shape);
+        return Err(Malformed::new(what));
     }
     match product(&meta.grid()) {
         Some(n) if n <= MAX_CHUNKS => Ok(meta),
@@ -190,10 +213,11 @@ pub fn read_array<R: Read>(
 
 fn filled(meta: &ArrayMeta) -> Vec<u8> {
     let mut out = vec![0; meta.bytes()];
-    if meta.fill != 0.0 {
-        let single = (meta.fill as f32).to_le_bytes();
-        let brain = bf16::from_f64(meta.fill).to_le_bytes();
-        let half = f16::from_f64(meta.fill).to_le_bytes();
+    let fill = meta.fill.unwrap_or(0.0);
+    if fill != 0.0 {
+        let single = (fill as f32).to_le_bytes();
+        let brain = bf16::from_f64(fill).to_le_bytes();
+        let half = f16::from_f64(fill).to_le_bytes();
         let value: &[u8] = match meta.dtype {
             DType::F32 => &single,
             DType::Bf16 => &brain,
@@ -242,9 +266,13 @@ fn decode(
     let sums = (stream.decoder.get_checksum_from_data(), stream.decoder.get_calculated_checksum());
     match sums {
         (Some(stored), Some(computed)) if stored != computed => {
-            Err(bad(format!("checksum {computed:08x}, recorded {stored:08x}")))
+            return Err(bad(format!("checksum {computed:08x}, recorded {stored:08x}")));
         }
-        _ => Ok(()),
+        _ => {}
+    }
+    match stream.get_mut().read(&mut sink[..1]).map_err(|e| bad(e.to_string()))? {
+        0 => Ok(()),
+        _ => Err(bad("more bytes after the end of the frame".into())),
     }
 }
 

@@ -131,7 +131,7 @@ pub fn write_zarr(
     };
     let meta = serde_json::json!({
         "zarr_format": 2, "shape": shape, "chunks": chunks, "dtype": "<f4", "order": "C",
-        "compressor": compressor, "filters": null, "fill_value": null, "dimension_separator": ".",
+        "compressor": compressor, "filters": null, "fill_value": 0.0, "dimension_separator": ".",
     });
     std::fs::write(dir.join(".zarray"), meta.to_string()).unwrap();
     let grid: Vec<usize> = shape.iter().zip(chunks).map(|(s, c)| s.div_ceil(*c)).collect();

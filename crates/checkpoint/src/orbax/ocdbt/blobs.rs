@@ -81,8 +81,8 @@ pub fn parse_manifest(bytes: &[u8]) -> Result<Manifest, Malformed> {
     c.raw(16)?; // uuid
     let kind = c.u8()?;
     if kind != 0 {
-        return Err(Malformed::new(format!(
-            "manifest kind {kind} (numbered manifests) is not read; save with Orbax's default"
+        return Err(Malformed::unread(format!(
+            "manifest kind {kind} (numbered manifests) is not read; save again with Orbax's default"
         )));
     }
     c.varint()?; // max_inline_value_bytes
