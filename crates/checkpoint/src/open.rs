@@ -16,6 +16,11 @@ use crate::safetensors::TensorFiles;
 use crate::strict::model_of;
 use crate::torch_source::TorchSource;
 
+/// Weights without the file that says what they are.
+const NO_POLICY_TYPE: &str = "the tensors have LeRobot's names, but there is no such file, or no \
+                              `type` in it: copy the whole folder of the policy, with its \
+                              config.json and processor files";
+
 /// An open checkpoint whose tensors are known to be exactly those of `config`.
 pub struct Checkpoint {
     /// What kind of files it is made of.
@@ -85,6 +90,10 @@ fn open_torch(layout: Layout, foreign: &[&str]) -> Result<Checkpoint, Checkpoint
         _ => None,
     };
     let files = TensorFiles::open(&layout.weights)?;
+    if lerobot.is_none() && files.entry("model.action_in_proj.weight").is_some() {
+        let (path, what) = (layout.root.join("config.json"), NO_POLICY_TYPE.to_string());
+        return Err(CheckpointError::Unsupported { path, what });
+    }
     let stored = files
         .entries()
         .map(|e| e.name.as_str())

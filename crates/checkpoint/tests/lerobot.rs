@@ -300,6 +300,15 @@ fn a_base_checkpoint_may_lack_processors() {
 }
 
 /// Each change of the settings, and what the error must say.
+/// The weights file alone, without its `config.json`.
+#[test]
+fn lerobot_weights_need_their_config() {
+    let dir = support::folder(&prefixed(tiny("pi0")));
+    let e = open(dir.path()).map(drop).unwrap_err();
+    assert!(matches!(e, CheckpointError::Unsupported { .. }), "{e}");
+    assert!(e.to_string().contains("config.json: the tensors have LeRobot's names"), "{e}");
+}
+
 #[test]
 fn policies_that_cannot_run_are_refused() {
     let cases = [
