@@ -1,5 +1,7 @@
 //! Pillow's 8-bit bilinear resize (a triangle filter, antialiased), bit for bit, on a black
-//! square. Horizontal pass, then vertical, with 8-bit pixels between them.
+//! square. Horizontal pass, then vertical, with 8-bit pixels between them: Pillow up to 12, as in
+//! openpi's lock file (11.2.1). Pillow 13 shrinks images over twice as tall as wide vertically
+//! first, which moves some of their pixels by one level.
 
 use super::fitted_size;
 
