@@ -24,6 +24,9 @@ use crate::service::{Reply, RequestContext, ServiceError};
 /// How long a client that asks for actions waits for an observation of its own.
 const OBSERVATION_WAIT: Duration = Duration::from_secs(2);
 
+/// How long the last call for actions may take to end when its client begins anew.
+const RESTART_WAIT: Duration = Duration::from_millis(500);
+
 /// One robot's side of the server.
 pub(super) struct Robot {
     shared: Arc<Shared>,
@@ -33,12 +36,31 @@ pub(super) struct Robot {
     number: u64,
     /// One observation at a time is on its way, so that its pieces cost one frame's memory.
     uploading: Semaphore,
+    /// Calls for actions: how many wait, and how many came to an end that their client saw.
+    asking: watch::Sender<(usize, u64)>,
+}
+
+/// A call for actions, which may be dropped when its client has left.
+struct Asking<'a>(&'a watch::Sender<(usize, u64)>);
+
+impl<'a> Asking<'a> {
+    fn begin(asking: &'a watch::Sender<(usize, u64)>) -> Self {
+        asking.send_modify(|(waiting, _)| *waiting += 1);
+        Asking(asking)
+    }
+}
+
+impl Drop for Asking<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|(waiting, _)| *waiting -= 1);
+    }
 }
 
 impl Robot {
     pub(super) fn new(shared: Arc<Shared>, draining: watch::Receiver<bool>, number: u64) -> Self {
         let session = Arc::default();
-        Robot { shared, session, draining, number, uploading: Semaphore::new(1) }
+        let (uploading, asking) = (Semaphore::new(1), watch::Sender::default());
+        Robot { shared, session, draining, number, uploading, asking }
     }
 
     /// Answers a call by its path: the bytes of its message.
@@ -46,10 +68,7 @@ impl Robot {
         let patience = self.shared.options.keepalive_timeout;
         let in_time = |late| Status { code: wire::Code::DeadlineExceeded, ..Status::invalid(late) };
         match path.strip_prefix("/transport.AsyncInference/") {
-            Some("Ready") => {
-                self.session.clear();
-                Ok(Vec::new())
-            }
+            Some("Ready") => self.ready().await,
             Some("SendPolicyInstructions") => {
                 let mut messages = messages;
                 let received = tokio::time::timeout(patience, messages.only()).await;
@@ -62,9 +81,32 @@ impl Robot {
                     observed.unwrap_or_else(|_| Err(in_time("the pieces took too long")));
                 self.observe(observed)
             }
-            Some("GetActions") => self.actions().await,
+            Some("GetActions") => {
+                let _asking = Asking::begin(&self.asking);
+                let actions = self.actions().await;
+                self.asking.send_modify(|(_, ended)| *ended += 1);
+                actions
+            }
             _ => Err(Status::unknown_method(path)),
         }
+    }
+
+    /// A client begins. Another one that asks for actions on the same connection is another robot
+    /// in the same process, where gRPC shares connections: each would get the other's actions.
+    async fn ready(&self) -> Result<Vec<u8>, Status> {
+        let mut asking = self.asking.subscribe();
+        let before = asking.borrow().1;
+        // A client that left withdraws its calls; those of one that lives are answered.
+        let settled = asking.wait_for(|(waiting, ended)| *waiting == 0 || *ended != before);
+        let settled = tokio::time::timeout(RESTART_WAIT, settled).await.ok();
+        let alone = settled.is_some_and(|seen| seen.is_ok_and(|seen| seen.1 == before));
+        if !alone {
+            let text = "another robot client asks for actions on this connection: clients of one \
+                        process share it, so start each robot's client in a process of its own";
+            return Err(Status::precondition(text));
+        }
+        self.session.clear();
+        Ok(Vec::new())
     }
 
     async fn set_up(&self, data: Bytes) -> Result<Vec<u8>, Status> {

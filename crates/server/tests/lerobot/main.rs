@@ -320,6 +320,35 @@ async fn robots_do_not_see_each_other_and_one_that_leaves_withdraws_its_request(
     assert_eq!(two.actions().await.unwrap(), answer(4, 40.0));
 }
 
+/// gRPC gives all clients of a process one connection to a server.
+#[tokio::test]
+async fn a_robot_that_would_share_anothers_connection_is_refused() {
+    let server = start(ServeOptions::default()).await;
+    let one = Client::ready(server.lerobot_address).await;
+    let waiting = tokio::spawn({
+        let one = one.clone();
+        async move { one.actions().await }
+    });
+    // What the server answers to this it has read after that call.
+    one.post("/transport.AsyncInference/None", "application/grpc", b"").await.unwrap_err();
+    let (code, why) = one.call("Ready", &framed(b"")).await.unwrap_err();
+    assert_eq!(code, FAILED_PRECONDITION);
+    assert!(why.contains("a process of its own"), "{why}");
+    // The first one has lost nothing by it.
+    one.observe(&seen(1, 10.0, true, "x")).await.unwrap();
+    assert_eq!(waiting.await.unwrap().unwrap(), answer(1, 10.0));
+    // One that left may come again: its call is withdrawn.
+    let waiting = tokio::spawn({
+        let one = one.clone();
+        async move { one.actions().await }
+    });
+    one.post("/transport.AsyncInference/None", "application/grpc", b"").await.unwrap_err();
+    waiting.abort();
+    one.call("Ready", &framed(b"")).await.unwrap();
+    one.observe(&seen(2, 20.0, true, "x")).await.unwrap();
+    assert_eq!(one.actions().await.unwrap(), answer(2, 20.0));
+}
+
 #[tokio::test]
 async fn connections_are_bounded_in_number_and_patience() {
     let options = ServeOptions {
@@ -388,7 +417,7 @@ async fn a_drain_answers_what_runs_and_ends_what_waits() {
     let (busy, asked) = (ask(busy), ask(waiting.clone()));
     eventually("a request", || server.script.running.load(SeqCst) == 1).await;
     // Calls of a connection begin in their order: the one before this has.
-    waiting.call("Ready", &framed(b"")).await.unwrap();
+    waiting.post("/transport.AsyncInference/None", "application/grpc", b"").await.unwrap_err();
     server.shut_down();
     assert_eq!(asked.await.unwrap().unwrap(), "");
     server.script.held.send_replace(false);
