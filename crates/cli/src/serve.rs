@@ -114,6 +114,12 @@ fn rate(text: &str) -> Result<f64, String> {
 /// Serves until SIGTERM or Ctrl-C.
 pub fn run(args: &ServeArgs) -> Result<()> {
     log::start(args.open.log_format)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    if args.api_key_file.is_some() || args.admin_key_file.is_some() || args.tls_cert.is_some() {
+        // A reload while the model is still being opened must not be the server's end.
+        let _context = runtime.enter();
+        pirouette_server::expect_hangup();
+    }
     let doors = doors(args);
     let serve = serve_options(args, &doors)?;
     let record = typed(args).1.map(|dir| RecordOptions {
@@ -126,7 +132,6 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     descriptors::raise((serve.max_connections + handshakes + 256) as u64);
     let service = load(&args.open, typed(args).0, |policy| check_clients(args, policy))?;
     let service = Arc::new(service);
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let served = runtime.block_on(listen(doors, &service, serve, record));
     ending::leave(runtime, service);
     served

@@ -64,8 +64,12 @@ impl Served {
     }
 
     fn terminate(&self) {
+        self.signal("-TERM");
+    }
+
+    fn signal(&self, name: &str) {
         let id = self.child.id().to_string();
-        assert!(Command::new("kill").args(["-TERM", &id]).status().unwrap().success());
+        assert!(Command::new("kill").args([name, &id]).status().unwrap().success());
     }
 
     fn ended(&mut self) -> ExitStatus {
@@ -100,4 +104,23 @@ fn a_model_that_warms_up_holds_neither_its_clients_nor_the_process() {
         assert!(status.success(), "{isolate}: {status}");
         assert!(told.elapsed() < Duration::from_secs(15), "{isolate}: {:?}", told.elapsed());
     }
+}
+
+/// A reload (systemd's ExecReload) while files are still being read, which systemd would take for
+/// a clean end, after which it restarts nothing.
+#[test]
+fn a_hangup_while_the_server_starts_is_not_its_end() {
+    let folder = tempfile::tempdir().unwrap();
+    let keys = folder.path().join("keys");
+    assert!(Command::new("mkfifo").arg(&keys).status().unwrap().success());
+    let flags = ["--device", "null:1:1", "--api-key-file", keys.to_str().unwrap()];
+    let mut served = Served::start(&flags);
+    // Opens once the server reads it, which waits for what is written.
+    let mut writer = std::fs::File::options().write(true).open(&keys).unwrap();
+    served.signal("-HUP");
+    std::thread::sleep(Duration::from_millis(200));
+    // It may have gone.
+    let _ = writer.write_all(b"no-key");
+    drop(writer);
+    assert_eq!(served.ended().code(), Some(1), "it ends because of that file");
 }

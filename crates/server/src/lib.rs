@@ -55,6 +55,7 @@ pub use options::{
 pub use pages::{Method, Page, PageRequest};
 pub use preparation::{Preparation, Prepared};
 pub use record::{LeftOut, RecordOptions, Recorded, Recorder, Recording, RecordingError};
+pub use reload::expect_hangup;
 pub use render::render_engine;
 pub use rtc::{LeftOver, RtcFields, Space};
 pub use seldom::Seldom;

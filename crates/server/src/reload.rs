@@ -118,6 +118,14 @@ pub(crate) async fn watch(shared: Arc<Shared>) {
     }
 }
 
+/// From now on SIGHUP does not end the process, as it does by default: for the time before
+/// [`crate::serve`], which reads files again at it. Files that are read after this call and
+/// changed before that are noticed all the same. Needs a runtime's context.
+pub fn expect_hangup() {
+    // A handler stays as long as the process.
+    drop(Hangup::new());
+}
+
 /// SIGHUP, where there is such a thing.
 struct Hangup {
     #[cfg(unix)]
