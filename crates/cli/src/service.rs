@@ -52,7 +52,12 @@ impl PolicyService {
             }
         };
         let served = Arc::clone(&self.served);
-        let swap = move || served.swap(wanted.checkpoint);
+        // The log is told by whoever swaps: the client may not have waited.
+        let swap = move || {
+            served.swap(wanted.checkpoint).inspect_err(|why| {
+                tracing::error!("not swapped, the old checkpoint serves on: {why:#}");
+            })
+        };
         match tokio::task::spawn_blocking(swap).await {
             Ok(Ok(report)) => {
                 let (devices, changed) = (report.devices, report.changed);
@@ -63,7 +68,6 @@ impl PolicyService {
                 Page::json(200, done.to_string() + "\n")
             }
             Ok(Err(why)) => {
-                tracing::error!("not swapped, the old checkpoint serves on: {why:#}");
                 Page::text(409, format!("not swapped, the old checkpoint serves on: {why:#}\n"))
             }
             Err(_) => Page::text(500, "not swapped: a bug, see the log\n"),
