@@ -290,8 +290,6 @@ async fn request<Io>(
         .timer(TokioTimer::new())
         .header_read_timeout(until.saturating_duration_since(Instant::now()))
         .max_buf_size(32 << 10)
-        // One answer: else HTTP/1.0 clients that ask to keep the connection are told so, too.
-        .keep_alive(false)
         .title_case_headers(true)
         .serve_connection(TokioIo::new(io), answer)
         .with_upgrades();
