@@ -379,3 +379,18 @@ impl Attention {
         Launch { shared_bytes, dependent: true, ..launch }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_stay_in_one_part_where_a_row_may_see_none_of_the_second() {
+        // No row that sees less than others, and one with as many suffix keys as a tile has.
+        for hidden in [0, PREFILL_KEYS] {
+            assert_eq!([24, 66, 67].map(|tiles| key_parts(tiles, 132, hidden)), [2, 2, 1]);
+        }
+        // π0, h = 288, two samples: the second part began with suffix keys alone.
+        assert_eq!(key_parts(38, 132, 289), 1);
+    }
+}
