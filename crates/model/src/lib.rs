@@ -13,6 +13,7 @@ pub mod config;
 pub mod cost;
 mod denoise;
 mod fold;
+pub mod fp8;
 mod prefill;
 pub mod program;
 mod record;

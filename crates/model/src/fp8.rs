@@ -1,0 +1,270 @@
+//! Weights of the prefix tower's MLPs → the powers of two that put them, and what they meet, into
+//! the range of E4M3 (8-bit floats: 4 bits of exponent, 3 of mantissa, at most 448, no infinity).
+//!
+//! At `fp8` the products `prefill.i.up` and `prefill.i.down` take both operands as E4M3, summed in
+//! f32; everything else is as at bf16. These two are 0.87 of the prefill's FLOPs. Rounding the
+//! attention's products of that tower as well doubles the error of the actions, vision's products
+//! triple it, and the expert's loop does not wait for its bytes.
+//!
+//! A float needs no scale that fits closely, only one that keeps it in range. So there is no
+//! calibration and nothing is measured at run time: with x̂ the normalised row of C columns, s the
+//! norm's learned scale, g and u the rows of gate and up of one hidden unit,
+//!
+//! - |x̂ᵢ·sᵢ| ≤ √C·max|s|, since rstd ≤ 1/√mean(x²);
+//! - |h| = |gelu(g·x)·(u·x)| ≤ C·‖g∘s‖·‖u∘s‖ by Cauchy–Schwarz, since |gelu(v)| ≤ |v|.
+//!
+//! Scaled by these bounds nothing can overflow, whatever the observation. They are generous (√C and
+//! C times what random inputs give), and E4M3 has 18 binades with its subnormals. A hidden unit has
+//! a power of two of its own: it multiplies the unit's row of `up` and divides its column of
+//! `down`, so it costs nothing at run time and their columns lie as far apart as what they
+//! contribute does.
+
+use crate::program::WeightId;
+use crate::source::{SourceError, TensorSource};
+use crate::weights::WeightTable;
+
+/// The largest E4M3 number.
+pub const MAX: f32 = 448.0;
+/// Both operands of gate and of up are rounded, each by at most 2⁻⁴ of itself.
+const ROUNDING: f64 = (1.0 + 0.0625) * (1.0 + 0.0625) * (1.0 + 0.0625) * (1.0 + 0.0625);
+/// What bf16 roundings of a scaled row may add to its bound.
+const SLACK: f64 = 1.01;
+/// Exponents stay where a product of two factors is an ordinary f32.
+const MOST: i32 = 60;
+/// Rows read at a time.
+const ROWS: usize = 64;
+
+/// The nearest E4M3 number, ties to even, at most ±[`MAX`]; NaN is 0x7f.
+#[inline]
+pub fn encode(v: f32) -> u8 {
+    let (sign, v) = ((v.to_bits() >> 24 & 0x80) as u8, v.abs());
+    if v.is_nan() {
+        return sign | 0x7f;
+    }
+    if v >= MAX {
+        return sign | 0x7e;
+    }
+    // Below 2⁻⁶ numbers are 2⁻⁹ apart.
+    if v < 0.015625 {
+        return sign | (v * 512.0).round_ties_even() as u8;
+    }
+    let bits = v.to_bits();
+    let rounded = bits + ((1 << 19) - 1) + (bits >> 20 & 1);
+    // Exponent 127 of f32 is 7 of E4M3.
+    sign | ((rounded >> 20) - (120 << 3)) as u8
+}
+
+/// The number behind a code.
+#[inline]
+pub fn decode(code: u8) -> f32 {
+    let (exponent, mantissa) = (u32::from(code >> 3 & 15), u32::from(code & 7));
+    let magnitude = match (exponent, mantissa) {
+        (15, 7) => f32::NAN,
+        (0, m) => m as f32 / 512.0,
+        (e, m) => f32::from_bits((e + 120) << 23 | m << 20),
+    };
+    if code & 0x80 != 0 { -magnitude } else { magnitude }
+}
+
+/// The nearest E4M3 number as f32.
+#[inline]
+pub fn round(v: f32) -> f32 {
+    decode(encode(v))
+}
+
+/// The weights of one MLP of the prefix tower.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mlp {
+    /// The learned scale of the norm in front, `[1, C]`.
+    pub norm: WeightId,
+    /// gate‖up, `[2·M, C]`.
+    pub up: WeightId,
+    /// `[C, M]`
+    pub down: WeightId,
+}
+
+/// One of the two matrices of an MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Matrix {
+    /// gate‖up
+    Up,
+    /// down
+    Down,
+}
+
+impl WeightTable {
+    /// The MLPs whose products are E4M3 at `fp8`: those of all prefix layers but the last, which
+    /// has none.
+    pub fn prefix_mlps(&self) -> Vec<Mlp> {
+        let mlp = |i: usize| Mlp {
+            norm: self.id(&format!("prefill.{i}.mlp.norm")),
+            up: self.id(&format!("prefill.{i}.up")),
+            down: self.id(&format!("prefill.{i}.down")),
+        };
+        (0..self.config.depth - 1).map(mlp).collect()
+    }
+}
+
+/// Exponents of the powers of two that multiply an MLP's operands before they are rounded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MlpScales {
+    /// Of the normalised rows, before gate and up.
+    pub input: i32,
+    /// Of gate's rows.
+    pub gate: i32,
+    /// Of up's rows, beside their unit's.
+    pub up: i32,
+    /// Of each hidden unit: what `down` reads is h·2^hidden.
+    pub hidden: Vec<i32>,
+    /// Of down's columns, beside their unit's, which divides them.
+    pub down: i32,
+}
+
+impl MlpScales {
+    /// Reads an MLP's weights through once.
+    pub fn measure(
+        table: &WeightTable,
+        mlp: &Mlp,
+        source: &dyn TensorSource,
+    ) -> Result<Self, SourceError> {
+        let width = table.spec(mlp.up).cols;
+        let units = table.spec(mlp.down).cols;
+        let mut scale = vec![0.0f32; width];
+        table.open(mlp.norm, source)?.fill(0, &mut scale)?;
+        let largest_scale = scale.iter().fold(0.0f32, |m, s| m.max(s.abs())) as f64;
+        let input = exponent((width as f64).sqrt() * largest_scale * SLACK);
+
+        // Of each row of gate‖up: its norm behind the scale, its largest value.
+        let (mut norms, mut largest) = (Vec::new(), Vec::new());
+        rows(table, mlp.up, source, |row| {
+            let squares = row.iter().zip(&scale).map(|(w, s)| (w * s) as f64 * (w * s) as f64);
+            norms.push(squares.sum::<f64>().sqrt());
+            largest.push(row.iter().fold(0.0f32, |m, w| m.max(w.abs())) as f64);
+        })?;
+        let bound = |j: usize| width as f64 * norms[j] * norms[units + j] * ROUNDING * SLACK;
+        let hidden: Vec<i32> = (0..units).map(|j| exponent(bound(j))).collect();
+        let of_unit = |j: usize| 2f64.powi(hidden[j]);
+        let gate = exponent(largest[..units].iter().fold(0.0, |m: f64, w| m.max(*w)));
+        let up = (0..units).fold(0.0, |m: f64, j| m.max(largest[units + j] * of_unit(j)));
+        let inverse: Vec<f32> = hidden.iter().map(|e| power(-e)).collect();
+        let mut down = 0.0f64;
+        rows(table, mlp.down, source, |row| {
+            let most = row.iter().zip(&inverse).fold(0.0f32, |m, (w, f)| m.max((w * f).abs()));
+            down = down.max(most as f64);
+        })?;
+        Ok(MlpScales { input, gate, up: exponent(up), hidden, down: exponent(down) })
+    }
+
+    /// Multiplies row `row` of a matrix, so that its values are in range.
+    pub fn scale_row(&self, matrix: Matrix, row: usize, values: &mut [f32]) {
+        let factor = match matrix {
+            Matrix::Up if row < self.hidden.len() => power(self.gate),
+            Matrix::Up => power(self.up) * power(self.hidden[row - self.hidden.len()]),
+            Matrix::Down => {
+                for (v, e) in values.iter_mut().zip(&self.hidden) {
+                    *v *= power(-e);
+                }
+                power(self.down)
+            }
+        };
+        for v in values {
+            *v *= factor;
+        }
+    }
+
+    /// What a row was multiplied by, undone.
+    pub fn unscale_row(&self, matrix: Matrix, row: usize, values: &mut [f32]) {
+        let factor = match matrix {
+            Matrix::Up if row < self.hidden.len() => power(-self.gate),
+            Matrix::Up => power(-self.up) * power(-self.hidden[row - self.hidden.len()]),
+            Matrix::Down => {
+                for (v, e) in values.iter_mut().zip(&self.hidden) {
+                    *v *= power(*e);
+                }
+                power(-self.down)
+            }
+        };
+        for v in values {
+            *v *= factor;
+        }
+    }
+}
+
+/// 2^`exponent`
+#[inline]
+pub fn power(exponent: i32) -> f32 {
+    f32::from_bits(((exponent.clamp(-126, 127) + 127) as u32) << 23)
+}
+
+/// The largest exponent whose power of two keeps `bound` within [`MAX`].
+fn exponent(bound: f64) -> i32 {
+    if !(bound > 0.0 && bound.is_finite()) {
+        return 0;
+    }
+    ((MAX as f64 / bound).log2().floor() as i32).clamp(-MOST, MOST)
+}
+
+fn rows(
+    table: &WeightTable,
+    id: WeightId,
+    source: &dyn TensorSource,
+    mut each: impl FnMut(&[f32]),
+) -> Result<(), SourceError> {
+    let spec = table.spec(id);
+    let opened = table.open(id, source)?;
+    let mut values = vec![0.0f32; ROWS.min(spec.rows) * spec.cols];
+    for first in (0..spec.rows).step_by(ROWS) {
+        let values = &mut values[..ROWS.min(spec.rows - first) * spec.cols];
+        opened.fill(first, values)?;
+        values.chunks_exact(spec.cols).for_each(&mut each);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_are_their_own_nearest_numbers() {
+        for code in 0..=255u8 {
+            let v = decode(code);
+            if v.is_nan() {
+                assert_eq!(code & 0x7f, 0x7f);
+            } else {
+                assert_eq!(encode(v), code, "{v}");
+            }
+        }
+        assert_eq!(
+            [decode(0x7e), decode(0x01), decode(0x08)],
+            [448.0, 2f32.powi(-9), 2f32.powi(-6)]
+        );
+        assert_eq!(encode(f32::NAN), 0x7f);
+        for big in [448.1, 464.0, 1e30, f32::INFINITY] {
+            assert_eq!([round(big), round(-big)], [MAX, -MAX]);
+        }
+    }
+
+    #[test]
+    fn rounding_is_to_the_nearest_and_ties_to_even() {
+        let all: Vec<f32> = (0..=0x7e).map(decode).collect();
+        for (code, pair) in all.windows(2).enumerate() {
+            let middle = (pair[0] + pair[1]) / 2.0;
+            let even = if code % 2 == 0 { pair[0] } else { pair[1] };
+            assert_eq!(round(middle), even, "{middle}");
+            let (below, above) = (f32::from_bits(middle.to_bits() - 1), middle.next_up());
+            assert_eq!([round(below), round(above)], [pair[0], pair[1]], "{middle}");
+            assert_eq!(round(-above), -pair[1]);
+        }
+    }
+
+    #[test]
+    fn an_exponent_is_the_largest_that_fits() {
+        for bound in [1e-9, 0.3, 1.0, 448.0, 449.0, 1e7] {
+            let e = exponent(bound);
+            assert!(bound * power(e) as f64 <= MAX as f64, "{bound}");
+            assert!(bound * power(e + 1) as f64 > MAX as f64, "{bound}");
+        }
+        assert_eq!([exponent(0.0), exponent(f64::NAN), exponent(1e-300)], [0, 0, MOST]);
+    }
+}
