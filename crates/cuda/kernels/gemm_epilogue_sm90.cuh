@@ -17,7 +17,8 @@ static __device__ __forceinline__ float gelu_tanh(float g) { return gelu_of_half
 struct Rows {
     float b0, b1, c0, c1;
     float turns_hi, turns_lo;
-    float scale;   // STORE_POSITION: of the product
+    float scale;   // STORE_POSITION, E4M3: of the product
+    float up;      // E4M3_GEGLU: of up's
     float g0, g1;  // ADD of the loop: of the features' products
     float next[8];  // scale of the next norm, of the thread's chunk in copy_out
 };
@@ -37,12 +38,13 @@ template <class T>
 static __device__ __forceinline__ Rows rows_of(const GemmParams& p, int block, int warp, int lane) {
     const int f = block + warp * 16 + lane / 4;
     Rows r = {};
-    constexpr bool BIAS = !T::RMS || T::OF_LOOP;
+    constexpr bool BIAS = (!T::RMS && !T::E4M3) || T::OF_LOOP;
     if (BIAS) r.b0 = p.bias != nullptr && f < (int)p.n ? p.bias[f] : 0.f;
     if (BIAS) r.b1 = p.bias != nullptr && f + 8 < (int)p.n ? p.bias[f + 8] : 0.f;
     r.c0 = T::NORM && !T::RMS && p.colsum != nullptr && f < (int)p.n ? p.colsum[f] : 0.f;
     r.c1 = T::NORM && !T::RMS && p.colsum != nullptr && f + 8 < (int)p.n ? p.colsum[f + 8] : 0.f;
-    if (T::EPI == STORE_POSITION) r.scale = p.scale;
+    if (T::EPI == STORE_POSITION || T::E4M3) r.scale = p.scale;
+    if (T::E4M3 && T::EPI == GEGLU) r.up = p.up_scale;
     if (T::OF_LOOP && T::EPI == ADD) {
         const float* gate = static_cast<const float*>(p.aux);
         r.g0 = gate != nullptr && f < (int)p.n ? gate[f] : 1.f;
@@ -62,7 +64,10 @@ static __device__ __forceinline__ Rows rows_of(const GemmParams& p, int block, i
 template <class T>
 static __device__ __forceinline__ void finish(float (&v)[4], const Rows& r, float4 rec,
                                               float2 pos) {
-    if (T::RMS && T::OF_LOOP) {
+    if (T::E4M3) {
+        const float second = T::EPI == GEGLU ? r.up : r.scale;
+        v[0] *= r.scale, v[1] *= r.scale, v[2] *= second, v[3] *= second;
+    } else if (T::RMS && T::OF_LOOP) {
         v[0] = fmaf(v[0], rec.x, r.b0), v[1] = fmaf(v[1], rec.z, r.b0);
         v[2] = fmaf(v[2], rec.x, r.b1), v[3] = fmaf(v[3], rec.z, r.b1);
     } else if (T::EPI == ADD && T::OF_LOOP) {
@@ -204,6 +209,11 @@ static __device__ __forceinline__ void copy_out(const GemmParams& p, uint32_t st
             const int token = t + 16 * u;
             if (token >= tokens || first_row + token >= (int)p.rows || !in_width) continue;
             const size_t to = (size_t)row_in(p, first_row + token, stride) * ld;
+            if (T::E4M3 && T::EPI == GEGLU) {
+                uint8_t* bytes = reinterpret_cast<uint8_t*>(p.out) + slab + chunk * 8;
+                *reinterpret_cast<uint2*>(bytes + to) = ptx::pack_e4m3(v[u]);
+                continue;
+            }
             *reinterpret_cast<uint4*>(out + to) = v[u];
             if (scaling) {
                 uint32_t* word = &v[u].x;

@@ -56,7 +56,7 @@ static __device__ __forceinline__ void load_early(const Smem<T>& s, const Place&
     const int m = origin<T>(c, c.cluster, p.group).x;
     for (int i = 0; i < early_stages<T>(c); i++) {
         ptx::mbar_arrive_expect(s.full + 8 * i, T::STAGE);
-        load_weights<T>(s, c, w, i, (c.k_begin + i) * K_STEP, m);
+        load_weights<T>(s, c, w, i, (c.k_begin + i) * T::K_STEP, m);
     }
 }
 
@@ -69,7 +69,7 @@ static __device__ __forceinline__ void produce(const Smem<T>& s, const Place& c,
     int2 o = origin<T>(c, c.cluster, p.group);
     const int early = c.cluster < c.tiles_m * c.tiles_n ? early_stages<T>(c) : 0;
     const auto tokens = [&](int fill, int i) {
-        const int k = (c.k_begin + i) * K_STEP;
+        const int k = (c.k_begin + i) * T::K_STEP;
         const bool again = T::OF_LOOP && k >= (int)p.x_cols;
         load_tokens<T>(s, c, x, fill, again ? k - (int)p.x_cols : k, o.y);
     };
@@ -91,7 +91,7 @@ static __device__ __forceinline__ void produce(const Smem<T>& s, const Place& c,
                 const int slot = fill % T::STAGES, use = fill / T::STAGES;
                 if (use > 0) ptx::mbar_wait(s.empty + 8 * slot, (use - 1) & 1);
                 ptx::mbar_arrive_expect(s.full + 8 * slot, T::STAGE);
-                load_weights<T>(s, c, w, fill, (c.k_begin + i) * K_STEP, o.x);
+                load_weights<T>(s, c, w, fill, (c.k_begin + i) * T::K_STEP, o.x);
             }
             tokens(fill, i);
             if (!APART && fill == 0) GEMM_MARK_PRODUCER(9);
@@ -238,6 +238,10 @@ static __device__ __forceinline__ void reduce(float (&acc)[T::MI][4 * T::GROUPS]
     }
 }
 
+// 32 bytes of every row times 32 of every other.
+template <class T, bool = T::E4M3> struct Product : ptx::Wgmma<T::BN> {};
+template <class T> struct Product<T, true> : ptx::WgmmaE4m3<T::BN> {};
+
 template <bool VALUE> struct Flag {
     static constexpr bool value = VALUE;
 };
@@ -297,8 +301,8 @@ static __device__ __forceinline__ void consume(const Smem<T>& s, const Place& c,
             for (int kk = 0; kk < 4; kk++) {
 #pragma unroll
                 for (int mi = 0; mi < T::MI; mi++)
-                    ptx::Wgmma<T::BN>::run(acc[mi], w + at + mi * 512 + kk * 2, x + at + kk * 2,
-                                           decltype(first)::value ? kk : 1);
+                    Product<T>::run(acc[mi], w + at + mi * 512 + kk * 2, x + at + kk * 2,
+                                    decltype(first)::value ? kk : 1);
             }
             ptx::wgmma_commit();
             if (T::TURNS && i == c.k_steps - 1 && tid == 0)

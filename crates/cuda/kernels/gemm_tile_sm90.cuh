@@ -8,7 +8,7 @@ namespace gemm {
 
 using ptx::TensorMap;
 
-enum Epilogue { STORE, STORE_POSITION, GELU, GEGLU, ADD, ROPE, LOOP = 8, UPRIGHT = 16 };
+enum Epilogue { STORE, STORE_POSITION, GELU, GEGLU, ADD, ROPE, LOOP = 8, UPRIGHT = 16, E4M3 = 32 };
 // What the Euler loop's products have beside the towers': a bias behind an RMSNorm, a gate,
 // positions behind the real prefix, x read twice.
 constexpr Epilogue LOOP_STORE = Epilogue(LOOP + STORE), LOOP_GEGLU = Epilogue(LOOP + GEGLU),
@@ -16,6 +16,8 @@ constexpr Epilogue LOOP_STORE = Epilogue(LOOP + STORE), LOOP_GEGLU = Epilogue(LO
 // Tokens as wgmma's M, features as its N: where that cuts a product into one more even wave.
 constexpr Epilogue UPRIGHT_STORE = Epilogue(UPRIGHT + STORE),
                    UPRIGHT_GELU = Epilogue(UPRIGHT + GELU);
+// Both operands E4M3, scaled into its range by powers of two (gemm_e4m3_sm90.cu).
+constexpr Epilogue E4M3_GEGLU = Epilogue(E4M3 + GEGLU), E4M3_ADD = Epilogue(E4M3 + ADD);
 
 // Mirrored field by field by the host twin (repr(C)). Pointers are device pointers; a null pointer
 // switches its feature off. "Row" is a row of x, "feature" a row of W (in packed order).
@@ -46,15 +48,17 @@ struct GemmParams {
     uint32_t kv_stride;      // ROPE: cache row = sample · kv_stride + i
     uint32_t kv_ld;          // ROPE: elements from one cache row to the next
     uint32_t group;          // token tiles (in clusters) walked before the next weight tile; ≥ 1
-    float scale;             // STORE_POSITION: multiplies the product
+    float scale;             // STORE_POSITION, E4M3: multiplies the product; E4M3_GEGLU: gate's
     uint32_t x_cols;         // columns of x: k. In the loop also k / 2, and x is read twice: f32
                              // weights are two bf16 matrices side by side, the rounded and what
                              // rounding left
     const uint2* lengths;    // ROPE of the loop: [samples], cameras and prompt tokens
     uint32_t image_tokens;   // ROPE of the loop: tokens of a camera
     uint32_t first_position; // ROPE of the loop: position of row 0 less the prefix's length
+    float up_scale;          // E4M3_GEGLU: multiplies up's product
+    uint32_t reserved;
 };
-static_assert(sizeof(GemmParams) == 152, "the host twin mirrors GemmParams");
+static_assert(sizeof(GemmParams) == 160, "the host twin mirrors GemmParams");
 
 #ifndef GEMM_MARK
 #define GEMM_MARK(i)  // the lab's stopwatch: i = 0 (start) … 7 (end), by consumers
@@ -62,8 +66,6 @@ static_assert(sizeof(GemmParams) == 152, "the host twin mirrors GemmParams");
 #endif
 
 constexpr int HEAD = 256;        // ROPE: head width
-constexpr int K_STEP = 64;       // columns per stage: one 128-byte swizzled row
-
 // CONSUMERS: warpgroups on the products. MI: 64-row blocks of weight per consumer. BN: tokens per
 // tile (UPRIGHT: weight and tokens change places). CM (CN): CTAs of a cluster that share a token
 // (weight) tile, each fetching every CM-th (CN-th) stage for all. CK: CTAs of a cluster that split
@@ -79,8 +81,11 @@ struct Tile {
     static constexpr int SHARERS = TURNS ? 1 : CONSUMERS;  // consumers of a tile
     static constexpr Epilogue EPI = Epilogue(EPI_ % LOOP);
     static constexpr bool OF_LOOP = (EPI_ & LOOP) != 0, UPRIGHT = (EPI_ & gemm::UPRIGHT) != 0;
-    static constexpr bool RMS = EPI == GEGLU || EPI == ROPE;  // no mean, in the towers no bias
-    static constexpr bool NORM = EPI == STORE || EPI == GELU || EPI == GEGLU || EPI == ROPE;
+    static constexpr bool E4M3 = (EPI_ & gemm::E4M3) != 0;    // its rows are normalised before
+    static constexpr int K_STEP = E4M3 ? 128 : 64;  // columns per stage: a 128-byte swizzled row
+    // No mean, in the towers no bias.
+    static constexpr bool RMS = (EPI == GEGLU || EPI == ROPE) && !E4M3;
+    static constexpr bool NORM = RMS || EPI == STORE || EPI == GELU;
     // Whether statistics and a scaled copy may be left beside out; whether there are registers to
     // ask for that copy's scales before the products.
     static constexpr bool STATS = EPI == ADD || EPI == STORE_POSITION || EPI == STORE;
@@ -140,7 +145,7 @@ template <class T> static __device__ __forceinline__ Place place_of(const GemmPa
     c.clusters = gridDim.x / T::CLUSTER;
     c.tiles_m = ((T::UPRIGHT ? p.rows : p.n) + T::BM * T::CM - 1) / (T::BM * T::CM);
     c.tiles_n = ((T::UPRIGHT ? p.n : p.rows) + T::BN * T::CN - 1) / (T::BN * T::CN);
-    const int steps = (p.k + K_STEP - 1) / K_STEP;
+    const int steps = (p.k + T::K_STEP - 1) / T::K_STEP;
     c.k_begin = steps * c.ck / T::CK;
     c.k_steps = steps * (c.ck + 1) / T::CK - c.k_begin;
     return c;

@@ -19,6 +19,23 @@ static __device__ __forceinline__ u32 to_bf16x2(float lo, float hi) {
 }
 static __device__ __forceinline__ u16 to_bf16(float x) { return (u16)to_bf16x2(x, 0.f); }
 
+// The nearest E4M3 number, ties to even, at most ±448.
+static __device__ __forceinline__ float round_e4m3(float x) {
+    const float a = fminf(fabsf(x), 448.f);
+    const u32 bits = __float_as_uint(a);
+    // Below 2^-6 numbers are 2^-9 apart.
+    const float y = a < 0.015625f ? rintf(a * 512.f) * (1.f / 512.f)
+                                  : __uint_as_float((bits + 0x7ffff + (bits >> 20 & 1)) & ~0xfffffu);
+    return copysignf(y, x);
+}
+// The number behind an E4M3 code, as bf16.
+static __device__ __forceinline__ u16 from_e4m3(u8 code) {
+    const u32 magnitude = code & 0x7f;
+    const float y = magnitude < 8 ? magnitude * (1.f / 512.f)
+                                  : __uint_as_float((magnitude << 20) + (120u << 23));
+    return (u16)(__float_as_uint(y) >> 16 | (code & 0x80) << 8);
+}
+
 // Everything the program wrote before this kernel is visible, nobody reads what it will overwrite.
 static __device__ __forceinline__ void wait_for_predecessors() {
 #if __CUDA_ARCH__ >= 900
@@ -76,7 +93,7 @@ struct Output {
     u32 first_position;   // Rope, suffix: position of row 0 less the prefix length
     u32 suffix;           // Rope: 1 counts positions from the sample's prefix length
     float scale;          // multiplies y before the bias
-    u32 pad;
+    float up_scale;       // GeGlu: not 0 multiplies up instead, and the result becomes E4M3
 };
 static_assert(sizeof(Output) == 3 * 32 + 3 * 8 + 10 * 4, "shared with the host");
 
@@ -137,12 +154,14 @@ static __device__ __forceinline__ bool rows_in_eights(const View& v) {
 static __device__ __forceinline__ void finish_pair(const Output& o, u32 row, u32 first, float a,
                                                    float b) {
     const float* bias = (const float*)o.bias;
-    a *= o.scale, b *= o.scale;
+    const bool e4m3 = o.epilogue == GEGLU && o.up_scale != 0.f;
+    a *= o.scale, b *= e4m3 ? o.up_scale : o.scale;
     if (o.epilogue == GEGLU) {
         const u32 unit = first / 16 * 8 + first % 8, units = o.n / 2;
         if (unit >= units) return;
         if (bias) a += bias[unit], b += bias[units + unit];
-        o.out.store(o.out.offset(row) + unit, gelu(a) * b);
+        const float hidden = gelu(a) * b;
+        o.out.store(o.out.offset(row) + unit, e4m3 ? round_e4m3(hidden) : hidden);
         return;
     }
     const u32 half = o.head_dim / 2, packed_head = (half + 7) / 8 * 16;

@@ -9,14 +9,16 @@ using namespace portable;
 
 struct LinearParams {
     View input;
-    u64 weight;     // bf16 [packed_n][ldw], zero beyond k
+    u64 weight;     // bf16 or E4M3 [packed_n][ldw], zero beyond k
     u32 rows;
     u32 k;
     u32 packed_n;   // a multiple of 16
     u32 ldw;        // a multiple of 8
+    u32 e4m3;       // 1: the weight is E4M3, and x holds such numbers
+    u32 pad;
     Output output;
 };
-static_assert(sizeof(LinearParams) == 32 + 8 + 16 + sizeof(Output), "shared with the host");
+static_assert(sizeof(LinearParams) == 32 + 8 + 24 + sizeof(Output), "shared with the host");
 
 static __device__ __forceinline__ u32 shared_address(const void* p) {
     return (u32)__cvta_generic_to_shared(p);
@@ -48,11 +50,18 @@ template <int BM, int BN, int BK, int WM, int WN, int STAGES> struct Tile {
     static constexpr int PITCH = BN + 4;  // f32 of a staged row of y
     static_assert(BM * PITCH * 4 <= STAGES * STAGE, "y is staged in the ring");
 
-    static __device__ __forceinline__ void load_w(const LinearParams& p, u32 stage, u32 n0,
-                                                  u32 k0) {
+    static __device__ __forceinline__ void load_w(const LinearParams& p, u8* smem, u32 stage,
+                                                  u32 n0, u32 k0) {
         for (int c = threadIdx.x; c < BN * PIECES; c += THREADS) {
             const u32 r = c / PIECES, k = k0 + c % PIECES * 8, n = n0 + r;
             const bool in = n < p.packed_n && k < p.ldw;
+            if (p.e4m3) {
+                const u8* from = (const u8*)p.weight + (u64)n * p.ldw + k;
+                const u32 to = (BM + r) * ROW + c % PIECES * 16;
+                u16* target = (u16*)(smem + (stage - shared_address(smem)) + to);
+                for (u32 i = 0; i < 8; i++) target[i] = in ? from_e4m3(from[i]) : 0;
+                continue;
+            }
             const u16* from = (const u16*)p.weight + (in ? (u64)n * p.ldw + k : 0);
             copy16(stage + (BM + r) * ROW + c % PIECES * 16, from, in ? 16 : 0);
         }
@@ -85,7 +94,7 @@ template <int BM, int BN, int BK, int WM, int WN, int STAGES> struct Tile {
         const bool wide = (p.input.base | (u64)p.input.ld * 2) % 16 == 0;
         float acc[MT][NT][4] = {};
 
-        for (u32 s = 0; s < STAGES - 1 && s < steps; s++) load_w(p, base + s * STAGE, n0, s * BK);
+        for (u32 s = 0; s < STAGES - 1 && s < steps; s++) load_w(p, smem, base + s * STAGE, n0, s * BK);
         launch_dependents();
         wait_for_predecessors();
         for (u32 s = 0; s < STAGES - 1; s++) {
@@ -97,7 +106,7 @@ template <int BM, int BN, int BK, int WM, int WN, int STAGES> struct Tile {
             __syncthreads();
             const u32 next = s + STAGES - 1;
             if (next < steps) {
-                load_w(p, base + next % STAGES * STAGE, n0, next * BK);
+                load_w(p, smem, base + next % STAGES * STAGE, n0, next * BK);
                 load_x(p, smem, base + next % STAGES * STAGE, m0, next * BK, wide);
             }
             asm volatile("cp.async.commit_group;");

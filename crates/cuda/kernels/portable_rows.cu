@@ -11,8 +11,14 @@ struct NormParams {
     u32 k;
     u32 ld;
     u32 norm;
+    float factor;    // not 0 multiplies what then becomes an E4M3 number
+    u32 pad;
+
+    __device__ __forceinline__ float finish(float y) const {
+        return factor != 0.f ? round_e4m3(y * factor) : y;
+    }
 };
-static_assert(sizeof(NormParams) == 32 + 16 + 16, "shared with the host");
+static_assert(sizeof(NormParams) == 32 + 16 + 24, "shared with the host");
 
 // A row of at most 2,048 elements, fetched once and kept: lane l has every 32nd run of eight.
 static __device__ __forceinline__ void norm_kept(const NormParams& p, u32 row, u32 lane) {
@@ -45,7 +51,8 @@ static __device__ __forceinline__ void norm_kept(const NormParams& p, u32 row, u
         float by[8] = {1, 1, 1, 1, 1, 1, 1, 1}, shift[8] = {};
         if (m) load8(by, m + at);
         if (p.norm == ADAPTIVE) load8(shift, m + p.k + at);
-        for (u32 e = 0; e < 8; e++) x[r][e] = (x[r][e] - mean) * scale * by[e] + shift[e];
+        for (u32 e = 0; e < 8; e++)
+            x[r][e] = p.finish((x[r][e] - mean) * scale * by[e] + shift[e]);
         store8(out + at, x[r]);
     }
 }
@@ -77,6 +84,7 @@ portable_norm(const __grid_constant__ NormParams p) {
             v = (p.input.load(at + i) - mean) * scale;
             if (m) v *= m[i];
             if (p.norm == ADAPTIVE) v += m[p.k + i];
+            v = p.finish(v);
         }
         out[i] = to_bf16(v);
     }

@@ -278,4 +278,19 @@ PTX_FN uint32_t pack_bf16(float lo, float hi) {
 PTX_FN float bf16_lo(uint32_t v) { return __uint_as_float(v << 16); }
 PTX_FN float bf16_hi(uint32_t v) { return __uint_as_float(v & 0xFFFF0000u); }
 
+// Four floats as E4M3, nearest, at most ±448.
+PTX_FN uint32_t pack_e4m3(float a, float b, float c, float d) {
+    uint32_t r;
+    asm("{\n.reg .b16 low, high;\ncvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\nmov.b32 %0, {low, high};\n}"
+        : "=r"(r)
+        : "f"(a), "f"(b), "f"(c), "f"(d));
+    return r;
+}
+// Eight bf16.
+PTX_FN uint2 pack_e4m3(uint4 v) {
+    return make_uint2(pack_e4m3(bf16_lo(v.x), bf16_hi(v.x), bf16_lo(v.y), bf16_hi(v.y)),
+                      pack_e4m3(bf16_lo(v.z), bf16_hi(v.z), bf16_lo(v.w), bf16_hi(v.w)));
+}
+
 }  // namespace ptx

@@ -8,6 +8,8 @@
 namespace ptx {
 
 template <int N> struct Wgmma;
+// The same of E4M3 operands, m64nNk32: 32 bytes of a row, too.
+template <int N> struct WgmmaE4m3;
 
 // Register names and operands of the first j groups of 8 columns.
 #define WG_R1 "%0,%1,%2,%3"
@@ -117,6 +119,28 @@ WGMMA_SHAPE(232, 29, 116, 117, 118)
 WGMMA_SHAPE(240, 30, 120, 121, 122)
 WGMMA_SHAPE(248, 31, 124, 125, 126)
 WGMMA_SHAPE(256, 32, 128, 129, 130)
+
+#define WGMMA_E4M3(N, J, A, B, P)                                                               \
+    template <> struct WgmmaE4m3<N> {                                                           \
+        static __device__ __forceinline__ void run(float (&d)[4 * J], uint64_t a, uint64_t b,   \
+                                                   int accumulate) {                            \
+            asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                       \
+                         "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" WG_R##J   \
+                         "}, %" #A ", %" #B ", p, 1, 1;\n}"                                     \
+                         : WG_D##J                                                              \
+                         : "l"(a), "l"(b), "r"(accumulate));                                    \
+        }                                                                                       \
+    };
+
+WGMMA_E4M3(72, 9, 36, 37, 38)
+WGMMA_E4M3(104, 13, 52, 53, 54)
+WGMMA_E4M3(136, 17, 68, 69, 70)
+WGMMA_E4M3(144, 18, 72, 73, 74)
+WGMMA_E4M3(168, 21, 84, 85, 86)
+WGMMA_E4M3(184, 23, 92, 93, 94)
+WGMMA_E4M3(192, 24, 96, 97, 98)
+WGMMA_E4M3(200, 25, 100, 101, 102)
+WGMMA_E4M3(248, 31, 124, 125, 126)
 
 // The same with a's fragment in registers: as of mma.m16n8k16, rows 16·(t/32) and on.
 template <int N> struct WgmmaRegisters;

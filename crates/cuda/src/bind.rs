@@ -27,14 +27,15 @@ pub fn element_bytes(element: Element) -> usize {
 
 const ALIGN: usize = 256;
 
-/// What lies in blocks of 32 columns and [`BLOCK_ROWS`] rows: scratch that only the loop's few-row
-/// kernels touch.
+/// Scratch that does not lie in rows of bf16, since only kernels that want it otherwise touch it.
 #[derive(Debug, Default)]
-pub struct InBlocks {
-    /// Buffers.
-    pub buffers: Vec<BufferId>,
-    /// Streams, whose scaled copies do.
-    pub scaled: Vec<BufferId>,
+pub struct Forms {
+    /// Buffers in blocks of 32 columns and [`BLOCK_ROWS`] rows: the loop's few-row kernels'.
+    pub in_blocks: Vec<BufferId>,
+    /// Streams whose scaled copies do.
+    pub scaled_in_blocks: Vec<BufferId>,
+    /// Buffers of E4M3.
+    pub e4m3: Vec<BufferId>,
 }
 
 /// Buffers of one compiled program.
@@ -50,7 +51,7 @@ pub struct Binding {
     scratch: DeviceMemory,
     scratch_offsets: Vec<usize>,
     pitches: Vec<usize>,
-    in_blocks: InBlocks,
+    forms: Forms,
     rope: usize,
     turns: usize,
     normed: usize,
@@ -70,13 +71,16 @@ impl Binding {
         context: &Arc<Context>,
         stream: &Stream,
         program: Arc<Program>,
-        in_blocks: InBlocks,
+        forms: Forms,
         beside: Option<Beside>,
     ) -> Result<Self, BackendError> {
         let (io_offsets, io_bytes) = io_offsets(&program);
         let mut padded = padded_scratch(&program);
-        for id in in_blocks.buffers.iter().chain(&in_blocks.scaled) {
+        for id in forms.in_blocks.iter().chain(&forms.scaled_in_blocks) {
             padded.buffers[id.0].rows = BLOCK_ROWS;
+        }
+        for id in &forms.e4m3 {
+            padded.buffers[id.0].element = Element::U8;
         }
         if let Some(beside) = &beside {
             // They run anywhere from the start on: what they touch lives from there on.
@@ -115,7 +119,7 @@ impl Binding {
             scratch,
             scratch_offsets,
             pitches,
-            in_blocks,
+            forms,
             rope,
             turns,
             normed,
@@ -174,7 +178,12 @@ impl Binding {
 
     /// Whether a buffer lies in blocks and not row by row.
     pub fn in_blocks(&self, id: BufferId) -> bool {
-        self.in_blocks.buffers.contains(&id)
+        self.forms.in_blocks.contains(&id)
+    }
+
+    /// Whether a buffer holds E4M3.
+    pub fn is_e4m3(&self, id: BufferId) -> bool {
+        self.forms.e4m3.contains(&id)
     }
 
     /// A view's rows as the loop's kernels see them.
@@ -184,7 +193,7 @@ impl Binding {
 
     /// The same of the stream's scaled copy.
     pub fn scaled_rows(&self, view: &View) -> Rows {
-        Rows::of(&self.view(view)).laid(self.in_blocks.scaled.contains(&view.buffer))
+        Rows::of(&self.view(view)).laid(self.forms.scaled_in_blocks.contains(&view.buffer))
     }
 
     /// `lengths`, u32 [samples][2].

@@ -42,6 +42,7 @@ static CUBINS: &[Cubin] = &[
     hopper!("denoise_rim_load"),
     hopper!("denoise_wide"),
     hopper!("embed"),
+    hopper!("gemm_e4m3_sm90"),
     hopper!("gemm_loop_sm90"),
     hopper!("gemm_sm90"),
     hopper!("patchify"),
@@ -50,6 +51,7 @@ static CUBINS: &[Cubin] = &[
     portable!("portable_linear"),
     portable!("portable_rim"),
     portable!("portable_rows"),
+    hopper!("rows_e4m3"),
     #[cfg(feature = "fault-injection")]
     portable!("portable_fault"),
 ];

@@ -9,7 +9,7 @@ use pirouette_model::{
 use crate::cubins;
 use crate::driver::{Context, Driver, Event, Stream};
 use crate::executable::CudaExecutable;
-use crate::load::Weights;
+use crate::load::{Precision, Weights};
 use crate::portable::Portable;
 use crate::tier_hopper::Hopper;
 
@@ -60,10 +60,20 @@ pub struct CudaDevice {
 }
 
 impl CudaDevice {
-    /// Opens `cuda:<ordinal>` and loads every weight of `table`.
+    /// Opens `cuda:<ordinal>` and loads every weight of `table`, in bf16.
     pub fn open(
         ordinal: usize,
         table: Arc<WeightTable>,
+        source: &dyn TensorSource,
+    ) -> Result<Self, BackendError> {
+        Self::open_with(ordinal, table, Precision::Bf16, source)
+    }
+
+    /// Opens `cuda:<ordinal>` and loads every weight of `table`.
+    pub fn open_with(
+        ordinal: usize,
+        table: Arc<WeightTable>,
+        precision: Precision,
         source: &dyn TensorSource,
     ) -> Result<Self, BackendError> {
         // Any shape will do: the same steps use the same weights.
@@ -77,13 +87,22 @@ impl CudaDevice {
         };
         let program = record_with(table, shape)
             .map_err(|error| BackendError::Unavailable(error.to_string()))?;
-        Self::open_for(ordinal, &program, source)
+        Self::load(ordinal, &program, precision, source)
     }
 
-    /// Opens `cuda:<ordinal>` for programs that use weights as this one does.
+    /// Opens `cuda:<ordinal>` for programs that use weights as this one does, in bf16.
     pub fn open_for(
         ordinal: usize,
         program: &Program,
+        source: &dyn TensorSource,
+    ) -> Result<Self, BackendError> {
+        Self::load(ordinal, program, Precision::Bf16, source)
+    }
+
+    fn load(
+        ordinal: usize,
+        program: &Program,
+        precision: Precision,
         source: &dyn TensorSource,
     ) -> Result<Self, BackendError> {
         let context = Driver::open()?.context(ordinal)?;
@@ -92,7 +111,7 @@ impl CudaDevice {
         let portable = Portable::load(&context)?;
         let fits = cubins::is_hopper(&context) && Hopper::takes(&program.config);
         let hopper = if fits { Some(Hopper::load(&context)?) } else { None };
-        let weights = Weights::load(&context, &stream, program, source)?;
+        let weights = Weights::load(&context, &stream, program, precision, source)?;
         let shared = Arc::new(Shared { context, stream, side, weights, portable, hopper });
         Ok(CudaDevice { shared, tier: Tier::Auto, choices: Choices::default() })
     }

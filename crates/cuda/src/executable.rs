@@ -8,12 +8,12 @@ use pirouette_model::program::{Op, Program, Stage};
 use pirouette_model::{BackendError, Executable, Inputs, Rtc, StageTimes};
 use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
-use crate::bind::{Binding, InBlocks};
+use crate::bind::{Binding, Forms};
 use crate::denoise::Denoise;
 use crate::device::{Choices, Shared, Tier};
 use crate::driver::{Event, Graph, Launch, Pinned, Stream};
 use crate::tier_beside::Beside;
-use crate::{tier_loop, tier_portable};
+use crate::{tier_hopper, tier_loop, tier_portable};
 
 /// The norms of the loop's kernels take one modulation per step, not one per row.
 const NO_GIVEN_ACTIONS: &str = "real-time chunking with given actions (rtc_mode \"trained\") does \
@@ -82,11 +82,16 @@ impl CudaExecutable {
         }
         shared.context.make_current()?;
         let hopper = shared.hopper.as_ref().filter(|_| tier == Tier::Auto);
-        let in_blocks = hopper.map_or_else(InBlocks::default, |_| tier_loop::in_blocks(&program));
+        let forms = hopper.map_or_else(Forms::default, |_| Forms {
+            e4m3: tier_hopper::e4m3_buffers(&program, &shared.weights),
+            ..tier_loop::in_blocks(&program)
+        });
         let sms = shared.context.properties.sms;
-        let beside = hopper.filter(|_| choices.beside).and_then(|_| Beside::of(&program, sms));
+        let e4m3 = shared.weights.scales.any();
+        let beside = hopper.filter(|_| choices.beside);
+        let beside = beside.and_then(|_| Beside::of(&program, sms, e4m3));
         let (context, stream) = (&shared.context, &shared.stream);
-        let bound = Binding::new(context, stream, program.clone(), in_blocks, beside)?;
+        let bound = Binding::new(context, stream, program.clone(), forms, beside)?;
         let mut host = Pinned::new(&shared.context, bound.io_bytes)?;
         full_lengths(&bound, &mut host);
         let plan = plan(&shared, &bound, tier, choices)?;

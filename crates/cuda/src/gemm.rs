@@ -1,5 +1,5 @@
-//! Host twin of `kernels/gemm_{,loop_}sm90.cu`: products of the vision and prefix towers and of an
-//! Euler loop of many rows, on Hopper.
+//! Host twin of `kernels/gemm_{,loop_,e4m3_}sm90.cu`: products of the vision and prefix towers and of
+//! an Euler loop of many rows, on Hopper; and of `rows_e4m3.cu`, which makes some of their inputs.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use bytemuck::{Pod, Zeroable};
 use pirouette_model::BackendError;
 
 use crate::cubins;
-use crate::driver::{Arg, Context, Function, Launch, Swizzle, TensorMap, TensorMapSpec};
+use crate::driver::{Arg, Context, Function, Launch, Stored, Swizzle, TensorMap, TensorMapSpec};
 
 /// `gemm::GemmParams`; see there for shapes. Addresses of 0 switch a feature off.
 #[repr(C)]
@@ -58,7 +58,7 @@ pub struct GemmParams {
     pub kv_ld: u32,
     /// Token tiles walked before the next weight tile.
     pub group: u32,
-    /// StorePosition: multiplies the product.
+    /// StorePosition, E4m3Add: multiplies the product. E4m3GeGlu: gate's.
     pub scale: f32,
     /// Columns of x: k, or half of them, and x is read twice.
     pub x_cols: u32,
@@ -68,9 +68,35 @@ pub struct GemmParams {
     pub image_tokens: u32,
     /// LoopRope: position of row 0 less the prefix's length.
     pub first_position: u32,
+    /// E4m3GeGlu: multiplies up's product.
+    pub up_scale: f32,
+    /// 0
+    pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<GemmParams>() == 152);
+const _: () = assert!(size_of::<GemmParams>() == 160);
+
+/// `RowsE4m3Params`: normalised rows as E4M3.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct RowsE4m3Params {
+    /// bf16 [rows][ld], the norm's learned scale in it.
+    pub x: u64,
+    /// float2 [rows][width / 64] of the plain stream.
+    pub stats: u64,
+    /// E4M3 [rows][width].
+    pub out: u64,
+    /// Rows.
+    pub rows: u32,
+    /// Columns, a multiple of 256, at most 2048.
+    pub width: u32,
+    /// Elements from one row of x to the next.
+    pub ld: u32,
+    /// Multiplies the normalised row; a power of two.
+    pub factor: f32,
+}
+
+const _: () = assert!(size_of::<RowsE4m3Params>() == 40);
 
 /// `gemm::Epilogue`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +121,10 @@ pub enum GemmEpilogue {
     LoopAdd,
     /// The loop's q, k rotated; v
     LoopRope,
+    /// E4M3 of gelu(gate) · up; E4M3 operands
+    E4m3GeGlu,
+    /// out + y; E4M3 operands
+    E4m3Add,
 }
 
 impl GemmEpilogue {
@@ -103,7 +133,16 @@ impl GemmEpilogue {
     }
 
     fn adds(self) -> bool {
-        matches!(self, Self::Add | Self::LoopAdd)
+        matches!(self, Self::Add | Self::LoopAdd | Self::E4m3Add)
+    }
+
+    fn takes_e4m3(self) -> bool {
+        matches!(self, Self::E4m3GeGlu | Self::E4m3Add)
+    }
+
+    /// Columns of one stage: a 128-byte swizzled row.
+    fn k_step(self) -> u32 {
+        if self.takes_e4m3() { 128 } else { 64 }
     }
 }
 
@@ -148,7 +187,7 @@ const fn upright(
 
 /// Of equal estimates the first is taken.
 const TILES: &[Tile] = {
-    use GemmEpilogue::{Add, GeGlu, Gelu, Rope, Store, StorePosition};
+    use GemmEpilogue::{Add, E4m3Add, E4m3GeGlu, GeGlu, Gelu, Rope, Store, StorePosition};
     use GemmEpilogue::{LoopAdd, LoopGeGlu, LoopRope, LoopStore};
     &[
         tile("gemm_geglu_128x144_t_w2", [2, 2, 144, 5], [1, 2, 1], true, GeGlu),
@@ -224,14 +263,26 @@ const TILES: &[Tile] = {
         tile("gemm_loop_store_128x80_k2", [2, 1, 80, 8], [1, 1, 2], false, LoopStore),
         tile("gemm_loop_store_128x104_k2", [2, 1, 104, 6], [1, 1, 2], false, LoopStore),
         tile("gemm_loop_store_128x208", [2, 1, 208, 4], [1, 1, 1], false, LoopStore),
+        tile("gemm_e4m3_geglu_128x144_t_x2", [2, 2, 144, 5], [2, 1, 1], true, E4m3GeGlu),
+        tile("gemm_e4m3_geglu_128x168_t_x2", [2, 2, 168, 4], [2, 1, 1], true, E4m3GeGlu),
+        tile("gemm_e4m3_geglu_128x184_t_x2", [2, 2, 184, 4], [2, 1, 1], true, E4m3GeGlu),
+        tile("gemm_e4m3_geglu_128x200_t_x2", [2, 2, 200, 4], [2, 1, 1], true, E4m3GeGlu),
+        tile("gemm_e4m3_geglu_256x192_w2", [2, 2, 192, 3], [1, 2, 1], false, E4m3GeGlu),
+        tile("gemm_e4m3_add_128x72_k2", [2, 1, 72, 8], [1, 1, 2], false, E4m3Add),
+        tile("gemm_e4m3_add_128x104_k2", [2, 1, 104, 6], [1, 1, 2], false, E4m3Add),
+        tile("gemm_e4m3_add_128x136_k2", [2, 1, 136, 6], [1, 1, 2], false, E4m3Add),
+        tile("gemm_e4m3_add_128x184_k2", [2, 1, 184, 4], [1, 1, 2], false, E4m3Add),
+        tile("gemm_e4m3_add_128x200_k2", [2, 1, 200, 4], [1, 1, 2], false, E4m3Add),
+        tile("gemm_e4m3_add_128x248_k2", [2, 1, 248, 4], [1, 1, 2], false, E4m3Add),
+        tile("gemm_e4m3_add_128x200_w2", [2, 1, 200, 4], [1, 2, 1], false, E4m3Add),
+        tile("gemm_e4m3_add_128x192_t_x2", [2, 2, 192, 4], [2, 1, 1], true, E4m3Add),
+        tile("gemm_e4m3_add_256x192_w2", [2, 2, 192, 3], [1, 2, 1], false, E4m3Add),
+        tile("gemm_e4m3_add_256x200_w2", [2, 2, 200, 3], [1, 2, 1], false, E4m3Add),
     ]
 };
 
 /// Rows and tiles of a product are below 2²⁰, where the kernels' `quotient` is exact.
 pub const MOST_ROWS: u32 = 1 << 17;
-
-/// Columns of one stage: a 128-byte swizzled row.
-const K_STEP: u32 = 64;
 
 impl Tile {
     fn bm(&self) -> u32 {
@@ -257,7 +308,7 @@ impl Tile {
 
     /// `Tile::SMEM` of the kernel.
     fn shared_bytes(&self) -> u32 {
-        use GemmEpilogue::{LoopRope, Rope, StorePosition};
+        use GemmEpilogue::{E4m3GeGlu, LoopRope, Rope, StorePosition};
         let ring = self.stages * (self.bm() + self.bn) * 128;
         let barriers = 8 * (2 * self.stages + 7 + 2 * self.consumers);
         if self.upright {
@@ -265,7 +316,7 @@ impl Tile {
             return ring + staging + 2 * 8 * (self.bm() + self.bn) + barriers;
         }
         let staging = self.consumers * self.own() * 8 * 128;
-        let plain = self.epilogue.adds() || self.epilogue == StorePosition;
+        let plain = self.epilogue.adds() || matches!(self.epilogue, StorePosition | E4m3GeGlu);
         let records = if plain { 0 } else { self.bn * 8 };
         let positions = if matches!(self.epilogue, Rope | LoopRope) { self.bn * 4 } else { 0 };
         ring + staging + 2 * (records + positions) + barriers
@@ -293,7 +344,7 @@ impl Tile {
         let long = rows as u64 * n as u64 * k as u64 > 1 << 38;
         let moving = if long { (bm + bn) * 17 / 32 } else { 0 };
         let stage = (bm * bn / 32 + moving).max((bm + bn) * 12 / 5);
-        let main = k.div_ceil(K_STEP) as u64 * stage / parts;
+        let main = k.div_ceil(self.epilogue.k_step()) as u64 * stage / parts;
         let epilogues = if self.turns { 1 } else { waves };
         let exchange = if parts > 1 { 1250 * parts } else { 0 };
         3000 + waves * main + epilogues * 30 * bn * bm / 128 + exchange
@@ -341,7 +392,7 @@ pub struct Operand {
     pub rows: u32,
     /// Columns.
     pub cols: u32,
-    /// Elements from one row to the next; a multiple of 8.
+    /// Elements from one row to the next; a multiple of 8, of 16 if they are E4M3.
     pub ld: u32,
 }
 
@@ -349,6 +400,7 @@ pub struct Operand {
 pub struct Gemm {
     context: Arc<Context>,
     functions: Vec<Function>,
+    rows_e4m3: Function,
 }
 
 impl Gemm {
@@ -356,12 +408,24 @@ impl Gemm {
     pub fn load(context: &Arc<Context>) -> Result<Self, BackendError> {
         let towers = cubins::load(context, "gemm_sm90")?;
         let of_loop = cubins::load(context, "gemm_loop_sm90")?;
+        let e4m3 = cubins::load(context, "gemm_e4m3_sm90")?;
         let function = |t: &Tile| {
-            let module = if t.epilogue.of_loop() { &of_loop } else { &towers };
+            let module = match t.epilogue {
+                epilogue if epilogue.of_loop() => &of_loop,
+                epilogue if epilogue.takes_e4m3() => &e4m3,
+                _ => &towers,
+            };
             module.function(t.name, t.shared_bytes() as usize)
         };
         let functions = TILES.iter().map(function).collect::<Result<_, _>>()?;
-        Ok(Gemm { context: context.clone(), functions })
+        let rows_e4m3 = cubins::load(context, "rows_e4m3")?.function("rows_e4m3", 0)?;
+        Ok(Gemm { context: context.clone(), functions, rows_e4m3 })
+    }
+
+    /// Normalised rows as E4M3.
+    pub fn rows_e4m3(&self, p: RowsE4m3Params) -> Launch {
+        let (function, grid) = (self.rows_e4m3.clone(), [p.rows.div_ceil(4), 1, 1]);
+        Launch { dependent: true, ..Launch::new(function, grid, 128, vec![Arg::of(&p)]) }
     }
 
     /// One product y = norm(x) · Wᵀ; `p.out` and friends are set by the caller. It leaves `spare`
@@ -390,7 +454,8 @@ impl Gemm {
         };
         p.group = (8 / tile.cluster[1]).max(1);
         let [w_box, x_box] = if tile.upright { [tile.bn, tile.bm()] } else { [tile.bm(), tile.bn] };
-        let [w_map, x_map] = [self.map(w, w_box)?, self.map(x, x_box)?];
+        let stored = if epilogue.takes_e4m3() { Stored::U8 } else { Stored::Bf16 };
+        let [w_map, x_map] = [self.map(stored, w, w_box)?, self.map(stored, x, x_box)?];
         let cols = match epilogue {
             GemmEpilogue::Rope => p.q_cols,
             _ => w.rows,
@@ -399,7 +464,7 @@ impl Gemm {
             0 => x_map, // keys and values alone
             cols if tile.maps_out() => {
                 let out = Operand { address: p.out, rows: x.rows, cols, ld: p.out_ld };
-                self.map(out, tile.own() * 8)?
+                self.map(Stored::Bf16, out, tile.own() * 8)?
             }
             _ => x_map,
         };
@@ -413,16 +478,20 @@ impl Gemm {
         Ok(Launch { shared_bytes: tile.shared_bytes(), dependent: true, ..launch })
     }
 
-    /// Boxes of 64 columns × `rows` rows.
-    fn map(&self, m: Operand, rows: u32) -> Result<TensorMap, BackendError> {
+    /// Boxes of 128 bytes × `rows` rows.
+    fn map(&self, stored: Stored, m: Operand, rows: u32) -> Result<TensorMap, BackendError> {
+        let bytes = match stored {
+            Stored::U8 => 1,
+            Stored::Bf16 => 2,
+        };
         let spec = TensorMapSpec {
             address: m.address,
             extents: &[m.cols as u64, m.rows as u64],
-            strides_bytes: &[m.ld as u64 * 2],
-            boxes: &[K_STEP, rows],
+            strides_bytes: &[m.ld as u64 * bytes],
+            boxes: &[128 / bytes as u32, rows],
             swizzle: Swizzle::B128,
         };
-        TensorMap::bf16(&self.context, &spec)
+        TensorMap::new(&self.context, stored, &spec)
     }
 }
 

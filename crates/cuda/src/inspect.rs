@@ -3,12 +3,11 @@
 
 use std::ops::Range;
 
-use pirouette_model::BackendError;
 use pirouette_model::program::{BufferId, Element, Epilogue, Op, Program};
+use pirouette_model::{BackendError, fp8};
 use rayon::iter::{IndexedParallelIterator, ParallelIterator};
 use rayon::slice::ParallelSliceMut;
 
-use crate::bind::element_bytes;
 use crate::denoise::{BLOCK_ROWS, block_element};
 use crate::driver::Pinned;
 use crate::executable::CudaExecutable;
@@ -26,12 +25,12 @@ impl CudaExecutable {
         memory.copy_out(&self.shared.stream, at, &host, 0, bytes)?;
         self.shared.stream.synchronize()?;
         let (place, order) = (self.places(id), column_order(program, id));
-        let (stored, element) = (host.as_slice(), buffer.element);
+        let (stored, form) = (host.as_slice(), self.form(id));
         let mut values = vec![0.0; buffer.rows * buffer.cols];
         let rows = values.par_chunks_exact_mut(buffer.cols.max(1)).enumerate();
         rows.for_each(|(row, out)| {
             for (c, out) in out.iter_mut().enumerate() {
-                *out = decode(stored, place(row, order.as_ref().map_or(c, |o| o(c))), element);
+                *out = decode(stored, place(row, order.as_ref().map_or(c, |o| o(c))), form);
             }
         });
         Ok(Some(values))
@@ -50,17 +49,17 @@ impl CudaExecutable {
         let bytes = self.stored_bytes(id);
         let mut host = Pinned::new(&self.shared.context, bytes)?;
         let (place, order) = (self.places(id), column_order(program, id));
-        let (stored, element) = (host.as_mut_slice(), buffer.element);
+        let (stored, form) = (host.as_mut_slice(), self.form(id));
         let write = |to: &mut [u8], row: usize, values: &[f32]| {
             for (c, value) in values.iter().enumerate() {
-                encode(to, place(row, order.as_ref().map_or(c, |o| o(c))), element, *value);
+                encode(to, place(row, order.as_ref().map_or(c, |o| o(c))), form, *value);
             }
         };
         let rows = values.chunks_exact(buffer.cols.max(1));
         if self.bound.in_blocks(id) {
             rows.enumerate().for_each(|(row, values)| write(stored, row, values));
         } else {
-            let pitch = self.bound.pitch(id) * element_bytes(element);
+            let pitch = self.bound.pitch(id) * form.bytes();
             let parts = stored.par_chunks_mut(pitch).zip(rows.collect::<Vec<_>>());
             parts.for_each(|(to, values)| write(to, 0, values));
         }
@@ -80,7 +79,23 @@ impl CudaExecutable {
     fn stored_bytes(&self, id: BufferId) -> usize {
         let buffer = &self.bound.program.buffers[id.0];
         let rows = if self.bound.in_blocks(id) { BLOCK_ROWS } else { buffer.rows };
-        rows * self.bound.pitch(id) * element_bytes(buffer.element)
+        rows * self.bound.pitch(id) * self.form(id).bytes()
+    }
+
+    /// How a buffer's elements are stored.
+    fn form(&self, id: BufferId) -> Form {
+        match self.bound.program.buffers[id.0].element {
+            Element::Activation if self.bound.is_e4m3(id) => Form::E4m3,
+            Element::Activation => Form::Bf16,
+            Element::F32 => Form::F32,
+            Element::U32 => Form::U32,
+            Element::U8 => Form::U8,
+        }
+    }
+
+    /// Whether a buffer holds E4M3 numbers, 2^n times the values of its name (`model::fp8`).
+    pub fn is_e4m3(&self, name: &str) -> bool {
+        self.bound.program.buffer(name).is_some_and(|id| self.bound.is_e4m3(id))
     }
 
     /// Runs some steps on what the buffers hold.
@@ -112,31 +127,46 @@ fn column_order(program: &Program, id: BufferId) -> Option<impl Fn(usize) -> usi
     })
 }
 
-fn decode(stored: &[u8], at: usize, element: Element) -> f32 {
-    match element {
-        Element::Activation => {
-            half::bf16::from_le_bytes([stored[2 * at], stored[2 * at + 1]]).to_f32()
+/// How an element is stored.
+#[derive(Clone, Copy)]
+enum Form {
+    Bf16,
+    E4m3,
+    F32,
+    U32,
+    U8,
+}
+
+impl Form {
+    fn bytes(self) -> usize {
+        match self {
+            Form::E4m3 | Form::U8 => 1,
+            Form::Bf16 => 2,
+            Form::F32 | Form::U32 => 4,
         }
-        Element::F32 | Element::U32 => {
-            let bytes =
-                [stored[4 * at], stored[4 * at + 1], stored[4 * at + 2], stored[4 * at + 3]];
-            match element {
-                Element::F32 => f32::from_le_bytes(bytes),
-                _ => u32::from_le_bytes(bytes) as f32,
-            }
-        }
-        Element::U8 => stored[at] as f32,
     }
 }
 
-fn encode(stored: &mut [u8], at: usize, element: Element, value: f32) {
-    match element {
-        Element::Activation => {
+fn decode(stored: &[u8], at: usize, form: Form) -> f32 {
+    let word = |at: usize| [stored[at], stored[at + 1], stored[at + 2], stored[at + 3]];
+    match form {
+        Form::Bf16 => half::bf16::from_le_bytes([stored[2 * at], stored[2 * at + 1]]).to_f32(),
+        Form::E4m3 => fp8::decode(stored[at]),
+        Form::F32 => f32::from_le_bytes(word(4 * at)),
+        Form::U32 => u32::from_le_bytes(word(4 * at)) as f32,
+        Form::U8 => stored[at] as f32,
+    }
+}
+
+fn encode(stored: &mut [u8], at: usize, form: Form, value: f32) {
+    match form {
+        Form::Bf16 => {
             let bytes = half::bf16::from_f32(value).to_le_bytes();
             stored[2 * at..2 * at + 2].copy_from_slice(&bytes);
         }
-        Element::F32 => stored[4 * at..4 * at + 4].copy_from_slice(&value.to_le_bytes()),
-        Element::U32 => stored[4 * at..4 * at + 4].copy_from_slice(&(value as u32).to_le_bytes()),
-        Element::U8 => stored[at] = value as u8,
+        Form::E4m3 => stored[at] = fp8::encode(value),
+        Form::F32 => stored[4 * at..4 * at + 4].copy_from_slice(&value.to_le_bytes()),
+        Form::U32 => stored[4 * at..4 * at + 4].copy_from_slice(&(value as u32).to_le_bytes()),
+        Form::U8 => stored[at] = value as u8,
     }
 }

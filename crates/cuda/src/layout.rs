@@ -3,6 +3,8 @@
 use pirouette_model::program::{Epilogue, Linear, Norm, Op, Program, WeightId};
 use pirouette_model::weights::{Kind, WeightSpec};
 
+use crate::load::Scales;
+
 /// Order of a matrix's rows on the device. Rows that meet in an epilogue lie 8 apart, so that the
 /// tensor cores leave both in one thread; gaps are zero rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,14 +107,18 @@ pub struct Layout {
 
 impl Layout {
     /// Lays the program's table out; row orders follow from what its steps do with each weight.
-    pub fn new(program: &Program) -> Self {
+    /// Weights with `scales` are E4M3.
+    pub fn new(program: &Program, scales: &Scales) -> Self {
         let table = &program.weights;
         let orders = row_orders(program);
         let (mut bytes, mut sums) = (0usize, 0);
         let mut places = Vec::with_capacity(table.specs.len());
-        let scales = layer_scales(program);
-        for ((spec, order), scale) in table.specs.iter().zip(orders).zip(scales) {
+        let norm_scales = layer_scales(program);
+        for ((spec, order), scale) in table.specs.iter().zip(orders).zip(norm_scales) {
             let mut place = place(spec, order);
+            if scales.of(WeightId(places.len())).is_some() {
+                place.element = 1;
+            }
             place.offset = bytes;
             place.norm_scale = scale;
             if scale.is_some() {

@@ -26,4 +26,5 @@ mod trace_order;
 
 pub use device::{Choices, CudaDevice, Tier};
 pub use executable::{CudaExecutable, TimedRun};
+pub use load::Precision;
 pub use trace::{ReplayTrace, TracedNode};

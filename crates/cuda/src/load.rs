@@ -1,12 +1,14 @@
 //! Weight table + tensors → one block on the device. Several host threads compute and round rows
 //! into page-locked slots, the calling thread sends them off.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use pirouette_model::fp8::{self, Matrix, MlpScales};
 use pirouette_model::program::{Program, WeightId};
-use pirouette_model::{BackendError, TensorSource, WeightRows, WeightTable};
+use pirouette_model::{BackendError, SourceError, TensorSource, WeightRows, WeightTable};
+use rayon::iter::{IntoParallelIterator, ParallelIterator};
 
 use crate::driver::{Context, DeviceMemory, Event, Pinned, Stream};
 use crate::layout::{Layout, Place};
@@ -17,10 +19,57 @@ const MAX_THREADS: usize = 16;
 /// Values of a weight read at a time, if a row is not longer: they stay in a core's cache.
 const READ_AT_ONCE: usize = 1 << 14;
 
+/// How a device stores matrices and multiplies by them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// bf16, sums in f32.
+    #[default]
+    Bf16,
+    /// As bf16, but for the products of [`pirouette_model::fp8`], whose operands are E4M3.
+    Fp8,
+}
+
+/// What puts the matrices that are E4M3, and what they meet, into range.
+#[derive(Default)]
+pub struct Scales(HashMap<WeightId, (Arc<MlpScales>, Matrix)>);
+
+impl Scales {
+    /// Reads the MLPs that are E4M3 at this precision through once.
+    fn measure(
+        precision: Precision,
+        table: &WeightTable,
+        source: &dyn TensorSource,
+    ) -> Result<Self, SourceError> {
+        let mlps = match precision {
+            Precision::Bf16 => Vec::new(),
+            Precision::Fp8 => table.prefix_mlps(),
+        };
+        let measure = |mlp: fp8::Mlp| {
+            let scales = Arc::new(MlpScales::measure(table, &mlp, source)?);
+            Ok([(mlp.up, (scales.clone(), Matrix::Up)), (mlp.down, (scales, Matrix::Down))])
+        };
+        let measured: Vec<_> =
+            mlps.into_par_iter().map(measure).collect::<Result<_, SourceError>>()?;
+        Ok(Scales(measured.into_iter().flatten().collect()))
+    }
+
+    /// Whether any weight is E4M3.
+    pub fn any(&self) -> bool {
+        !self.0.is_empty()
+    }
+
+    /// Those of a weight and which of its MLP's matrices it is; `None`: it is no E4M3.
+    pub fn of(&self, id: WeightId) -> Option<(&MlpScales, Matrix)> {
+        self.0.get(&id).map(|(scales, matrix)| (&**scales, *matrix))
+    }
+}
+
 /// Weights on the device.
 pub struct Weights {
     /// What they are.
     pub table: Arc<WeightTable>,
+    /// Of those that are E4M3.
+    pub scales: Scales,
     memory: DeviceMemory,
     layout: Layout,
 }
@@ -31,10 +80,12 @@ impl Weights {
         context: &Arc<Context>,
         stream: &Stream,
         program: &Program,
+        precision: Precision,
         source: &dyn TensorSource,
     ) -> Result<Weights, BackendError> {
         let table = program.weights.clone();
-        let layout = Layout::new(program);
+        let scales = Scales::measure(precision, &table, source)?;
+        let layout = Layout::new(program, &scales);
         let memory = DeviceMemory::new(context, "the weights", layout.bytes)?;
         let longest = layout.places.iter().map(|p| p.ld * p.element).max().unwrap_or(0);
         let slot_bytes = SLOT_BYTES.max(longest);
@@ -46,6 +97,7 @@ impl Weights {
         let work = Work {
             table: &table,
             layout: &layout,
+            scales: &scales,
             source,
             order: table.loading_order(),
             queue: Mutex::new(Queue::default()),
@@ -71,7 +123,7 @@ impl Weights {
         last.as_mut_slice().copy_from_slice(bytemuck::cast_slice(&sums));
         memory.copy_in(stream, layout.column_sums, &last, 0, sums.len() * 4)?;
         stream.synchronize()?;
-        Ok(Weights { table, memory, layout })
+        Ok(Weights { table, scales, memory, layout })
     }
 
     /// Where a weight lies.
@@ -164,6 +216,7 @@ struct Queue<'s> {
 struct Work<'s> {
     table: &'s WeightTable,
     layout: &'s Layout,
+    scales: &'s Scales,
     source: &'s dyn TensorSource,
     order: Vec<WeightId>,
     queue: Mutex<Queue<'s>>,
@@ -265,6 +318,8 @@ impl<'s> Work<'s> {
         let source = |row: usize| place.order.source(row, spec.rows);
         let mut buffer = vec![0.0f32; spec.cols * (READ_AT_ONCE / spec.cols).max(1)];
         let mut read: &[f32] = &[];
+        let scales = self.scales.of(task.id);
+        let mut scaled = vec![0.0; scales.map_or(0, |_| spec.cols)];
         for (i, to) in slot.as_mut_slice()[..bytes].chunks_exact_mut(row_bytes).enumerate() {
             let at = task.first + i;
             let Some(first) = source(at) else {
@@ -286,6 +341,14 @@ impl<'s> Work<'s> {
             read = rest;
             let (to, padding) = to.split_at_mut(spec.cols * place.element);
             padding.fill(0);
+            if let Some((scales, matrix)) = scales {
+                scaled.copy_from_slice(row);
+                scales.scale_row(matrix, first, &mut scaled);
+                for (to, v) in to.iter_mut().zip(&scaled) {
+                    *to = fp8::encode(*v);
+                }
+                continue;
+            }
             if place.element == 4 {
                 to.copy_from_slice(bytemuck::cast_slice(row));
                 continue;

@@ -96,8 +96,8 @@ pub struct Output {
     pub suffix: u32,
     /// Multiplies y before the bias.
     pub scale: f32,
-    /// 0
-    pub pad: u32,
+    /// GeGlu: not 0 multiplies up instead, and the result becomes E4M3.
+    pub up_scale: f32,
 }
 
 /// Parameters of `portable_linear_*`.
@@ -106,7 +106,7 @@ pub struct Output {
 pub struct LinearParams {
     /// x, bf16.
     pub input: View,
-    /// bf16 [packed_n][ldw].
+    /// bf16 or E4M3 [packed_n][ldw].
     pub weight: u64,
     /// Rows of x.
     pub rows: u32,
@@ -116,6 +116,10 @@ pub struct LinearParams {
     pub packed_n: u32,
     /// Elements from one weight row to the next.
     pub ldw: u32,
+    /// 1: the weight is E4M3, and x holds such numbers.
+    pub e4m3: u32,
+    /// 0
+    pub pad: u32,
     /// Where y goes.
     pub output: Output,
 }
@@ -160,6 +164,10 @@ pub struct NormParams {
     pub ld: u32,
     /// [`Norm`]
     pub norm: u32,
+    /// Not 0 multiplies what then becomes an E4M3 number.
+    pub factor: f32,
+    /// 0
+    pub pad: u32,
 }
 
 /// Parameters of `portable_patchify`.
@@ -280,9 +288,9 @@ pub struct GuideParams {
 
 const _: () = assert!(size_of::<View>() == 32);
 const _: () = assert!(size_of::<Output>() == 160);
-const _: () = assert!(size_of::<LinearParams>() == 32 + 8 + 16 + 160);
+const _: () = assert!(size_of::<LinearParams>() == 32 + 8 + 24 + 160);
 const _: () = assert!(size_of::<RimParams>() == 32 + 16 + 16 + 160);
-const _: () = assert!(size_of::<NormParams>() == 64);
+const _: () = assert!(size_of::<NormParams>() == 72);
 const _: () = assert!(size_of::<PatchifyParams>() == 32);
 const _: () = assert!(size_of::<EmbedParams>() == 72);
 const _: () = assert!(size_of::<AttentionParams>() == 176);
@@ -351,7 +359,7 @@ impl Portable {
         self.rim_columns
     }
 
-    /// A product over bf16 rows.
+    /// A product over bf16 rows, which may hold E4M3 numbers.
     pub fn linear(&self, p: LinearParams) -> Launch {
         let (function, tile, threads, shared_bytes) = if p.rows <= SMALL_ROWS {
             (&self.small, (16, 32), 64, SMALL_SHARED)

@@ -17,9 +17,13 @@ use crate::tier_loop::LoopPlan;
 /// Steps of a layer that one launch does: attention, out, up, down, and the next layer's qkv.
 const STEPS: usize = 5;
 
-/// What a layer takes beside the prefill, about, and what it costs the prefill. A layer of the
-/// prefill takes 30 µs and 0.29 µs a row; layers that it would have to wait for stay in the chain.
+/// What a layer takes beside the prefill, about, and what it costs the prefill. Layers that the loop
+/// would have to wait for stay in the chain.
 const BESIDE_NS: usize = 250_000;
+/// What a layer of the prefill takes beside, and for each row; with its MLP's products in E4M3.
+const PREFILL_NS: usize = 30_000;
+const PREFILL_ROW_NS: usize = 290;
+const PREFILL_E4M3_ROW_NS: usize = 170;
 
 /// The steps of a program that may run beside its prefill.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,7 +40,8 @@ pub struct Beside {
 impl Beside {
     /// Which steps of a program these are; `None` where there is no room for them, or no kernel:
     /// a multiprocessor count of `sms` must leave what the prefill of a batch of 1 is cut into.
-    pub fn of(program: &Program, sms: u32) -> Option<Beside> {
+    /// `e4m3`: the prefill's MLPs are.
+    pub fn of(program: &Program, sms: u32, e4m3: bool) -> Option<Beside> {
         const PREFILL: u32 = 128;
         let shape = &program.shape;
         let rows = shape.suffix_rows(&program.config);
@@ -51,7 +56,8 @@ impl Beside {
             .step_by(STEPS)
             .map_while(|at| Some((at, Layer::of(program, at)?.written_by(program)?)))
             .collect();
-        let prefill_ns = 30_000 + 290 * shape.prefix_rows(&program.config);
+        let row_ns = if e4m3 { PREFILL_E4M3_ROW_NS } else { PREFILL_ROW_NS };
+        let prefill_ns = PREFILL_NS + row_ns * shape.prefix_rows(&program.config);
         layers.truncate(layers.len() * prefill_ns / BESIDE_NS);
         let end = layers.last()?.0 + STEPS;
         Some(Beside { steps: denoise..end, prefill, layers })
@@ -157,7 +163,7 @@ mod tests {
     fn all_layers_of_the_first_step_but_the_last() {
         for config in [Config::pi0(), Config::pi05()] {
             let program = program(config, 1, 10);
-            let beside = Beside::of(&program, 132).unwrap();
+            let beside = Beside::of(&program, 132, false).unwrap();
             assert_eq!(beside.layers.len(), config.depth - 1);
             let names: Vec<&str> =
                 program.steps[beside.steps.clone()].iter().map(|s| s.name.as_str()).collect();
@@ -175,7 +181,9 @@ mod tests {
     /// As many layers as the prefill has time for.
     #[test]
     fn fewer_layers_beside_a_short_prefill() {
-        for (cameras, want) in [(1, 6..9), (2, 11..14)] {
+        for (cameras, e4m3, want) in
+            [(1, false, 6..9), (2, false, 11..14), (3, true, 10..13), (1, true, 4..7)]
+        {
             let shape = Shape {
                 batch: 1,
                 cameras,
@@ -185,7 +193,7 @@ mod tests {
                 rtc: Rtc::Off,
             };
             let program = record(&Config::pi0(), shape).unwrap();
-            let beside = Beside::of(&program, 132).unwrap();
+            let beside = Beside::of(&program, 132, e4m3).unwrap();
             assert!(want.contains(&beside.layers.len()), "{cameras}: {}", beside.layers.len());
             let next = &program.steps[beside.steps.end].name;
             assert_eq!(*next, format!("denoise.step0.{}.attention", beside.layers.len()));
@@ -195,8 +203,8 @@ mod tests {
     #[test]
     fn none_where_there_is_no_room() {
         let one = program(Config::pi0(), 1, 10);
-        assert!(Beside::of(&one, 114).is_none());
-        assert!(Beside::of(&program(Config::pi0(), 2, 5), 132).is_none());
-        assert!(Beside::of(&program(Config::pi0(), 1, 50), 132).is_none());
+        assert!(Beside::of(&one, 114, false).is_none());
+        assert!(Beside::of(&program(Config::pi0(), 2, 5), 132, false).is_none());
+        assert!(Beside::of(&program(Config::pi0(), 1, 50), 132, false).is_none());
     }
 }

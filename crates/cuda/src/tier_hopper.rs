@@ -8,7 +8,7 @@ use pirouette_model::program::{
     Step, View,
 };
 use pirouette_model::weights::Kind;
-use pirouette_model::{BackendError, Config};
+use pirouette_model::{BackendError, Config, fp8};
 
 use crate::attention::{
     Attention, EmbedParams, PatchifyParams, PrefillParams, SuffixParams, VisionParams,
@@ -17,7 +17,7 @@ use crate::bind::Binding;
 use crate::denoise::Denoise;
 use crate::denoise_pack::{Packed, Packing, Size};
 use crate::driver::{Launch, Stream};
-use crate::gemm::{Gemm, GemmEpilogue, GemmParams, Operand};
+use crate::gemm::{Gemm, GemmEpilogue, GemmParams, Operand, RowsE4m3Params};
 use crate::load::Weights;
 use crate::portable::Portable;
 use crate::tier_beside::Beside;
@@ -104,7 +104,7 @@ impl Hopper {
             };
             return Ok(Some(planned));
         }
-        Ok(self.plan_one(weights, bound, at)?.map(|launch| vec![launch]))
+        self.plan_one(weights, bound, at)
     }
 
     /// The launches of a program's steps beside its prefill, one for each layer; `None` where a
@@ -127,7 +127,7 @@ impl Hopper {
         weights: &Weights,
         bound: &Binding,
         at: usize,
-    ) -> Result<Option<Launch>, BackendError> {
+    ) -> Result<Option<Vec<Launch>>, BackendError> {
         let step = &bound.program.steps[at];
         match &step.op {
             Op::Patchify { images, patches, patch, side } => {
@@ -140,7 +140,7 @@ impl Hopper {
                     reserved: 0,
                 };
                 let count = bound.program.buffers[images.0].rows as u32;
-                Ok(Some(self.attention.patchify(params, count)))
+                Ok(Some(vec![self.attention.patchify(params, count)]))
             }
             Op::EmbedTokens { tokens, table, scale, image_tokens, out } => {
                 let norm_scale = next_scale(weights, &bound.program, at, out.buffer);
@@ -161,10 +161,13 @@ impl Hopper {
                     scale: *scale,
                     reserved: 0,
                 };
-                Ok(Some(self.attention.embed(params, bound.program.shape.batch as u32)))
+                let samples = bound.program.shape.batch as u32;
+                Ok(Some(vec![self.attention.embed(params, samples)]))
             }
             Op::Linear(linear) => self.tower_product(weights, bound, at, linear).map(Some),
-            Op::Attention(op) => self.attention(bound, step, at, op),
+            Op::Attention(op) => {
+                Ok(self.attention(bound, step, at, op)?.map(|launch| vec![launch]))
+            }
         }
     }
 
@@ -174,12 +177,12 @@ impl Hopper {
         bound: &Binding,
         at: usize,
         linear: &Linear,
-    ) -> Result<Launch, BackendError> {
+    ) -> Result<Vec<Launch>, BackendError> {
         let input = &linear.input;
         let place = weights.place(linear.weight);
         let k = input.cols as u32;
         let scaled = !matches!(linear.norm, Norm::None | Norm::Rms { scale: None });
-        let x = Operand {
+        let mut x = Operand {
             address: if scaled { bound.scaled(input.buffer) } else { bound.address(input.buffer) },
             rows: (linear.groups * input.count) as u32,
             cols: k,
@@ -207,6 +210,24 @@ impl Hopper {
         if matches!(linear.norm, Norm::Layer { .. }) {
             p.colsum = weights.column_sums(linear.weight);
         }
+        let e4m3 = weights.scales.of(linear.weight);
+        let mut launches = Vec::new();
+        if let Some((scales, matrix)) = e4m3 {
+            [p.scale, p.up_scale] = scales.product_factors(matrix);
+            if linear.norm != Norm::None {
+                launches.push(self.gemm.rows_e4m3(RowsE4m3Params {
+                    x: x.address,
+                    stats: p.stats_in,
+                    out: bound.normed(),
+                    rows: x.rows,
+                    width: k,
+                    ld: x.ld,
+                    factor: fp8::power(scales.input),
+                }));
+                p.stats_in = 0;
+                x = Operand { address: bound.normed(), ld: k, ..x };
+            }
+        }
         let mut to = |out: &View| {
             p.out = bound.address(out.buffer);
             p.out_stride = out.stride as u32;
@@ -231,11 +252,11 @@ impl Hopper {
             }
             Epilogue::GeGlu { out } => {
                 to(out);
-                GemmEpilogue::GeGlu
+                e4m3.map_or(GemmEpilogue::GeGlu, |_| GemmEpilogue::E4m3GeGlu)
             }
             Epilogue::Add { out, .. } => {
                 to(out);
-                GemmEpilogue::Add
+                e4m3.map_or(GemmEpilogue::Add, |_| GemmEpilogue::E4m3Add)
             }
             Epilogue::Rope { q, k, v, .. } => {
                 if let Some(q) = q {
@@ -257,7 +278,8 @@ impl Hopper {
         };
         let beside = bound.program.steps[at].stage() == Stage::Prefill && bound.beside().is_some();
         let spare = if beside { Denoise::BESIDE_CTAS } else { 0 };
-        self.gemm.product(epilogue, [w, x], p, spare)
+        launches.push(self.gemm.product(epilogue, [w, x], p, spare)?);
+        Ok(launches)
     }
 
     fn attention(
@@ -315,6 +337,19 @@ impl Hopper {
             }
         }
     }
+}
+
+/// What the prefix tower's MLPs hand each other as E4M3.
+pub fn e4m3_buffers(program: &Program, weights: &Weights) -> Vec<BufferId> {
+    let inputs = program.steps.iter().filter_map(|step| match &step.op {
+        Op::Linear(linear) if linear.norm == Norm::None => {
+            weights.scales.of(linear.weight).map(|_| linear.input.buffer)
+        }
+        _ => None,
+    });
+    let mut found: Vec<BufferId> = inputs.collect();
+    found.dedup();
+    found
 }
 
 /// Address of the scale of the norm that reads a stream next after step `at`; 0 if nothing does, or

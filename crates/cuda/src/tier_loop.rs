@@ -7,7 +7,7 @@ use pirouette_model::program::{
 use pirouette_model::{BackendError, Rtc};
 
 use crate::attention::key_slots;
-use crate::bind::{Binding, InBlocks};
+use crate::bind::{Binding, Forms};
 use crate::denoise::{Denoise, EdgeParams, ProductParams, Role, Rows};
 use crate::denoise_pack::Packed;
 use crate::driver::Launch;
@@ -24,9 +24,9 @@ pub fn is_small(program: &Program) -> bool {
 }
 
 /// What the kernels of a loop of few rows hand each other in blocks of columns.
-pub fn in_blocks(program: &Program) -> InBlocks {
+pub fn in_blocks(program: &Program) -> Forms {
     let rows = program.shape.batch * program.shape.suffix_rows(&program.config);
-    let mut found = InBlocks::default();
+    let mut found = Forms::default();
     if !Denoise::few(rows as u32) {
         return found;
     }
@@ -34,8 +34,8 @@ pub fn in_blocks(program: &Program) -> InBlocks {
         let Op::Linear(linear) = &step.op else { continue };
         let id = linear.input.buffer;
         let to = match (&linear.epilogue, linear.norm) {
-            (Epilogue::Rope { .. } | Epilogue::GeGlu { .. }, _) => &mut found.scaled,
-            (Epilogue::Add { .. }, Norm::None) => &mut found.buffers,
+            (Epilogue::Rope { .. } | Epilogue::GeGlu { .. }, _) => &mut found.scaled_in_blocks,
+            (Epilogue::Add { .. }, Norm::None) => &mut found.in_blocks,
             _ => continue,
         };
         if !to.contains(&id) && fast_writer(program, id) {

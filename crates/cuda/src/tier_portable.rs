@@ -1,10 +1,10 @@
 //! Program step → launches of the portable kernels: any shape, any epilogue.
 
-use pirouette_model::BackendError;
 use pirouette_model::program::{
     Attention, Epilogue, Guidance, KeyMask, Linear, Norm, Op, Positions, Step, View, WeightId,
 };
 use pirouette_model::weights::Kind;
+use pirouette_model::{BackendError, fp8};
 
 use crate::bind::Binding;
 use crate::driver::Launch;
@@ -101,7 +101,9 @@ pub fn linear(
         return Err(unsupported(step, "its input is f32, its matrix is not"));
     }
     let (packed_n, ldw) = (place.rows as u32, place.ld as u32);
-    let params = portable::LinearParams { input, weight, rows, k, packed_n, ldw, output };
+    let e4m3 = weights.scales.of(linear.weight).is_some() as u32;
+    let params =
+        portable::LinearParams { input, weight, rows, k, packed_n, ldw, e4m3, pad: 0, output };
     launches.push(kernels.linear(params));
     launches.extend(guide(kernels, bound, linear));
     Ok(())
@@ -158,6 +160,8 @@ pub fn normalise(
         k: linear.input.cols as u32,
         ld: view.ld,
         norm: norm as u32,
+        factor: weights.scales.of(linear.weight).map_or(0.0, |(s, _)| fp8::power(s.input)),
+        pad: 0,
     })
 }
 
@@ -200,6 +204,10 @@ pub fn output(weights: &Weights, bound: &Binding, linear: &Linear) -> portable::
         scale: linear.scale,
         ..Default::default()
     };
+    if let Some((scales, matrix)) = weights.scales.of(linear.weight) {
+        let [first, second] = scales.product_factors(matrix);
+        (o.scale, o.up_scale) = (first, second);
+    }
     let (epilogue, out) = match &linear.epilogue {
         Epilogue::Store { out } => (portable::Epilogue::Store, out),
         Epilogue::StorePosition { out, table } => {

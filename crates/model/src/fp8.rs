@@ -172,6 +172,15 @@ impl MlpScales {
         }
     }
 
+    /// What takes the scales out of a product again: gate's and up's factors, or down's alone. Up
+    /// keeps its unit's power of two, for `down` to read.
+    pub fn product_factors(&self, matrix: Matrix) -> [f32; 2] {
+        match matrix {
+            Matrix::Up => [power(-self.input - self.gate), power(-self.input - self.up)],
+            Matrix::Down => [power(-self.down); 2],
+        }
+    }
+
     /// What a row was multiplied by, undone.
     pub fn unscale_row(&self, matrix: Matrix, row: usize, values: &mut [f32]) {
         let factor = match matrix {

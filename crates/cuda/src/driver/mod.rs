@@ -28,7 +28,7 @@ pub use launch::{Arg, Launch};
 pub use memory::{DeviceMemory, Pinned};
 pub use module::{Function, Module};
 pub use stream::{Event, Stream};
-pub use tensor_map::{Swizzle, TensorMap, TensorMapSpec};
+pub use tensor_map::{Stored, Swizzle, TensorMap, TensorMapSpec};
 
 /// The oldest driver API this crate works with: CUDA 13.0, driver 580.
 const MINIMUM_VERSION: i32 = 13_000;

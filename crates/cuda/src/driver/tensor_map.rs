@@ -28,7 +28,17 @@ pub enum Swizzle {
     B128 = 3,
 }
 
-/// A bf16 tensor of up to five axes, innermost first.
+/// What a tensor's elements are to the copy engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i32)]
+pub enum Stored {
+    /// Bytes.
+    U8 = 0,
+    /// bf16
+    Bf16 = 9,
+}
+
+/// A tensor of up to five axes, innermost first.
 #[derive(Clone, Debug)]
 pub struct TensorMapSpec<'a> {
     /// Device address, a multiple of 16.
@@ -44,12 +54,20 @@ pub struct TensorMapSpec<'a> {
 }
 
 impl TensorMap {
-    /// Encodes a map; what lies outside the extents reads as zero and is not written.
+    /// Encodes a map of bf16.
     pub fn bf16(context: &Context, spec: &TensorMapSpec<'_>) -> Result<Self, BackendError> {
+        Self::new(context, Stored::Bf16, spec)
+    }
+
+    /// Encodes a map; what lies outside the extents reads as zero and is not written.
+    pub fn new(
+        context: &Context,
+        stored: Stored,
+        spec: &TensorMapSpec<'_>,
+    ) -> Result<Self, BackendError> {
         let rank = spec.extents.len();
         assert!((1..=5).contains(&rank) && spec.boxes.len() == rank);
         assert_eq!(spec.strides_bytes.len(), rank - 1);
-        const BF16: i32 = 9;
         const PROMOTE_256: i32 = 3;
         let steps = [1u32; 5];
         let mut map = TensorMap([0; 16]);
@@ -58,7 +76,7 @@ impl TensorMap {
         let code = unsafe {
             (context.cuda().tensor_map)(
                 &mut map,
-                BF16,
+                stored as i32,
                 rank as u32,
                 spec.address as *mut _,
                 spec.extents.as_ptr(),

@@ -1,0 +1,31 @@
+// The products of the prefix tower's MLPs at precision fp8: the towers' kernel (gemm_sm90.cuh) with
+// both operands E4M3 and f32 sums, m64nNk32 at twice the rate of bf16's m64nNk16. Called by the same
+// host twin.
+//
+//   up    E4M3_GEGLU  [32768, 2048]  x = e4m3(2^input · norm(x)), by rows_e4m3.cu;
+//                                    h = e4m3(gelu(scale · gate) · up_scale · up)
+//   down  E4M3_ADD    [2048, 16384]  out += scale · product; leaves statistics and the scaled copy
+//
+// Scales are powers of two known at load (fp8.rs of the model's crate says which, and why nothing
+// overflows); a hidden unit's own lies in its row of up and its column of down. 128 bytes of a row
+// are 128 columns, so stages, rings and clusters are those of bf16 with half as many stages.
+#include "gemm_sm90.cuh"
+
+// As GEMM_INSTANCES of gemm_sm90.cu.
+#define GEMM_E4M3_INSTANCES(X)                                                        \
+    X(gemm_e4m3_geglu_128x144_t_x2, 2, 2, 144, 5, 2, 1, 1, 1, E4M3_GEGLU)             \
+    X(gemm_e4m3_geglu_128x168_t_x2, 2, 2, 168, 4, 2, 1, 1, 1, E4M3_GEGLU)             \
+    X(gemm_e4m3_geglu_128x184_t_x2, 2, 2, 184, 4, 2, 1, 1, 1, E4M3_GEGLU)             \
+    X(gemm_e4m3_geglu_128x200_t_x2, 2, 2, 200, 4, 2, 1, 1, 1, E4M3_GEGLU)             \
+    X(gemm_e4m3_geglu_256x192_w2, 2, 2, 192, 3, 1, 2, 1, 0, E4M3_GEGLU)               \
+    X(gemm_e4m3_add_128x72_k2, 2, 1, 72, 8, 1, 1, 2, 0, E4M3_ADD)                     \
+    X(gemm_e4m3_add_128x104_k2, 2, 1, 104, 6, 1, 1, 2, 0, E4M3_ADD)                   \
+    X(gemm_e4m3_add_128x136_k2, 2, 1, 136, 6, 1, 1, 2, 0, E4M3_ADD)                   \
+    X(gemm_e4m3_add_128x184_k2, 2, 1, 184, 4, 1, 1, 2, 0, E4M3_ADD)                   \
+    X(gemm_e4m3_add_128x200_k2, 2, 1, 200, 4, 1, 1, 2, 0, E4M3_ADD)                   \
+    X(gemm_e4m3_add_128x248_k2, 2, 1, 248, 4, 1, 1, 2, 0, E4M3_ADD)                   \
+    X(gemm_e4m3_add_128x200_w2, 2, 1, 200, 4, 1, 2, 1, 0, E4M3_ADD)                   \
+    X(gemm_e4m3_add_128x192_t_x2, 2, 2, 192, 4, 2, 1, 1, 1, E4M3_ADD)                 \
+    X(gemm_e4m3_add_256x192_w2, 2, 2, 192, 3, 1, 2, 1, 0, E4M3_ADD)                   \
+    X(gemm_e4m3_add_256x200_w2, 2, 2, 200, 3, 1, 2, 1, 0, E4M3_ADD)
+GEMM_E4M3_INSTANCES(GEMM_KERNEL)
