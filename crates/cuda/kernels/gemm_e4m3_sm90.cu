@@ -17,7 +17,6 @@
     X(gemm_e4m3_geglu_128x168_t_x2, 2, 2, 168, 4, 2, 1, 1, 1, E4M3_GEGLU)             \
     X(gemm_e4m3_geglu_128x184_t_x2, 2, 2, 184, 4, 2, 1, 1, 1, E4M3_GEGLU)             \
     X(gemm_e4m3_geglu_128x200_t_x2, 2, 2, 200, 4, 2, 1, 1, 1, E4M3_GEGLU)             \
-    X(gemm_e4m3_geglu_256x192_w2, 2, 2, 192, 3, 1, 2, 1, 0, E4M3_GEGLU)               \
     X(gemm_e4m3_add_128x72_k2, 2, 1, 72, 8, 1, 1, 2, 0, E4M3_ADD)                     \
     X(gemm_e4m3_add_128x104_k2, 2, 1, 104, 6, 1, 1, 2, 0, E4M3_ADD)                   \
     X(gemm_e4m3_add_128x136_k2, 2, 1, 136, 6, 1, 1, 2, 0, E4M3_ADD)                   \
@@ -26,6 +25,5 @@
     X(gemm_e4m3_add_128x248_k2, 2, 1, 248, 4, 1, 1, 2, 0, E4M3_ADD)                   \
     X(gemm_e4m3_add_128x200_w2, 2, 1, 200, 4, 1, 2, 1, 0, E4M3_ADD)                   \
     X(gemm_e4m3_add_128x192_t_x2, 2, 2, 192, 4, 2, 1, 1, 1, E4M3_ADD)                 \
-    X(gemm_e4m3_add_256x192_w2, 2, 2, 192, 3, 1, 2, 1, 0, E4M3_ADD)                   \
-    X(gemm_e4m3_add_256x200_w2, 2, 2, 200, 3, 1, 2, 1, 0, E4M3_ADD)
+    X(gemm_e4m3_add_256x192_w2, 2, 2, 192, 3, 1, 2, 1, 0, E4M3_ADD)
 GEMM_E4M3_INSTANCES(GEMM_KERNEL)

@@ -2,6 +2,7 @@
 // element by element, and counts of what differs.
 #pragma once
 #include <cuda_bf16.h>
+#include <cuda_fp8.h>
 #include "../kernels/gemm_sm90.cuh"
 
 using bf16 = __nv_bfloat16;
@@ -21,6 +22,15 @@ __global__ void fill(bf16* p, size_t n, float scale, float shift, uint32_t seed)
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n;
          i += (size_t)gridDim.x * blockDim.x)
         p[i] = __float2bfloat16(random_normal(i, seed) * scale + shift);
+}
+__global__ void fill_e4m3(__nv_fp8_e4m3* p, size_t n, float scale, uint32_t seed) {
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * blockDim.x)
+        p[i] = __nv_fp8_e4m3(random_normal(i, seed) * scale);
+}
+// An element of a matrix of either kind.
+__device__ float element(const void* p, size_t i, bool e4m3) {
+    return e4m3 ? (float)((const __nv_fp8_e4m3*)p)[i] : __bfloat162float(((const bf16*)p)[i]);
 }
 __global__ void fill_f32(float* p, size_t n, float scale, uint32_t seed) {
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n;
@@ -46,29 +56,29 @@ __global__ void slab_stats(const bf16* x, float2* stats, int cols, int ld) {
     }
 }
 // Of `cols` columns, written over and over up to k.
-__global__ void reference_norm(const bf16* x, float* out, int cols, int k, int norm) {
+__global__ void reference_norm(const void* x, float* out, int cols, int k, int norm, bool e4m3) {
     __shared__ float total[2];
-    const bf16* row = x + (size_t)blockIdx.x * cols;
+    const auto row = [=](int i) { return element(x, (size_t)blockIdx.x * cols + i, e4m3); };
     if (threadIdx.x < 2) total[threadIdx.x] = 0;
     __syncthreads();
     float s = 0;
-    for (int i = threadIdx.x; i < cols; i += blockDim.x) s += __bfloat162float(row[i]);
+    for (int i = threadIdx.x; i < cols; i += blockDim.x) s += row(i);
     atomicAdd(&total[0], s);
     __syncthreads();
     const float mean = norm == LAYER ? total[0] / cols : 0;
     float v = 0;
     for (int i = threadIdx.x; i < cols; i += blockDim.x) {
-        const float d = __bfloat162float(row[i]) - mean;
+        const float d = row(i) - mean;
         v += d * d;
     }
     atomicAdd(&total[1], v);
     __syncthreads();
     const float scale = norm == NONE ? 1.f : 1.f / sqrtf(total[1] / cols + 1e-6f);
     for (int i = threadIdx.x; i < k; i += blockDim.x)
-        out[(size_t)blockIdx.x * k + i] = (__bfloat162float(row[i % cols]) - mean) * scale;
+        out[(size_t)blockIdx.x * k + i] = (row(i % cols) - mean) * scale;
 }
-__global__ void reference_product(const float* x, const bf16* w, const float* bias, float* y,
-                                  int rows, int n, int k) {
+__global__ void reference_product(const float* x, const void* w, const float* bias, float* y,
+                                  int rows, int n, int k, bool e4m3) {
     __shared__ float xs[32][33], ws[32][33];
     const int row = blockIdx.y * 32, col = blockIdx.x * 32, tx = threadIdx.x, ty = threadIdx.y;
     float acc[4] = {0, 0, 0, 0};
@@ -78,7 +88,7 @@ __global__ void reference_product(const float* x, const bf16* w, const float* bi
             const bool in_k = k0 + tx < k;
             xs[r][tx] = in_k && row + r < rows ? x[(size_t)(row + r) * k + k0 + tx] : 0;
             const size_t at = (size_t)(col + r) * k + k0 + tx;
-            ws[r][tx] = in_k && col + r < n ? __bfloat162float(w[at]) : 0;
+            ws[r][tx] = in_k && col + r < n ? element(w, at, e4m3) : 0;
         }
         __syncthreads();
         for (int q = 0; q < 32; q++)
@@ -95,14 +105,14 @@ __device__ double gelu_exact(double g) {
 // The epilogue, element by element, in the packed order of the weight's rows; `sums` receives
 // {Σ(out − ref)², Σref²}. Values that are not numbers count as infinitely wrong.
 __global__ void reference_compare(const float* y, const bf16* before, GemmParams p, int epilogue,
-                                  double* sums) {
+                                  bool e4m3, double* sums) {
     const size_t width = epilogue == gemm::GEGLU ? p.n / 2 : p.n, total = p.rows * width;
     double err = 0, norm = 0;
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < total;
          i += (size_t)gridDim.x * blockDim.x) {
         const uint32_t row = i / width, f = i % width, sample = row / p.period, at = row % p.period;
         const float* v = y + (size_t)row * p.n;
-        double want = v[f];
+        double want = e4m3 ? v[f] * p.scale : v[f];
         const bf16* got = p.out + ((size_t)sample * p.out_stride + at) * p.out_ld + f;
         if (epilogue == gemm::STORE_POSITION) {
             want += ((const float*)p.aux)[(size_t)at * p.n + f];
@@ -110,7 +120,8 @@ __global__ void reference_compare(const float* y, const bf16* before, GemmParams
             want = gelu_exact(want);
         } else if (epilogue == gemm::GEGLU) {
             const int g = f / 8 * 16 + f % 8;
-            want = gelu_exact(v[g]) * v[g + 8];
+            want = e4m3 ? gelu_exact(v[g] * p.scale) * v[g + 8] * p.up_scale
+                        : gelu_exact(v[g]) * v[g + 8];
         } else if (epilogue == gemm::ADD) {
             if (p.aux) want *= ((const float*)p.aux)[f];
             want += __bfloat162float(before[(size_t)row * p.out_ld + f]);
@@ -135,7 +146,9 @@ __global__ void reference_compare(const float* y, const bf16* before, GemmParams
                 got = p.out + (size_t)row * p.out_ld + f;
             }
         }
-        const double d = __bfloat162float(*got) - want;
+        const bool coarse = e4m3 && epilogue == gemm::GEGLU;
+        const size_t at_out = ((size_t)sample * p.out_stride + at) * p.out_ld + f;
+        const double d = (coarse ? element(p.out, at_out, true) : __bfloat162float(*got)) - want;
         err += d == d ? d * d : 1e30;
         norm += want * want;
     }
