@@ -41,7 +41,8 @@
 //   or that of 53 bytes a clock into an SM; for products of a millisecond, which meet the power
 //   limit, (BM + BN) · 17 / 32 more a stage for what moving the operands takes of it,
 //   waves = ⌈CTAs with a tile / 132 (120 for clusters of 4)⌉,
-// but for the few shapes at which it errs and that are known beforehand (`MEASURED` in gemm.rs).
+// but for the few shapes at which it errs and that are known beforehand (`MEASURED` of
+// gemm_tiles.rs).
 // Rows of x and W begin at cache lines (`row_pitch` in layout.rs): with 4304 columns side by side
 // vision.fc2 took 18.1 µs instead of 16.7 (768 rows), 121 instead of 100 (6144).
 //

@@ -13,6 +13,7 @@ pub mod driver;
 mod executable;
 pub mod gauge;
 pub mod gemm;
+pub mod gemm_tiles;
 mod inspect;
 pub mod layout;
 pub mod load;

@@ -17,8 +17,8 @@ use crate::tier_loop::LoopPlan;
 /// Steps of a layer that one launch does: attention, out, up, down, and the next layer's qkv.
 const STEPS: usize = 5;
 
-/// What a layer takes beside the prefill, about, and what it costs the prefill. Layers that the loop
-/// would have to wait for stay in the chain.
+/// What a layer takes beside the prefill, about, and what it costs the prefill. Layers that the
+/// loop would have to wait for stay in the chain.
 const BESIDE_NS: usize = 250_000;
 /// What a layer of the prefill takes beside, and for each row; with its MLP's products in E4M3.
 const PREFILL_NS: usize = 30_000;

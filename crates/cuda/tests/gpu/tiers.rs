@@ -13,8 +13,8 @@ use crate::{Random, has_gpu, is_measured_gpu, quick, relative_error};
 
 /// Relative. Every step starts from the portable tier's values, so errors do not add up.
 const TOLERANCE: f64 = 1e-2;
-/// Of what is rounded to E4M3: where two results are 2⁻⁹ apart, one in thirty becomes another number,
-/// up to 2⁻³ away. This happens to the rows that gate and up read, and to what they leave.
+/// Of what is rounded to E4M3: where two results are 2⁻⁹ apart, one in thirty becomes another
+/// number, up to 2⁻³ away. This happens to the rows that gate and up read, and to what they leave.
 const E4M3_TOLERANCE: f64 = 5e-2;
 
 #[test]
