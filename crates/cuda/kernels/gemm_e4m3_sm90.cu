@@ -1,6 +1,6 @@
-// The products of the prefix tower's MLPs at precision fp8: the towers' kernel (gemm_sm90.cuh) with
-// both operands E4M3 and f32 sums, m64nNk32 at twice the rate of bf16's m64nNk16. Called by the same
-// host twin.
+// The products of the prefix tower's MLPs at precision fp8: the towers' kernel (gemm_sm90.cuh)
+// with both operands E4M3 and f32 sums, m64nNk32 at twice the rate of bf16's m64nNk16. Called by
+// the same host twin, checked and timed by the same lab (cases fp8.up and fp8.down).
 //
 //   up    E4M3_GEGLU  [32768, 2048]  x = e4m3(2^input · norm(x)), by rows_e4m3.cu;
 //                                    h = e4m3(gelu(scale · gate) · up_scale · up)
@@ -9,6 +9,16 @@
 // Scales are powers of two known at load (fp8.rs of the model's crate says which, and why nothing
 // overflows); a hidden unit's own lies in its row of up and its column of down. 128 bytes of a row
 // are 128 columns, so stages, rings and clusters are those of bf16 with half as many stages.
+//
+// wgmma sums E4M3 products with fewer bits than f32 has. It does not show: the actions of the full
+// models are as far from openpi's F32 as with f32 sums by mma.sync of the same numbers (portable
+// tier: π0 3.83, 4.03, 4.23 %, here 3.70, 4.01, 4.35 %).
+//
+// Inside the replay, 788 rows, µs (bf16 beside it; H100, 2026-11-27, nvcc 13.0): up 67.9 and 3.7
+// for rows_e4m3 (134), down 44.1 (78). Predicted 77 and 40. Limit at twice bf16's 790 TFLOP/s: 67
+// and 33. B = 64 (50432 rows), whole prefill at the power limit 291 → 164.5 ms. No gain (H200,
+// batches of 4, 16 and 64): 256 × 192 tiles for up (254 → 260 ms), 256 × 200 for down; 128 × 184
+// for up is the same.
 #include "gemm_sm90.cuh"
 
 // As GEMM_INSTANCES of gemm_sm90.cu.

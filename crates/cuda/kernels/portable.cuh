@@ -24,8 +24,8 @@ static __device__ __forceinline__ float round_e4m3(float x) {
     const float a = fminf(fabsf(x), 448.f);
     const u32 bits = __float_as_uint(a);
     // Below 2^-6 numbers are 2^-9 apart.
-    const float y = a < 0.015625f ? rintf(a * 512.f) * (1.f / 512.f)
-                                  : __uint_as_float((bits + 0x7ffff + (bits >> 20 & 1)) & ~0xfffffu);
+    const u32 rounded = (bits + 0x7ffff + (bits >> 20 & 1)) & ~0xfffffu;
+    const float y = a < 0.015625f ? rintf(a * 512.f) * (1.f / 512.f) : __uint_as_float(rounded);
     return copysignf(y, x);
 }
 // The number behind an E4M3 code, as bf16.

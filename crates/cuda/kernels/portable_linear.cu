@@ -94,7 +94,8 @@ template <int BM, int BN, int BK, int WM, int WN, int STAGES> struct Tile {
         const bool wide = (p.input.base | (u64)p.input.ld * 2) % 16 == 0;
         float acc[MT][NT][4] = {};
 
-        for (u32 s = 0; s < STAGES - 1 && s < steps; s++) load_w(p, smem, base + s * STAGE, n0, s * BK);
+        for (u32 s = 0; s < STAGES - 1 && s < steps; s++)
+            load_w(p, smem, base + s * STAGE, n0, s * BK);
         launch_dependents();
         wait_for_predecessors();
         for (u32 s = 0; s < STAGES - 1; s++) {

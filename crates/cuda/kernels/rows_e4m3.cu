@@ -1,6 +1,6 @@
 // y[row, :] = e4m3(factor · rms(x)[row, :]), at most ±448: the input of the prefix tower's MLPs at
-// precision fp8. What is read is the stream's copy that the norm's learned scale has multiplied, and
-// the statistics beside the stream, as the bf16 products read them; called by src/gemm.rs.
+// precision fp8. What is read is the stream's copy that the norm's learned scale has multiplied,
+// and the statistics beside the stream, as the bf16 products read them; called by src/gemm.rs.
 //
 // One warp a row. 788 rows of 2048 are 3.2 MB in and 1.6 MB out, both in L2.
 #include <cuda_bf16.h>

@@ -349,6 +349,31 @@ mod tests {
         }
     }
 
+    /// Of one to three cameras, of long prompts and batches.
+    #[test]
+    fn fp8_has_tiles_for_its_shapes() {
+        use GemmEpilogue::{E4m3Add, E4m3GeGlu};
+        for (rows, up, down) in [
+            (276, "geglu_128x144_t_x2", "add_128x72_k2"),
+            (340, "geglu_128x184_t_x2", "add_128x104_k2"),
+            (456, "geglu_128x168_t_x2", "add_128x136_k2"),
+            (532, "geglu_128x184_t_x2", "add_128x136_k2"),
+            (712, "geglu_128x184_t_x2", "add_128x184_k2"),
+            (788, "geglu_128x200_t_x2", "add_128x200_k2"),
+            (968, "geglu_128x200_t_x2", "add_128x248_k2"),
+            (1576, "geglu_128x200_t_x2", "add_128x200_w2"),
+            (6304, "geglu_128x184_t_x2", "add_128x192_t_x2"),
+            (50432, "geglu_128x200_t_x2", "add_256x192_w2"),
+        ] {
+            for (epilogue, [n, k], want) in
+                [(E4m3GeGlu, [32768, 2048], up), (E4m3Add, [2048, 16384], down)]
+            {
+                let chosen = choose(epilogue, [rows, n, k], false, 132).map(|(_, t)| t.name);
+                assert_eq!(chosen, Some(format!("gemm_e4m3_{want}").as_str()), "{rows} rows");
+            }
+        }
+    }
+
     /// The shapes of batches of 16, 32 and 64 at horizons of 10 and 50.
     #[test]
     fn the_loop_has_tiles_for_its_batches() {

@@ -80,7 +80,7 @@ pub fn work(node: &TracedNode) -> &'static str {
     } else if begins(&["denoise_edge", "portable_guide", "portable_finish"]) {
         // Euler steps with the products around them; what comes after a product.
         "fused ops"
-    } else if begins(&["portable_norm"]) {
+    } else if begins(&["portable_norm", "rows_e4m3"]) {
         "norm"
     } else if begins(&["patchify", "embed", "portable_patchify", "portable_embed"]) {
         "fill and elementwise"
