@@ -21,7 +21,7 @@
 
 use crate::program::WeightId;
 use crate::source::{SourceError, TensorSource};
-use crate::weights::WeightTable;
+use crate::weights::{WeightSpec, WeightTable};
 
 /// The largest E4M3 number.
 pub const MAX: f32 = 448.0;
@@ -95,6 +95,14 @@ pub enum Matrix {
     Up,
     /// down
     Down,
+}
+
+impl WeightSpec {
+    /// Whether it is one of the matrices of [`WeightTable::prefix_mlps`].
+    pub fn is_e4m3(&self) -> bool {
+        let product = self.name.strip_prefix("prefill.").and_then(|n| n.split_once('.'));
+        matches!(product, Some((_, "up" | "down")))
+    }
 }
 
 impl WeightTable {
