@@ -17,7 +17,8 @@
 //! C times what random inputs give), and E4M3 has 18 binades with its subnormals. A hidden unit has
 //! a power of two of its own: it multiplies the unit's row of `up` and divides its column of
 //! `down`, so it costs nothing at run time and their columns lie as far apart as what they
-//! contribute does.
+//! contribute does. Units that hardly contribute are not raised to the others' level: all rows of
+//! `up` share the rest of their scale, and one raised by far would push the others out of range.
 
 use crate::program::WeightId;
 use crate::source::{SourceError, TensorSource};
@@ -31,6 +32,8 @@ const ROUNDING: f64 = (1.0 + 0.0625) * (1.0 + 0.0625) * (1.0 + 0.0625) * (1.0 + 
 const SLACK: f64 = 1.01;
 /// Exponents stay where a product of two factors is an ordinary f32.
 const MOST: i32 = 60;
+/// How far a unit's exponent may lie above the middle one.
+const RAISED: i32 = 4;
 /// Rows read at a time.
 const ROWS: usize = 64;
 
@@ -155,7 +158,7 @@ impl MlpScales {
             largest.push(row.iter().fold(0.0f32, |m, w| m.max(w.abs())) as f64);
         })?;
         let bound = |j: usize| width as f64 * norms[j] * norms[units + j] * ROUNDING * SLACK;
-        let hidden: Vec<i32> = (0..units).map(|j| exponent(bound(j))).collect();
+        let hidden = together((0..units).map(bound).collect());
         let of_unit = |j: usize| 2f64.powi(hidden[j]);
         let gate = exponent(largest[..units].iter().fold(0.0, |m: f64, w| m.max(*w)));
         let up = (0..units).fold(0.0, |m: f64, j| m.max(largest[units + j] * of_unit(j)));
@@ -215,6 +218,15 @@ fn exponent(bound: f64) -> i32 {
         return 0;
     }
     ((MAX as f64 / bound).log2().floor() as i32).clamp(-MOST, MOST)
+}
+
+/// Exponents of the units by their bounds.
+fn together(bounds: Vec<f64>) -> Vec<i32> {
+    let mut sorted: Vec<f64> = bounds.iter().copied().filter(|b| *b > 0.0).collect();
+    sorted.sort_unstable_by(f64::total_cmp);
+    let most = exponent(sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)) + RAISED;
+    let each = bounds.iter().map(|&b| if b > 0.0 { exponent(b).min(most) } else { most });
+    each.collect()
 }
 
 fn rows(
