@@ -71,8 +71,12 @@ impl ModelName {
 /// Stored precision of the matrices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Precision {
+    /// The reference, on the CPU alone.
     F32,
+    /// As openpi serves.
     Bf16,
+    /// bf16, but the MLPs of the prefix tower in E4M3: opt-in, see ARCHITECTURE.md.
+    Fp8,
 }
 
 impl Precision {
@@ -81,6 +85,15 @@ impl Precision {
         match self {
             Precision::F32 => "f32",
             Precision::Bf16 => "bf16",
+            Precision::Fp8 => "fp8",
+        }
+    }
+
+    /// Bytes of a matrix element, E4M3 aside.
+    pub fn matrix_bytes(self) -> f64 {
+        match self {
+            Precision::F32 => 4.0,
+            Precision::Bf16 | Precision::Fp8 => 2.0,
         }
     }
 }
@@ -92,7 +105,7 @@ pub struct DeviceArgs {
     /// `null:1:30,8:60`: no model, made-up actions after these milliseconds (batch:ms).
     #[arg(long, default_value = "auto")]
     pub device: String,
-    /// Precision of the weights.
+    /// Precision of the weights and of what they meet.
     #[arg(long, value_enum, default_value = "bf16")]
     pub precision: Precision,
     /// CPU threads (default: all cores).

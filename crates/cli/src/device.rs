@@ -192,9 +192,23 @@ pub fn open(
             bail!("GPUs run in bf16: use `--precision bf16`, or `--device cpu` for f32")
         }
         Target::Null(_) => bail!("a null device has no model: it is for `pirouette serve`"),
+        Target::Cuda(_) if args.precision == Precision::Fp8 => {
+            bail!("GPUs have no fp8 yet: use `--precision bf16`, or `--device cpu` to emulate it")
+        }
         Target::Cuda(ordinal) => {
             let table = Arc::new(WeightTable::new(config, steps));
             Ok(Opened::Cuda(Box::new(CudaDevice::open(ordinal, table, source)?)))
+        }
+    }
+}
+
+impl Precision {
+    /// As the CPU backend knows it.
+    pub fn on_cpu(self) -> pirouette_cpu::Precision {
+        match self {
+            Precision::F32 => pirouette_cpu::Precision::F32,
+            Precision::Bf16 => pirouette_cpu::Precision::Bf16,
+            Precision::Fp8 => pirouette_cpu::Precision::Fp8,
         }
     }
 }
@@ -206,10 +220,7 @@ pub fn open_cpu(
     steps: usize,
     source: &dyn TensorSource,
 ) -> Result<CpuDevice> {
-    let precision = match args.precision {
-        Precision::F32 => pirouette_cpu::Precision::F32,
-        Precision::Bf16 => pirouette_cpu::Precision::Bf16,
-    };
+    let precision = args.precision.on_cpu();
     let options = Options { precision, threads: args.threads, ..Options::default() };
     let bar = Progress::new("loading weights");
     let device = pirouette_cpu::load(config, steps, source, options, &mut |done, total| {

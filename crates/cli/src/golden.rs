@@ -25,7 +25,11 @@ struct Row {
 /// Runs the cases; fails when one is over its bar.
 pub fn run(args: &GoldenArgs) -> Result<()> {
     writable(&args.json)?;
-    let bar = if args.device.precision == Precision::F32 { Bar::F32 } else { Bar::Bf16 };
+    let bar = match args.device.precision {
+        Precision::F32 => Bar::F32,
+        Precision::Bf16 => Bar::Bf16,
+        Precision::Fp8 => Bar::Fp8,
+    };
     let models = match args.model {
         Some(model) => vec![model],
         None => vec![ModelName::Pi0, ModelName::Pi05],

@@ -36,6 +36,7 @@ struct Plan {
     prompt_tokens: usize,
     horizon: usize,
     euler_steps: usize,
+    precision: &'static str,
     tflops: f64,
     tbps: f64,
     weight_bytes: u64,
@@ -49,9 +50,13 @@ const STAGES: [(Stage, &str); 3] =
 /// Prints (or writes) the plan.
 pub fn run(args: &PlanArgs) -> Result<()> {
     let program = record(&args.model.config(), args.shape.shape(args.batch))?;
-    let weight_bytes = if args.precision == Precision::F32 { 4.0 } else { 2.0 };
-    let rates = Rates { flops: args.tflops * 1e12, bandwidth: args.tbps * 1e12, weight_bytes };
-    let plan = plan(&program, &rates);
+    let rates = Rates {
+        flops: args.tflops * 1e12,
+        bandwidth: args.tbps * 1e12,
+        weight_bytes: args.precision.matrix_bytes(),
+        e4m3: args.precision == Precision::Fp8,
+    };
+    let plan = plan(&program, args.precision, &rates);
     match &args.json {
         Some(path) => write_json(path, &plan),
         None => {
@@ -61,7 +66,7 @@ pub fn run(args: &PlanArgs) -> Result<()> {
     }
 }
 
-fn plan(program: &Program, rates: &Rates) -> Plan {
+fn plan(program: &Program, precision: Precision, rates: &Rates) -> Plan {
     let row = |step: &Step| {
         let cost = program.cost(step);
         StepRow {
@@ -90,9 +95,10 @@ fn plan(program: &Program, rates: &Rates) -> Plan {
         prompt_tokens: program.shape.prompt_tokens,
         horizon: program.shape.horizon,
         euler_steps: program.shape.steps,
+        precision: precision.name(),
         tflops: rates.flops / 1e12,
         tbps: rates.bandwidth / 1e12,
-        weight_bytes: program.weight_bytes(rates.weight_bytes as usize),
+        weight_bytes: program.weight_bytes(rates),
         stages: STAGES.map(stage).into(),
         steps: program.steps.iter().map(row).collect(),
     }
@@ -108,12 +114,19 @@ fn shown(name: &str) -> bool {
 
 fn print(plan: &Plan, all: bool) {
     println!(
-        "{} · batch {} · {} cameras · {} prompt tokens · horizon {} · {} Euler steps",
-        plan.model, plan.batch, plan.cameras, plan.prompt_tokens, plan.horizon, plan.euler_steps
+        "{} · {} · batch {} · {} cameras · {} prompt tokens · horizon {} · {} Euler steps",
+        plan.model,
+        plan.precision,
+        plan.batch,
+        plan.cameras,
+        plan.prompt_tokens,
+        plan.horizon,
+        plan.euler_steps
     );
     println!(
-        "limits at {} TFLOP/s and {} TB/s · weights at rest {}B\n",
+        "limits at {} TFLOP/s{} and {} TB/s · weights at rest {}B\n",
         plan.tflops,
+        if plan.precision == "fp8" { " (E4M3 twice that)" } else { "" },
         plan.tbps,
         scaled(plan.weight_bytes as f64)
     );

@@ -22,7 +22,10 @@ fn testdata(path: &str) -> PathBuf {
 
 fn pirouette(command: &[&str], flags: &[&str]) -> Command {
     let mut pirouette = Command::new(env!("CARGO_BIN_EXE_pirouette"));
-    pirouette.args(command).args([POLICY, "--device", "cpu", "--precision", "f32"]);
+    pirouette.args(command).args([POLICY, "--device", "cpu"]);
+    if !flags.contains(&"--precision") {
+        pirouette.args(["--precision", "f32"]);
+    }
     pirouette.arg("--checkpoint").arg(testdata(&format!("A_tiny/e2e/{POLICY}/checkpoint")));
     pirouette.arg("--tokenizer").arg(testdata("D_preprocess/tokenizer/tok_bpe.model"));
     pirouette.args(flags).stdin(Stdio::null());
@@ -125,6 +128,14 @@ fn a_recording_is_reproduced_bit_for_bit_and_a_flipped_bit_is_found() {
     assert_eq!((&report["compared"], &report["different"]), (&5.into(), &5.into()), "{report}");
     assert!(report["max_abs"].as_f64().unwrap() > 0.0, "{report}");
     assert_eq!(report["recorded_by"][0]["steps"], 10, "{report}");
+
+    let other = ["--precision", "fp8", "--isolate", "always", "--limit", "4"];
+    let (output, report) = replay(&recording, &other);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!((&report["compared"], &report["different"]), (&4.into(), &4.into()), "{report}");
+    let name = |of: &Value| of["devices"][0]["name"].as_str().unwrap().to_string();
+    let names = [&report["recorded_by"][0], &report["now"]].map(name);
+    assert!(names[0].contains(", f32,") && names[1].contains(", fp8,"), "{names:?}");
 
     // One bit of the third recorded answer's actions.
     let index = std::fs::read_to_string(file(&recording, "jsonl")).unwrap();

@@ -20,13 +20,17 @@ pub enum Precision {
     /// Weights bf16, activations f32 and rounded to bf16 as they enter a product, sums f32.
     #[default]
     Bf16,
+    /// As `Bf16`, but both operands of the prefix tower's MLPs are E4M3 numbers times powers of
+    /// two ([`pirouette_model::fp8`]), which bf16 holds exactly: the same arithmetic as a GPU's,
+    /// as a reference for it. It takes the memory and the time of `Bf16`.
+    Fp8,
 }
 
 impl Precision {
     pub(crate) fn storage(self) -> Storage {
         match self {
             Precision::F32 => Storage::F32,
-            Precision::Bf16 => Storage::Bf16,
+            Precision::Bf16 | Precision::Fp8 => Storage::Bf16,
         }
     }
 }
@@ -87,8 +91,7 @@ pub fn load_table(
             "{threads} threads asked for, 1..={MAX_THREADS} are possible"
         )));
     }
-    let storage = options.precision.storage();
-    let weights = Weights::load(table, storage, source, threads, progress)?;
+    let weights = Weights::load(table, options.precision, source, threads, progress)?;
     Ok(CpuDevice {
         weights: Arc::new(weights),
         pool: Arc::new(Mutex::new(Pool::new(threads)?)),
@@ -133,6 +136,7 @@ impl Device for CpuDevice {
         let precision = match self.precision {
             Precision::F32 => "f32",
             Precision::Bf16 => "bf16",
+            Precision::Fp8 => "fp8",
         };
         format!("cpu ({}, {precision}, {} threads)", self.isa.name(), self.threads)
     }

@@ -159,7 +159,7 @@ pub(crate) struct LinearPlan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Feeding {
     Apart,
-    /// The result goes to A of the next step, which has so many columns.
+    /// The result goes to A of the next step, whose weight this is.
     Feeds(usize),
     /// A was packed by the step before.
     Fed,
@@ -205,19 +205,19 @@ fn feed(program: &Program, steps: &mut [StepPlan]) {
         })
         .collect();
     for at in 0..steps.len() {
-        let Some(cols) = feeds[at] else { continue };
+        let Some(weight) = feeds[at] else { continue };
         if program.steps[at].op.writes().iter().any(|b| whole.contains(b)) {
             continue;
         }
         if let [StepPlan::Linear(from), StepPlan::Linear(to)] = &mut steps[at..at + 2] {
-            from.feeding = Feeding::Feeds(cols);
+            from.feeding = Feeding::Feeds(weight);
             to.feeding = Feeding::Fed;
         }
     }
 }
 
 impl LinearPlan {
-    /// Columns of `next`'s A, if this product could pack it.
+    /// `next`'s weight, if this product could pack its A.
     fn feeds(&self, next: &LinearPlan) -> Option<usize> {
         let (Places::One(out), Epilogue::GeGlu { .. } | Epilogue::Gelu { .. }) =
             (&self.places, self.epilogue)
@@ -230,7 +230,7 @@ impl LinearPlan {
             && next.norm == Norm::None
             && self.kernel.storage == Storage::Bf16
             && next.kernel.storage == Storage::Bf16;
-        fits.then_some(out.cols)
+        fits.then_some(next.weight)
     }
 }
 

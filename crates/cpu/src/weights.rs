@@ -4,16 +4,20 @@
 use std::sync::Mutex;
 use std::sync::PoisonError;
 
+use pirouette_model::fp8::{self, Mlp, MlpScales};
 use pirouette_model::program::WeightId;
 use pirouette_model::weights::{Kind, WeightSpec};
 use pirouette_model::{BackendError, SourceError, TensorSource, WeightRows, WeightTable};
 
+use crate::device::Precision;
 use crate::driver::memory::{Words, reserve};
 use crate::gemm::operand::{Matrix, bf16_bits, pack_columns};
 use crate::gemm::{CHUNK, Storage};
 
 /// Rows of the token table that a thread takes at a time.
 const TABLE_ROWS: usize = 64;
+/// MLPs measured at a time: some sources hold a whole tensor for each.
+const MEASURED: usize = 8;
 
 /// One loaded weight.
 pub(crate) enum Stored {
@@ -37,26 +41,41 @@ pub(crate) struct Weights {
 }
 
 impl Weights {
-    /// Loads in `loading_order`, all `threads` on the rows of one weight at a time.
+    /// Loads in `loading_order`, all `threads` on the rows of one weight at a time. MLPs whose
+    /// products are E4M3 come first, each with all that its scales depend on: a reader of stacked
+    /// arrays decodes those once.
     pub(crate) fn load(
         table: WeightTable,
-        storage: Storage,
+        precision: Precision,
         source: &dyn TensorSource,
         threads: usize,
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Weights, BackendError> {
+        let storage = precision.storage();
         let bytes = table.specs.iter().map(|s| stored_bytes(s, storage)).sum();
         reserve(bytes, "the model")?;
         let total = table.specs.iter().map(|s| s.len() as u64).sum();
         let mut stored: Vec<Option<Stored>> = table.specs.iter().map(|_| None).collect();
         let mut done = 0;
         progress(done, total);
-        for id in table.loading_order() {
+        let mut load = |id: WeightId, rounding: Option<Rounding<'_>>| -> Result<(), BackendError> {
             let rows = table.open(id, source)?;
             let spec = table.spec(id);
-            stored[id.0] = Some(pack(spec, &rows, storage, threads)?);
+            stored[id.0] = Some(pack(spec, &rows, rounding, storage, threads)?);
             done += spec.len() as u64;
             progress(done, total);
+            Ok(())
+        };
+        let mlps = if precision == Precision::Fp8 { table.prefix_mlps() } else { Vec::new() };
+        for mlps in mlps.chunks(threads.min(MEASURED)) {
+            for (mlp, scales) in mlps.iter().zip(&measure(&table, mlps, source)?) {
+                load(mlp.up, Some(Rounding { scales, matrix: fp8::Matrix::Up }))?;
+                load(mlp.down, Some(Rounding { scales, matrix: fp8::Matrix::Down }))?;
+            }
+        }
+        let loaded = |id: &WeightId| mlps.iter().any(|mlp| [mlp.up, mlp.down].contains(id));
+        for id in table.loading_order().into_iter().filter(|id| !loaded(id)) {
+            load(id, None)?;
         }
         let stored = stored.into_iter().flatten().collect();
         Ok(Weights { table, storage, stored })
@@ -111,9 +130,52 @@ fn stored_bytes(spec: &WeightSpec, storage: Storage) -> u64 {
     spec.len() as u64 * each
 }
 
+/// A matrix whose product takes both operands as E4M3.
+#[derive(Clone, Copy)]
+struct Rounding<'a> {
+    scales: &'a MlpScales,
+    matrix: fp8::Matrix,
+}
+
+impl Rounding<'_> {
+    /// Each value to the nearest that is an E4M3 number times its power of two.
+    fn round_row(self, row: usize, values: &mut [f32]) {
+        self.scales.scale_row(self.matrix, row, values);
+        for v in &mut *values {
+            *v = fp8::round(*v);
+        }
+        self.scales.unscale_row(self.matrix, row, values);
+    }
+
+    /// The powers of two of the columns that the matrix meets.
+    fn columns(self, count: usize) -> Vec<f32> {
+        match self.matrix {
+            fp8::Matrix::Up => vec![fp8::power(self.scales.input); count],
+            fp8::Matrix::Down => self.scales.hidden.iter().map(|e| fp8::power(*e)).collect(),
+        }
+    }
+}
+
+/// The scales of some MLPs, each measured by a thread.
+fn measure(
+    table: &WeightTable,
+    mlps: &[Mlp],
+    source: &dyn TensorSource,
+) -> Result<Vec<MlpScales>, SourceError> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            mlps.iter().map(|mlp| scope.spawn(|| MlpScales::measure(table, mlp, source))).collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        threads.into_iter().map(join).collect()
+    })
+}
+
 fn pack(
     spec: &WeightSpec,
     rows: &WeightRows<'_>,
+    rounding: Option<Rounding<'_>>,
     storage: Storage,
     threads: usize,
 ) -> Result<Stored, BackendError> {
@@ -121,7 +183,16 @@ fn pack(
         Kind::Matrix | Kind::RimMatrix => {
             let storage = if spec.kind == Kind::Matrix { storage } else { Storage::F32 };
             let mut matrix = Matrix::zeroed(spec.rows, spec.cols, storage, &spec.name)?;
-            pack_columns_of(&mut matrix, threads, |row, out| rows.fill(row, out))?;
+            matrix.meets = rounding.map(|r| r.columns(spec.cols));
+            pack_columns_of(&mut matrix, threads, |row, out| {
+                rows.fill(row, out)?;
+                if let Some(rounding) = rounding {
+                    for (row, values) in (row..).zip(out.chunks_exact_mut(spec.cols)) {
+                        rounding.round_row(row, values);
+                    }
+                }
+                Ok(())
+            })?;
             Ok(Stored::Matrix(matrix))
         }
         Kind::TokenTable => {

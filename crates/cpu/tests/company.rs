@@ -1,5 +1,5 @@
 //! What `serve --deterministic` rests on: in one program, a sample's actions have the same bits
-//! in every slot and beside every other sample, in both precisions, on every instruction set.
+//! in every slot and beside every other sample, in every precision, on every instruction set.
 
 mod fixture;
 
@@ -19,7 +19,7 @@ fn a_sample_has_the_same_bits_in_every_slot_and_company() {
         let slots = 4;
         let program = Arc::new(record(&config, case.program_shape(slots, 3)).unwrap());
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
-            for precision in [Precision::F32, Precision::Bf16] {
+            for precision in [Precision::F32, Precision::Bf16, Precision::Fp8] {
                 let options = Options { precision, threads: Some(2), isa: Some(isa) };
                 let mut device =
                     load(config, case.steps, &source, options, &mut |_, _| {}).unwrap();

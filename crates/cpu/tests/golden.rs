@@ -178,8 +178,9 @@ fn observed_runs_and_others_give_the_same_bits() {
         let source = FileSource::open(&format!("{family}/model.safetensors"));
         let config = Config::infer(&source, None).unwrap();
         let case = Case::open(family, CASES[0]);
-        for isa in available() {
-            let mut device = device(&source, &case, Precision::Bf16, 2, isa);
+        let precisions = [Precision::Bf16, Precision::Fp8];
+        for (isa, precision) in available().flat_map(|isa| precisions.map(|p| (isa, p))) {
+            let mut device = device(&source, &case, precision, 2, isa);
             let slots = case.cameras[0].len();
             let program = record(&config, case.program_shape(1, slots)).unwrap();
             let mut executable = device.compile_cpu(Arc::new(program)).unwrap();
@@ -188,7 +189,7 @@ fn observed_runs_and_others_give_the_same_bits() {
             executable.run_into(&inputs, &mut actions);
             let mut observed = vec![0.0; inputs.noise.len()];
             executable.run_observed(&inputs.borrow(), &mut observed, &mut |_, _| {}).unwrap();
-            assert_eq!(actions, observed, "{family} {isa:?}");
+            assert_eq!(actions, observed, "{family} {isa:?} {precision:?}");
         }
     }
 }

@@ -3,7 +3,7 @@
 use crate::program::{
     Attention, Element, Epilogue, KeyMask, Linear, Op, Program, Stage, Step, View,
 };
-use crate::weights::Kind;
+use crate::weights::{Kind, WeightSpec};
 
 /// Rates a limit is computed for.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -14,11 +14,24 @@ pub struct Rates {
     pub bandwidth: f64,
     /// Bytes of a matrix element as stored.
     pub weight_bytes: f64,
+    /// Whether the device multiplies E4M3 numbers where `fp8` has them: stored in a byte, at twice
+    /// the rate.
+    pub e4m3: bool,
 }
 
 impl Rates {
     /// One H200 as measured: 790 TFLOP/s BF16, 4.3 TB/s.
-    pub const H200: Rates = Rates { flops: 790e12, bandwidth: 4.3e12, weight_bytes: 2.0 };
+    pub const H200: Rates =
+        Rates { flops: 790e12, bandwidth: 4.3e12, weight_bytes: 2.0, e4m3: false };
+
+    /// Bytes of an element of a weight.
+    fn element_bytes(&self, spec: &WeightSpec) -> f64 {
+        match spec.kind {
+            Kind::RimMatrix | Kind::Vector => 4.0,
+            Kind::Matrix if self.e4m3 && spec.is_e4m3() => 1.0,
+            Kind::Matrix | Kind::TokenTable => self.weight_bytes,
+        }
+    }
 }
 
 /// Cost of one step or of several.
@@ -30,18 +43,24 @@ pub struct Cost {
     pub weight_elements: f64,
     /// Elements of activations read and written.
     pub activation_elements: f64,
+    /// Of `flops`, those of products that are E4M3 at `fp8`.
+    pub e4m3_flops: f64,
+    /// Of `weight_elements`, those that are.
+    pub e4m3_elements: f64,
 }
 
 impl Cost {
     /// Bytes of weights read.
     pub fn weight_bytes(&self, rates: &Rates) -> f64 {
-        self.weight_elements * rates.weight_bytes
+        let bytes = if rates.e4m3 { self.e4m3_elements } else { 0.0 };
+        (self.weight_elements - bytes) * rates.weight_bytes + bytes
     }
 
     /// Milliseconds no execution of this alone gets below: arithmetic or weight traffic, whichever
     /// is longer. Activations are not counted: they stay in cache.
     pub fn limit_ms(&self, rates: &Rates) -> f64 {
-        let arithmetic = self.flops / rates.flops;
+        let twice_as_fast = if rates.e4m3 { self.e4m3_flops } else { 0.0 };
+        let arithmetic = (self.flops - twice_as_fast / 2.0) / rates.flops;
         let memory = self.weight_bytes(rates) / rates.bandwidth;
         arithmetic.max(memory) * 1e3
     }
@@ -52,6 +71,8 @@ impl Cost {
             flops: self.flops + other.flops,
             weight_elements: self.weight_elements + other.weight_elements,
             activation_elements: self.activation_elements + other.activation_elements,
+            e4m3_flops: self.e4m3_flops + other.e4m3_flops,
+            e4m3_elements: self.e4m3_elements + other.e4m3_elements,
         }
     }
 }
@@ -72,7 +93,7 @@ impl Program {
             Op::EmbedTokens { .. } => {
                 let rows = (self.shape.batch * self.shape.prompt_tokens) as f64;
                 let n = rows * self.config.prefix.width as f64;
-                Cost { flops: 0.0, weight_elements: n, activation_elements: n }
+                Cost { weight_elements: n, activation_elements: n, ..Cost::default() }
             }
             Op::Linear(linear) => self.linear_cost(linear),
             Op::Attention(attention) => self.attention_cost(attention),
@@ -91,10 +112,13 @@ impl Program {
             Epilogue::GeGlu { out } => elements(linear.groups, out),
             _ => rows * spec.rows as f64,
         };
+        let (elements, of_e4m3) = (spec.len() as f64, f64::from(spec.is_e4m3()));
         Cost {
-            flops: 2.0 * rows * spec.len() as f64,
-            weight_elements: spec.len() as f64,
+            flops: 2.0 * rows * elements,
+            weight_elements: elements,
             activation_elements: read + written,
+            e4m3_flops: 2.0 * rows * elements * of_e4m3,
+            e4m3_elements: elements * of_e4m3,
         }
     }
 
@@ -107,10 +131,10 @@ impl Program {
         };
         Cost {
             flops: 4.0 * queries * (keys * a.head_dim) as f64,
-            weight_elements: 0.0,
             activation_elements: 2.0 * elements(a.groups, &a.q)
                 + elements(a.groups, &a.k)
                 + elements(a.groups, &a.v),
+            ..Cost::default()
         }
     }
 
@@ -126,14 +150,10 @@ impl Program {
         self.stage_cost(stage).limit_ms(rates)
     }
 
-    /// Bytes of the weights at rest when matrices are stored in `matrix_bytes` per element: the
-    /// token table like a matrix, everything else in f32.
-    pub fn weight_bytes(&self, matrix_bytes: usize) -> u64 {
-        let bytes = |kind| match kind {
-            Kind::Matrix | Kind::TokenTable => matrix_bytes,
-            Kind::RimMatrix | Kind::Vector => 4,
-        };
-        self.weights.specs.iter().map(|s| (s.len() * bytes(s.kind)) as u64).sum()
+    /// Bytes of the weights at rest: the token table like a matrix, everything else in f32.
+    pub fn weight_bytes(&self, rates: &Rates) -> u64 {
+        let bytes = |spec: &WeightSpec| spec.len() as f64 * rates.element_bytes(spec);
+        self.weights.specs.iter().map(bytes).sum::<f64>() as u64
     }
 
     /// Shape of a step for people: `[788, 2048] · [2560, 2048]ᵀ`.
@@ -212,6 +232,24 @@ mod tests {
         assert!((tera(Stage::Denoise) - 0.08).abs() < 0.02, "{}", tera(Stage::Denoise));
         let denoise = p.stage_cost(Stage::Denoise).weight_bytes(&Rates::H200) / 1e9;
         assert!((denoise - 6.23).abs() < 0.1, "{denoise}");
+    }
+
+    /// 17 layers' MLPs: half the bytes, half the time of what arithmetic limits.
+    #[test]
+    fn e4m3_takes_half_of_the_prefix_towers_mlps() {
+        let p = reference();
+        let fp8 = Rates { e4m3: true, ..Rates::H200 };
+        let elements = (17 * 3 * 2048 * 16384) as u64;
+        assert_eq!(p.weight_bytes(&Rates::H200) - p.weight_bytes(&fp8), elements);
+        let cost = p.stage_cost(Stage::Prefill);
+        let share = cost.e4m3_flops / cost.flops;
+        assert!((share - 0.87).abs() < 0.02, "{share}");
+        assert_eq!(cost.e4m3_elements, elements as f64);
+        let [bf16, fp8] = [Rates::H200, fp8].map(|r| p.stage_limit_ms(Stage::Prefill, &r));
+        assert!((fp8 / bf16 - (1.0 - share / 2.0)).abs() < 1e-9, "{fp8} {bf16}");
+        for stage in [Stage::Vision, Stage::Denoise] {
+            assert_eq!(p.stage_cost(stage).e4m3_flops, 0.0, "{stage:?}");
+        }
     }
 
     /// Every parameter of openpi's model is in the table, except what is never read.

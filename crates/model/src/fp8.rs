@@ -17,11 +17,12 @@
 //! C times what random inputs give), and E4M3 has 18 binades with its subnormals. A hidden unit has
 //! a power of two of its own: it multiplies the unit's row of `up` and divides its column of
 //! `down`, so it costs nothing at run time and their columns lie as far apart as what they
-//! contribute does.
+//! contribute does. Units that hardly contribute are not raised to the others' level: all rows of
+//! `up` share the rest of their scale, and one raised by far would push the others out of range.
 
 use crate::program::WeightId;
 use crate::source::{SourceError, TensorSource};
-use crate::weights::WeightTable;
+use crate::weights::{WeightSpec, WeightTable};
 
 /// The largest E4M3 number.
 pub const MAX: f32 = 448.0;
@@ -31,6 +32,8 @@ const ROUNDING: f64 = (1.0 + 0.0625) * (1.0 + 0.0625) * (1.0 + 0.0625) * (1.0 + 
 const SLACK: f64 = 1.01;
 /// Exponents stay where a product of two factors is an ordinary f32.
 const MOST: i32 = 60;
+/// How far a unit's exponent may lie above the middle one.
+const RAISED: i32 = 4;
 /// Rows read at a time.
 const ROWS: usize = 64;
 
@@ -66,10 +69,15 @@ pub fn decode(code: u8) -> f32 {
     if code & 0x80 != 0 { -magnitude } else { magnitude }
 }
 
-/// The nearest E4M3 number as f32.
-#[inline]
+/// The nearest E4M3 number as f32: `decode(encode(v))` without a branch, for loops over many.
+#[inline(always)]
 pub fn round(v: f32) -> f32 {
-    decode(encode(v))
+    let near = v.clamp(-MAX, MAX);
+    // 2⁻⁶ is the smallest number with a mantissa of its own.
+    let exponent = (near.to_bits() & 0x7f80_0000).max(121 << 23);
+    // 1.5 · 2²⁰ times the power of two: numbers there are as far apart as E4M3's are here.
+    let coarse = f32::from_bits(exponent + (20 << 23) | 0x40_0000);
+    (near + coarse - coarse).copysign(v)
 }
 
 /// The weights of one MLP of the prefix tower.
@@ -90,6 +98,14 @@ pub enum Matrix {
     Up,
     /// down
     Down,
+}
+
+impl WeightSpec {
+    /// Whether it is one of the matrices of [`WeightTable::prefix_mlps`].
+    pub fn is_e4m3(&self) -> bool {
+        let product = self.name.strip_prefix("prefill.").and_then(|n| n.split_once('.'));
+        matches!(product, Some((_, "up" | "down")))
+    }
 }
 
 impl WeightTable {
@@ -142,7 +158,7 @@ impl MlpScales {
             largest.push(row.iter().fold(0.0f32, |m, w| m.max(w.abs())) as f64);
         })?;
         let bound = |j: usize| width as f64 * norms[j] * norms[units + j] * ROUNDING * SLACK;
-        let hidden: Vec<i32> = (0..units).map(|j| exponent(bound(j))).collect();
+        let hidden = together((0..units).map(bound).collect());
         let of_unit = |j: usize| 2f64.powi(hidden[j]);
         let gate = exponent(largest[..units].iter().fold(0.0, |m: f64, w| m.max(*w)));
         let up = (0..units).fold(0.0, |m: f64, j| m.max(largest[units + j] * of_unit(j)));
@@ -213,6 +229,15 @@ fn exponent(bound: f64) -> i32 {
     ((MAX as f64 / bound).log2().floor() as i32).clamp(-MOST, MOST)
 }
 
+/// Exponents of the units by their bounds.
+fn together(bounds: Vec<f64>) -> Vec<i32> {
+    let mut sorted: Vec<f64> = bounds.iter().copied().filter(|b| *b > 0.0).collect();
+    sorted.sort_unstable_by(f64::total_cmp);
+    let most = exponent(sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)) + RAISED;
+    let each = bounds.iter().map(|&b| if b > 0.0 { exponent(b).min(most) } else { most });
+    each.collect()
+}
+
 fn rows(
     table: &WeightTable,
     id: WeightId,
@@ -249,6 +274,7 @@ mod tests {
             [448.0, 2f32.powi(-9), 2f32.powi(-6)]
         );
         assert_eq!(encode(f32::NAN), 0x7f);
+        assert!(round(f32::NAN).is_nan() && round(-f32::NAN).is_nan());
         for big in [448.1, 464.0, 1e30, f32::INFINITY] {
             assert_eq!([round(big), round(-big)], [MAX, -MAX]);
         }
@@ -264,6 +290,17 @@ mod tests {
             let (below, above) = (f32::from_bits(middle.to_bits() - 1), middle.next_up());
             assert_eq!([round(below), round(above)], [pair[0], pair[1]], "{middle}");
             assert_eq!(round(-above), -pair[1]);
+        }
+    }
+
+    /// Every upper half of an f32, with lower halves around the middle between two numbers.
+    #[test]
+    fn rounding_is_coding_there_and_back() {
+        let all = (0..=u16::MAX).flat_map(|high| {
+            [0, 1, 0x7fff, 0x8000, 0xffff].map(|low| f32::from_bits(u32::from(high) << 16 | low))
+        });
+        for v in all.filter(|v| !v.is_nan()) {
+            assert_eq!(round(v).to_bits(), decode(encode(v)).to_bits(), "{v:e}");
         }
     }
 

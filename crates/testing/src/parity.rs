@@ -23,6 +23,37 @@ pub enum Bar {
     F32,
     /// BF16: openpi's own BF16 error (1.5 times it on the tiny models).
     Bf16,
+    /// FP8: 5 % at full size, 3 times openpi's own BF16 error on the tiny models.
+    ///
+    /// At full size what the rounding itself costs was measured with the CPU's emulation: 2.5 to
+    /// 4.2 %, which is chance to some part, and another order of sums draws again. openpi's
+    /// PyTorch BF16 as served, which robots run on, is off by 2.7 to 7.6 % on these cases. So much
+    /// is also what a wrong prompt token changes: that the program is right is seen at BF16 and
+    /// F32, and that the products are, against their definition (`cpu/tests/fp8.rs`).
+    ///
+    /// The tiny models were measured at 1.6 to 2.4 times openpi's BF16: two layers are rounded
+    /// there instead of 17, and sums over 64 columns average out less.
+    Fp8,
+}
+
+impl Bar {
+    /// On a tiny model, of which openpi's own BF16 error is known.
+    fn tiny(self, bf16: f64) -> f64 {
+        match self {
+            Bar::F32 => 2e-5,
+            Bar::Bf16 => 1.5 * bf16,
+            Bar::Fp8 => 3.0 * bf16,
+        }
+    }
+
+    /// At full size, as [`FULL_CASES`] has BF16's.
+    fn full(self, bf16: f64) -> f64 {
+        match self {
+            Bar::F32 => 3e-5,
+            Bar::Bf16 => bf16,
+            Bar::Fp8 => 0.05,
+        }
+    }
 }
 
 /// One case compared.
@@ -110,7 +141,7 @@ pub fn tiny(
             case: format!("{} tiny {name}", config.family.name()),
             relative_l2: relative_l2(&got, &want),
             max_abs: max_abs(&got, &want),
-            bar: if bar == Bar::F32 { 2e-5 } else { 1.5 * own },
+            bar: bar.tiny(own),
             absolute: bar == Bar::F32,
         });
     }
@@ -137,7 +168,7 @@ pub fn full(
             case: format!("{family} {name}"),
             relative_l2: relative_l2(&got, &want),
             max_abs: max_abs(&got, &want),
-            bar: if bar == Bar::F32 { 3e-5 } else { bf16 },
+            bar: bar.full(bf16),
             absolute: false,
         };
         report(&parity);

@@ -62,11 +62,7 @@ fn thread_counts(asked: Option<usize>) -> Vec<usize> {
 }
 
 fn options(args: &DeviceArgs, isa: Isa, threads: usize) -> Options {
-    let precision = match args.precision {
-        Precision::F32 => pirouette_cpu::Precision::F32,
-        Precision::Bf16 => pirouette_cpu::Precision::Bf16,
-    };
-    Options { precision, threads: Some(threads), isa: Some(isa) }
+    Options { precision: args.precision.on_cpu(), threads: Some(threads), isa: Some(isa) }
 }
 
 fn measure(

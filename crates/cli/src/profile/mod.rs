@@ -254,10 +254,7 @@ pub fn percent(part: f64) -> String {
 
 fn print(profile: &Profile, model: &str) {
     println!("{model} · batch {} · {}", profile.workload.batch, profile.workload.text());
-    println!(
-        "limits at {:.2} TFLOP/s and {:.3} TB/s ({})\nsteps: {}\n",
-        profile.limits.tflops, profile.limits.tbps, profile.limits.origin, profile.step_clock
-    );
+    println!("limits at {}\nsteps: {}\n", profile.limits.text(), profile.step_clock);
     let b = &profile.breakdown;
     let section = |title: &str, rows: &[Vec<String>]| {
         let mut header = GROUP_HEADER;

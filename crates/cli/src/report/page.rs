@@ -159,10 +159,7 @@ fn stages(m: &ModelReport) -> Vec<Block> {
         Block::Heading(3, "Stages against their limits".into()),
         Block::Plot(Plot::Bars(Bars { title, mark, bars })),
         Block::Table(cells(["stage", "ms", "limit ms", "of limit"]), rows),
-        Block::Text(format!(
-            "Limits at {:.2} TFLOP/s and {:.3} TB/s: {}.",
-            p.limits.tflops, p.limits.tbps, p.limits.origin
-        )),
+        Block::Text(format!("Limits at {}.", p.limits.text())),
     ]
 }
 

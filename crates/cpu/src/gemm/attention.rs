@@ -12,7 +12,7 @@ use pirouette_model::program::KeyMask;
 use super::ahead::Run;
 use super::keys::Store;
 use super::math::exp;
-use super::operand::{RowNorm, Storage, bf16_bits, fold, pack_row};
+use super::operand::{PackRow, RowNorm, Storage, bf16_bits, fold};
 use super::{CHUNK, Kernel, Lanes, PAIR, Tile};
 use crate::driver::pool::Worker;
 use crate::executable::Context;
@@ -193,9 +193,11 @@ impl Block<'_> {
             // SAFETY: nobody writes queries during the step.
             let row: &[f32] = unsafe { self.context.arena.read(at..at + d) };
             let to = r / height * (chunks * height * CHUNK) + r % height * CHUNK;
-            pack_row(plan.kernel.isa, row, RowNorm::None, plan.kernel.storage, |chunk, words| {
+            let put = |chunk: usize, words: &[u32; CHUNK]| {
                 q[to + chunk * height * CHUNK..][..CHUNK].copy_from_slice(words);
-            });
+            };
+            let (norm, powers, storage) = (RowNorm::None, None, plan.kernel.storage);
+            plan.kernel.isa.lanes(PackRow { row, norm, powers, storage, put });
         }
     }
 

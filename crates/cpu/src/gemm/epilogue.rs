@@ -4,7 +4,7 @@
 use pirouette_model::program::{Epilogue, Gate, Guidance, Positions};
 
 use super::math::{gelu, silu};
-use super::operand::pack_chunk;
+use super::operand::{Matrix, pack_chunk, round_columns};
 use super::product::{Pair, Role};
 use super::{CHUNK, Lanes, PAIR, Storage, mul_add};
 use crate::driver::memory::Shared;
@@ -100,8 +100,8 @@ impl Lanes for Finish<'_> {
             _ => ([[1.0; CHUNK]; 2], None),
         };
         let (sums, _) = self.sums.as_chunks::<CHUNK>();
-        if let (Feeding::Feeds(cols), Some(fed)) = (self.plan.feeding, self.context.fed) {
-            return self.feed::<FMA>(fed, cols, &bias);
+        if let (Feeding::Feeds(weight), Some(fed)) = (self.plan.feeding, self.context.fed) {
+            return self.feed::<FMA>(fed, self.context.matrix(weight), &bias);
         }
         for (sums, &row) in sums.chunks_exact(2).zip(self.rows) {
             let mut y: Two = [sums[0], sums[1]];
@@ -133,17 +133,18 @@ impl Lanes for Finish<'_> {
 }
 
 impl Finish<'_> {
-    /// All rows, rounded and packed as A of the next product.
+    /// All rows, rounded and packed as A of the product with `next`.
     #[inline(always)]
-    fn feed<const FMA: bool>(&self, fed: &Shared, cols: usize, bias: &Two) {
+    fn feed<const FMA: bool>(&self, fed: &Shared, next: &Matrix, bias: &Two) {
         let Some(panel) = self.pair.panels[0] else { return };
         let gated = self.pair.role == Role::GateUp;
         // Two panels of columns make a chunk; gated ones half of it.
         let (chunk, half) = (panel / 2, panel % 2 * (CHUNK / 2));
         // The end of K is filled up with zeros by whoever writes the last columns.
-        let wide = !gated || half == 0 && (panel + 1) * CHUNK == cols;
-        let chunks = self.plan.kernel.panel_chunks(Storage::Bf16.chunks(cols));
+        let wide = !gated || half == 0 && (panel + 1) * CHUNK == next.k;
+        let chunks = self.plan.kernel.panel_chunks(next.chunks());
         let width = if wide { CHUNK } else { CHUNK / 2 };
+        let powers = next.meets.as_deref().map(|powers| &powers[panel * CHUNK..]);
         let (sums, _) = self.sums.as_chunks::<CHUNK>();
         for (r, sums) in (self.first_row..).zip(sums.chunks_exact(2)).take(self.rows.len()) {
             let mut y: Two = [sums[0], sums[1]];
@@ -165,6 +166,9 @@ impl Finish<'_> {
                 for j in 0..CHUNK {
                     values[CHUNK + j] = gelu::<FMA>(second[j]);
                 }
+            }
+            if let Some(powers) = powers {
+                round_columns(&mut values, powers);
             }
             let mut words = [0; CHUNK];
             pack_chunk(&values, Storage::Bf16, &mut words);

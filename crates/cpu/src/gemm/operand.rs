@@ -1,9 +1,9 @@
 //! Rows of f32 → packed operands: A with the norm applied on the way, B once at load or per
 //! attention step.
 
-use pirouette_model::BackendError;
+use pirouette_model::{BackendError, fp8};
 
-use super::{CHUNK, Isa, Lanes, mul_add};
+use super::{CHUNK, Lanes, mul_add};
 use crate::driver::memory::Words;
 
 /// How a packed operand's numbers are stored.
@@ -50,6 +50,9 @@ pub(crate) struct Matrix {
     pub(crate) k: usize,
     pub(crate) storage: Storage,
     pub(crate) words: Words,
+    /// Where the product takes E4M3 numbers: a power of two for each column of A, see
+    /// [`round_columns`].
+    pub(crate) meets: Option<Vec<f32>>,
 }
 
 impl Matrix {
@@ -60,7 +63,7 @@ impl Matrix {
         what: &str,
     ) -> Result<Self, BackendError> {
         let len = n.div_ceil(CHUNK) * storage.chunks(k) * CHUNK * CHUNK;
-        Ok(Matrix { n, k, storage, words: Words::zeroed(len, what)? })
+        Ok(Matrix { n, k, storage, words: Words::zeroed(len, what)?, meets: None })
     }
 
     pub(crate) fn chunks(&self) -> usize {
@@ -117,6 +120,15 @@ pub(crate) fn pack_chunk(values: &[f32], storage: Storage, out: &mut [u32; CHUNK
     }
 }
 
+/// Each value times its power of two becomes the nearest E4M3 number, and is divided by it again:
+/// what is left has few bits and is exact in bf16.
+#[inline(always)]
+pub(crate) fn round_columns(values: &mut [f32], powers: &[f32]) {
+    for (v, power) in values.iter_mut().zip(powers) {
+        *v = fp8::round(*v * power) / power;
+    }
+}
+
 /// Sixteen (or fewer) rows → one B panel, `[word][16]`, from chunk `first_chunk` on.
 pub(crate) fn pack_columns(
     rows: &[&[f32]],
@@ -150,6 +162,8 @@ const EPSILON: f32 = 1e-6;
 pub(crate) struct PackRow<'a, P> {
     pub(crate) row: &'a [f32],
     pub(crate) norm: RowNorm<'a>,
+    /// Of the matrix it meets.
+    pub(crate) powers: Option<&'a [f32]>,
     pub(crate) storage: Storage,
     pub(crate) put: P,
 }
@@ -193,6 +207,9 @@ impl<P: FnMut(usize, &[u32; CHUNK])> Lanes for PackRow<'_, P> {
                         *v = mul_add::<FMA>(x * factor, *scale, *shift);
                     }
                 }
+            }
+            if let Some(powers) = self.powers {
+                round_columns(values, &powers[c * each..]);
             }
             pack_chunk(values, self.storage, &mut words);
             (self.put)(c, &words);
@@ -243,17 +260,6 @@ pub(crate) fn fold(mut sums: [f32; CHUNK]) -> f32 {
         half /= 2;
     }
     sums[0]
-}
-
-/// Runs [`PackRow`] compiled for `isa`.
-pub(crate) fn pack_row(
-    isa: Isa,
-    row: &[f32],
-    norm: RowNorm<'_>,
-    storage: Storage,
-    put: impl FnMut(usize, &[u32; CHUNK]),
-) {
-    isa.lanes(PackRow { row, norm, storage, put });
 }
 
 #[cfg(test)]

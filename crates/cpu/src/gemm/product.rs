@@ -13,7 +13,7 @@ use pirouette_model::program::{Epilogue, Norm, WeightId};
 
 use super::ahead::Run;
 use super::epilogue::{Finish, finish_row};
-use super::operand::{Matrix, RowNorm, pack_row};
+use super::operand::{Matrix, PackRow, RowNorm};
 use super::{Ahead, CHUNK, PAIR, Tile};
 use crate::driver::memory::Shared;
 use crate::driver::pool::Worker;
@@ -154,11 +154,13 @@ pub(crate) fn pack(context: &Context<'_>, plan: &LinearPlan, worker: &Worker<'_>
         let x: &[f32] = unsafe { context.arena.read(at..at + k) };
         let to = r / height * panel_words + r % height * CHUNK;
         let norm = of_given.filter(|_| context.is_given((group, row))).unwrap_or(norm);
-        pack_row(plan.kernel.isa, x, norm, plan.kernel.storage, |chunk, words| {
+        let put = |chunk: usize, words: &[u32; CHUNK]| {
             let to = to + chunk * height * CHUNK;
             // SAFETY: this worker alone writes row r of A.
             unsafe { context.packed.write::<u32>(to..to + CHUNK) }.copy_from_slice(words);
-        });
+        };
+        let (powers, storage) = (matrix.meets.as_deref(), plan.kernel.storage);
+        plan.kernel.isa.lanes(PackRow { row: x, norm, powers, storage, put });
     }
 }
 

@@ -1,0 +1,234 @@
+//! The powers of two of an MLP at `fp8`: what they promise, on inputs made to break it.
+
+use pirouette_model::config::Gemma;
+use pirouette_model::fp8::{MAX, Matrix, Mlp, MlpScales, round};
+use pirouette_model::{Config, MemorySource, WeightTable};
+
+const WIDTH: usize = 48;
+const UNITS: usize = 24;
+const LAYER: &str = "paligemma_with_expert.paligemma.model.language_model.layers.0.";
+
+/// An MLP by its parts; the norm's learned scale is 1 + `norm`.
+struct Weights {
+    norm: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    down: Vec<f32>,
+}
+
+impl Weights {
+    /// Between −`size` and `size`.
+    fn random(seed: u64, size: f32) -> Self {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        let mut many = |n: usize, size: f32| (0..n).map(|_| next() * size).collect::<Vec<_>>();
+        Weights {
+            norm: many(WIDTH, 0.9),
+            gate: many(UNITS * WIDTH, size),
+            up: many(UNITS * WIDTH, size),
+            down: many(WIDTH * UNITS, size),
+        }
+    }
+
+    fn table(&self) -> (WeightTable, Mlp, MemorySource) {
+        let prefix = Gemma { width: WIDTH, mlp: UNITS };
+        let table = WeightTable::new(Config { prefix, depth: 2, ..Config::pi0() }, 1);
+        let mut source = MemorySource::default();
+        let mut insert = |name: &str, shape: &[usize], values: &[f32]| {
+            source.insert(&format!("{LAYER}{name}.weight"), shape, values);
+        };
+        insert("post_attention_layernorm", &[WIDTH], &self.norm);
+        insert("mlp.gate_proj", &[UNITS, WIDTH], &self.gate);
+        insert("mlp.up_proj", &[UNITS, WIDTH], &self.up);
+        insert("mlp.down_proj", &[WIDTH, UNITS], &self.down);
+        let mlp = table.prefix_mlps()[0];
+        (table, mlp, source)
+    }
+
+    fn scales(&self) -> MlpScales {
+        let (table, mlp, source) = self.table();
+        MlpScales::measure(&table, &mlp, &source).unwrap()
+    }
+
+    /// Rows of gate‖up, then of down, as they are and scaled.
+    fn rows(&self) -> Vec<(Matrix, usize, Vec<f32>, Vec<f32>)> {
+        let scales = self.scales();
+        let up = self.gate.chunks(WIDTH).chain(self.up.chunks(WIDTH)).enumerate();
+        let down = self.down.chunks(UNITS).enumerate();
+        let all = up.map(|(i, row)| (Matrix::Up, i, row.to_vec()));
+        let all = all.chain(down.map(|(i, row)| (Matrix::Down, i, row.to_vec())));
+        all.map(|(matrix, i, row)| {
+            let mut scaled = row.clone();
+            scales.scale_row(matrix, i, &mut scaled);
+            (matrix, i, row, scaled)
+        })
+        .collect()
+    }
+
+    /// Row `row` of gate‖up, rounded.
+    fn rounded(&self, scales: &MlpScales, row: usize) -> Vec<f64> {
+        let mut values = [&self.gate[..], &self.up[..]].concat()[row * WIDTH..][..WIDTH].to_vec();
+        scales.scale_row(Matrix::Up, row, &mut values);
+        values.iter_mut().for_each(|v| *v = round(*v));
+        scales.unscale_row(Matrix::Up, row, &mut values);
+        values.iter().map(|v| *v as f64).collect()
+    }
+}
+
+fn largest(values: &[f32]) -> f32 {
+    values.iter().fold(0.0, |m, v| m.max(v.abs()))
+}
+
+fn gelu(y: f64) -> f64 {
+    let inner = (2.0 / std::f64::consts::PI).sqrt() * (y + 0.044715 * y * y * y);
+    y / (1.0 + (-2.0 * inner).exp())
+}
+
+/// The largest scaled input and the largest scaled hidden value of a unit, over rows of length √C
+/// that lie along its gate, along its up, and between them, where |gate·x|·|up·x| is largest.
+fn worst(weights: &Weights, scales: &MlpScales, unit: usize) -> (f64, f64) {
+    let norm: Vec<f64> = weights.norm.iter().map(|w| (1.0 + w) as f64).collect();
+    let unit_row = |row: &[f32]| {
+        let row: Vec<f64> = row.iter().zip(&norm).map(|(w, s)| *w as f64 * s).collect();
+        let length = row.iter().map(|v| v * v).sum::<f64>().sqrt().max(f64::MIN_POSITIVE);
+        row.into_iter().map(|v| v / length).collect::<Vec<_>>()
+    };
+    let [gate, up] = [&weights.gate, &weights.up].map(|m| unit_row(&m[unit * WIDTH..][..WIDTH]));
+    let [gate_row, up_row] = [unit, UNITS + unit].map(|row| weights.rounded(scales, row));
+    let mix = |a: f64, b: f64| gate.iter().zip(&up).map(|(g, u)| a * g + b * u).collect();
+    let directions: [Vec<f64>; 6] =
+        [mix(1., 0.), mix(0., 1.), mix(1., 1.), mix(1., -1.), mix(-1., 1.), mix(-1., -1.)];
+    let (mut input, mut hidden) = (0.0f64, 0.0f64);
+    for direction in directions {
+        let length = direction.iter().map(|v| v * v).sum::<f64>().sqrt();
+        if length == 0.0 {
+            continue;
+        }
+        let factor = (WIDTH as f64).sqrt() / length;
+        let rounded: Vec<f64> = direction
+            .iter()
+            .zip(&norm)
+            .map(|(x, s)| {
+                let scaled = x * factor * s * 2f64.powi(scales.input);
+                input = input.max(scaled.abs());
+                round(scaled as f32) as f64 * 2f64.powi(-scales.input)
+            })
+            .collect();
+        let dot = |row: &[f64]| row.iter().zip(&rounded).map(|(w, x)| w * x).sum::<f64>();
+        let h = gelu(dot(&gate_row)) * dot(&up_row);
+        hidden = hidden.max((h * 2f64.powi(scales.hidden[unit])).abs());
+    }
+    (input, hidden)
+}
+
+#[test]
+fn no_row_takes_a_product_out_of_range() {
+    for (seed, size) in [(1, 0.05), (2, 1.0), (3, 1e-4), (4, 300.0)] {
+        let mut weights = Weights::random(seed, size);
+        // The same row twice is the worst there is; a row along one column the worst input.
+        let first = weights.gate[..WIDTH].to_vec();
+        weights.up[..WIDTH].copy_from_slice(&first);
+        weights.norm[7] = 5.0;
+        weights.gate[WIDTH..2 * WIDTH].fill(0.0);
+        weights.gate[WIDTH + 7] = size;
+        // Units far apart.
+        for (unit, factor) in [(2, 30.0), (3, 1e-3), (4, 1e-6)] {
+            weights.gate[unit * WIDTH..][..WIDTH].iter_mut().for_each(|w| *w *= factor);
+        }
+        let scales = weights.scales();
+        for unit in 0..UNITS {
+            let (input, hidden) = worst(&weights, &scales, unit);
+            let what = format!("size {size}, unit {unit}: {input} {hidden}");
+            assert!(input <= MAX as f64 && hidden <= MAX as f64, "{what}");
+            // Nor is the range left unused: a power of two, and what rounding might have added.
+            assert!(unit != 0 || size < 1.0 || hidden > 150.0, "{what}");
+            assert!(unit != 1 || input > 200.0, "{what}");
+        }
+    }
+}
+
+#[test]
+fn scaling_is_exact_and_fills_the_range() {
+    for (seed, size) in [(1, 0.05), (2, 1e-5), (3, 1e4), (4, 1.0)] {
+        let weights = Weights::random(seed, size);
+        let scales = weights.scales();
+        let mut most = [0.0f32; 3];
+        for (matrix, i, row, mut scaled) in weights.rows() {
+            let at = match matrix {
+                Matrix::Up => i / UNITS,
+                Matrix::Down => 2,
+            };
+            most[at] = most[at].max(largest(&scaled));
+            scales.unscale_row(matrix, i, &mut scaled);
+            assert_eq!(scaled, row, "size {size}, {matrix:?} {i}");
+        }
+        let filled = most.map(|m| (MAX / 2.0..=MAX).contains(&m));
+        assert_eq!(filled, [true; 3], "size {size}: {most:?}");
+    }
+}
+
+/// Of all rows but those of `unit`, the most that rounding changes, as a share of the row.
+fn error(weights: &Weights, unit: usize) -> f64 {
+    let mut worst = 0.0f64;
+    for (matrix, i, _, scaled) in weights.rows() {
+        if matrix == Matrix::Up && i % UNITS == unit {
+            continue;
+        }
+        let (mut off, mut all) = (0.0, 0.0);
+        for (j, v) in scaled.iter().enumerate() {
+            if matrix == Matrix::Down && j == unit {
+                continue;
+            }
+            off += ((round(*v) - v) as f64).powi(2);
+            all += (*v as f64).powi(2);
+        }
+        worst = worst.max((off / all).sqrt());
+    }
+    worst
+}
+
+/// What is 0 or next to it contributes nothing, and must not cost the others their bits.
+#[test]
+fn units_that_do_nothing_leave_the_others_alone() {
+    let plain = error(&Weights::random(1, 0.05), 5);
+    assert!((0.02..0.05).contains(&plain), "{plain}");
+    for factor in [0.0, 1e-30, 1e-9, 1e-5, 1e-2] {
+        for which in 0..3 {
+            let mut weights = Weights::random(1, 0.05);
+            let row = 5 * WIDTH..6 * WIDTH;
+            if which != 1 {
+                weights.gate[row.clone()].iter_mut().for_each(|w| *w *= factor);
+            }
+            if which != 0 {
+                weights.up[row].iter_mut().for_each(|w| *w *= factor);
+            }
+            let scales = weights.scales();
+            let (_, hidden) = worst(&weights, &scales, 5);
+            assert!(hidden <= MAX as f64, "{factor} {which}: {hidden}");
+            let off = error(&weights, 5);
+            assert!(off < 1.2 * plain, "{factor} {which}: {off}, else {plain}");
+            assert!(weights.rows().iter().all(|(.., v)| largest(v) <= MAX), "{factor} {which}");
+        }
+    }
+}
+
+/// No model has such weights, but a scale must stay a number.
+#[test]
+fn absurd_weights_have_scales_all_the_same() {
+    for size in [0.0, 1e-38, 1e30, f32::INFINITY, f32::NAN] {
+        let mut weights = Weights::random(1, 0.05);
+        weights.gate.fill(size);
+        weights.down.fill(size);
+        for which in [Matrix::Up, Matrix::Down] {
+            let scales = weights.scales();
+            for row in [0, WIDTH - 1] {
+                let mut ones = vec![1.0; if which == Matrix::Up { WIDTH } else { UNITS }];
+                scales.scale_row(which, row, &mut ones);
+                assert!(ones.iter().all(|v| *v > 0.0 && v.is_finite()), "{size}: {ones:?}");
+            }
+        }
+    }
+}
