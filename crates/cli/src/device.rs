@@ -102,7 +102,7 @@ pub fn targets(args: &DeviceArgs, gpus: Option<&str>, replicas: usize) -> Result
     }
     let gpu = |t: &Target| matches!(t, Target::Cuda(_));
     if targets.iter().any(gpu) && args.precision == Precision::F32 {
-        bail!("GPUs run in bf16: use `--precision bf16`, or `--device cpu` for f32");
+        bail!("GPUs run in bf16 or fp8: use `--precision bf16`, or `--device cpu` for f32");
     }
     while let Some(last) = targets.pop() {
         if targets.contains(&last) {
@@ -189,15 +189,17 @@ pub fn open(
     match target(args)? {
         Target::Cpu => Ok(Opened::Cpu(open_cpu(args, config, steps, source)?)),
         Target::Cuda(_) if args.precision == Precision::F32 => {
-            bail!("GPUs run in bf16: use `--precision bf16`, or `--device cpu` for f32")
+            bail!("GPUs run in bf16 or fp8: use `--precision bf16`, or `--device cpu` for f32")
         }
         Target::Null(_) => bail!("a null device has no model: it is for `pirouette serve`"),
-        Target::Cuda(_) if args.precision == Precision::Fp8 => {
-            bail!("GPUs have no fp8 yet: use `--precision bf16`, or `--device cpu` to emulate it")
-        }
         Target::Cuda(ordinal) => {
             let table = Arc::new(WeightTable::new(config, steps));
-            Ok(Opened::Cuda(Box::new(CudaDevice::open(ordinal, table, source)?)))
+            let precision = match args.precision {
+                Precision::Fp8 => pirouette_cuda::Precision::Fp8,
+                _ => pirouette_cuda::Precision::Bf16,
+            };
+            let device = CudaDevice::open_with(ordinal, table, precision, source)?;
+            Ok(Opened::Cuda(Box::new(device)))
         }
     }
 }
