@@ -54,7 +54,7 @@ pub enum Target {
     Null(NullTimes),
 }
 
-/// Reads `--device`; `auto` takes the first GPU if there is one that can be used in bf16.
+/// Reads `--device`; `auto` takes the first GPU if there is one, for f32 the CPU.
 pub fn target(args: &DeviceArgs) -> Result<Target> {
     if let Some(table) = args.device.strip_prefix("null") {
         let table = table.strip_prefix(':').unwrap_or(if table.is_empty() { "0" } else { table });

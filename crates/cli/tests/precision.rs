@@ -19,16 +19,15 @@ fn json(command: &[&str]) -> Value {
 
 #[test]
 fn tiny_models_are_within_the_bar_of_every_precision() {
-    let errors = ["f32", "bf16", "fp8"].map(|precision| {
+    let [f32, bf16, fp8] = ["f32", "bf16", "fp8"].map(|precision| {
         let rows = json(&["golden", "--device", "cpu", "--precision", precision]);
         let rows = rows.as_array().unwrap();
         assert_eq!(rows.len(), 10);
         assert!(rows.iter().all(|row| row["holds"] == true), "{precision}: {rows:?}");
         rows.iter().map(|row| row["relative_l2"].as_f64().unwrap()).collect::<Vec<_>>()
     });
-    for case in 0..10 {
-        let [f32, bf16, fp8] = [0, 1, 2].map(|precision| errors[precision][case]);
-        assert!(10.0 * f32 < bf16 && 1.5 * bf16 < fp8, "case {case}: {f32} {bf16} {fp8}");
+    for (case, ((f32, bf16), fp8)) in f32.iter().zip(&bf16).zip(&fp8).enumerate() {
+        assert!(10.0 * f32 < *bf16 && 1.5 * bf16 < *fp8, "case {case}: {f32} {bf16} {fp8}");
     }
 }
 

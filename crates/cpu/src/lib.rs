@@ -1,5 +1,6 @@
 //! The recorded network on CPU cores: weights packed once at load, the program interpreted by one
-//! pool of threads that walk its steps together.
+//! pool of threads that walk its steps together. In f32, bf16, or bf16 with some operands rounded
+//! to E4M3 ([`Precision`]).
 #![deny(missing_docs)]
 
 mod device;

@@ -76,7 +76,7 @@ pub fn round(v: f32) -> f32 {
     // 2⁻⁶ is the smallest number with a mantissa of its own.
     let exponent = (near.to_bits() & 0x7f80_0000).max(121 << 23);
     // 1.5 · 2²⁰ times the power of two: numbers there are as far apart as E4M3's are here.
-    let coarse = f32::from_bits(exponent + (20 << 23) | 0x40_0000);
+    let coarse = f32::from_bits((exponent + (20 << 23)) | 0x40_0000);
     (near + coarse - coarse).copysign(v)
 }
 

@@ -1,7 +1,8 @@
 //! Products of packed operands.
 //!
 //! Both operands are packed into 32-bit words: a word is a pair of bf16 neighbours along K, or one
-//! f32. 16 words of one row (64 bytes) are a *chunk*.
+//! f32. 16 words of one row (64 bytes) are a *chunk*. E4M3 numbers times powers of two are stored
+//! as bf16, which holds them exactly.
 //!
 //! - A (activations): panels of up to `Kernel::rows` rows, `[panel][chunk][row][16]`.
 //! - B (weights, keys, values): panels of 16 columns, `[panel][word][16 columns]`.
