@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 use pirouette_checkpoint::Identity;
-use pirouette_cuda::gemm::MOST_ROWS;
+use pirouette_cuda::gemm_tiles::MOST_ROWS;
 use pirouette_engine::{Bucket, BucketRule, DeviceFactory, Engine, EngineOptions, SwapReport};
 use pirouette_model::{BackendError, Config, Device, Rtc, WeightTable};
 use pirouette_policy::{Policy, contract};
