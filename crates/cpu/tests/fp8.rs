@@ -139,22 +139,26 @@ fn both_operands_are_rounded_and_nothing_else() {
         let file = FileSource::open(&format!("{family}/model.safetensors"));
         let tiny = Config::infer(&file, None).unwrap();
         let case = Case::open(family, "padded_prompt");
-        for [width, mlp] in SIZES {
-            let config = Config { prefix: Gemma { width, mlp }, ..tiny };
+        for [width, mlp_width] in SIZES {
+            let config = Config { prefix: Gemma { width, mlp: mlp_width }, ..tiny };
             let source = Synthetic::unrounded(&config, 3);
             let program = Arc::new(record(&config, case.program_shape(1, 3)).unwrap());
             let inputs = case.inputs(&[0], 3);
             let mlps = program.weights.prefix_mlps();
             assert_eq!(mlps.len(), config.depth - 1);
             for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
-                let what = format!("{family} {width}×{mlp} {isa:?}");
+                let what = format!("{family} {width}×{mlp_width} {isa:?}");
                 let all = observe(&source, &program, &inputs, Precision::Fp8, isa);
                 for (mlp, seen) in mlps.iter().zip(&all) {
                     let [hidden, added] = reference(&program.weights, mlp, &source, seen);
-                    let got = seen.hidden.iter().map(|h| *h as f64);
-                    // A normalised value beside the middle of two numbers may go the other way.
-                    let off = relative(got, &hidden);
-                    assert!(off < 1e-3, "{what}: hidden values off by {off}");
+                    let rows = seen.hidden.chunks(mlp_width).zip(hidden.chunks(mlp_width));
+                    let off = rows.map(|(got, want)| relative(got.iter().map(|h| *h as f64), want));
+                    let mut off: Vec<f64> = off.collect();
+                    off.sort_unstable_by(f64::total_cmp);
+                    // A normalised value beside the middle of two numbers may go the other way: a
+                    // row here and there.
+                    let (most, all) = (off[off.len() * 9 / 10], off[off.len() - 1]);
+                    assert!(most < 1e-6 && all < 0.02, "{what}: hidden values off by {off:?}");
                     let streams = seen.output.iter().zip(&seen.input);
                     let got = streams.map(|(after, before)| *after as f64 - *before as f64);
                     let off = relative(got, &added);
