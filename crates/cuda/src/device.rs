@@ -160,7 +160,9 @@ impl CudaDevice {
 impl Device for CudaDevice {
     fn name(&self) -> String {
         let properties = &self.shared.context.properties;
-        format!("cuda:{} {}", properties.ordinal, properties.name)
+        // Bits differ by precision: a recording of the one is not the other's.
+        let precision = if self.shared.weights.scales.any() { " (fp8)" } else { "" };
+        format!("cuda:{} {}{precision}", properties.ordinal, properties.name)
     }
 
     fn compile(&mut self, program: Arc<Program>) -> Result<Box<dyn Executable>, BackendError> {
