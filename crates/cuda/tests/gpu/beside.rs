@@ -8,7 +8,7 @@ use pirouette_model::config::Vision;
 use pirouette_model::{Config, Executable, Inputs, Previous, Rtc, Shape, WeightTable, record_with};
 
 use crate::fixture::OwnedInputs;
-use crate::{Random, has_gpu, is_measured_gpu, quick, relative_error};
+use crate::{Random, has_gpu, is_measured_gpu, models, quick, relative_error};
 
 /// Relative: both round to bf16 in the same places, but add in another order.
 const TOLERANCE: f64 = 2e-2;
@@ -28,14 +28,14 @@ fn the_first_step_beside_the_prefill_is_the_first_step() {
         ([3, 2, 20, 20, 10], Rtc::Guided),
     ];
     let (depth, replays) = if quick() { (2, 2) } else { (5, 200) };
-    for full in [Config::pi0(), Config::pi05()] {
+    for (full, precision) in models() {
         let vision = Vision { depth: 1, ..full.vision };
         let config = Config { vision, depth, vocab: 1000, ..full };
         // One step, so that nothing comes after what is compared; and the loop as it is.
         for steps in [1, 2] {
             let table = Arc::new(WeightTable::new(config, steps));
             let source = Synthetic::new(&config, 11);
-            let mut device = CudaDevice::open(0, table.clone(), &source).unwrap();
+            let mut device = CudaDevice::open_with(0, table.clone(), precision, &source).unwrap();
             let measured = is_measured_gpu(&device);
             for ([cameras, real, prompt_tokens, prompt_len, horizon], rtc) in shapes {
                 let shape = Shape { batch: 1, cameras, prompt_tokens, horizon, steps, rtc };

@@ -9,7 +9,7 @@ use pirouette_model::{Config, Executable, Rtc, Shape, WeightTable, record_with};
 
 use crate::fixture::OwnedInputs;
 use crate::limits::shallow;
-use crate::{Random, has_gpu, quick};
+use crate::{Random, has_gpu, models, quick};
 
 pub const CAMERAS: usize = 2;
 pub const PROMPT_TOKENS: usize = 12;
@@ -57,10 +57,11 @@ fn a_sample_has_the_same_bits_in_every_slot_and_company() {
     // The loop of few rows and the one of many run on different kernels.
     let arrangements: &[(usize, usize)] =
         if quick() { &[(4, 10)] } else { &[(2, 10), (4, 10), (8, 10), (16, 10), (4, 50)] };
-    for full in [Config::pi0(), Config::pi05()] {
+    for (full, precision) in models() {
         let config = shallow(full);
         let table = Arc::new(WeightTable::new(config, 2));
-        let mut device = CudaDevice::open(0, table.clone(), &Synthetic::new(&config, 5)).unwrap();
+        let source = Synthetic::new(&config, 5);
+        let mut device = CudaDevice::open_with(0, table.clone(), precision, &source).unwrap();
         for tier in [Tier::Auto, Tier::Portable] {
             device.set_tier(tier);
             for &(slots, horizon) in arrangements {
@@ -89,11 +90,12 @@ fn a_sample_has_the_same_bits_in_every_slot_and_company() {
                 for order in orders(slots) {
                     for (slot, got) in run(&order).into_iter().enumerate() {
                         let family = config.family.name();
-                        let what = format!("{family} {tier:?} {shape:?} {order:?} slot {slot}");
-                        assert!(got == alone[order[slot]], "{what}: other bits than alone");
+                        let what = format!("{family} {precision:?} {tier:?} {shape:?} {order:?}");
+                        assert!(got == alone[order[slot]], "{what}, slot {slot}: other bits");
                     }
                 }
-                println!("{} {tier:?}: {slots} slots, horizon {horizon}", config.family.name());
+                let family = config.family.name();
+                println!("{family} {precision:?} {tier:?}: {slots} slots, horizon {horizon}");
             }
         }
     }

@@ -11,7 +11,7 @@ use pirouette_model::{
     record_with,
 };
 
-use crate::{Random, has_gpu, quick};
+use crate::{Random, has_gpu, models, quick};
 
 /// Full widths, so that the Hopper kernels run, in few layers.
 pub fn shallow(full: Config) -> Config {
@@ -51,10 +51,11 @@ fn thousands_of_replays_give_the_same_bits() {
     if !has_gpu() {
         return;
     }
-    for full in [Config::pi0(), Config::pi05()] {
+    for (full, precision) in models() {
         let config = shallow(full);
         let table = Arc::new(WeightTable::new(config, 3));
-        let mut device = CudaDevice::open(0, table.clone(), &Synthetic::new(&config, 5)).unwrap();
+        let source = Synthetic::new(&config, 5);
+        let mut device = CudaDevice::open_with(0, table.clone(), precision, &source).unwrap();
         let [one, nine] = if quick() { [5, 2] } else { [5000, 500] };
         let cases = [(1, one, Rtc::Off), (9, nine, Rtc::Off), (1, nine, Rtc::Guided)];
         for (batch, runs, rtc) in cases {

@@ -18,8 +18,9 @@ mod limits;
 mod tiers;
 mod trace;
 
-use pirouette_cuda::CudaDevice;
 use pirouette_cuda::driver::Driver;
+use pirouette_cuda::{CudaDevice, Precision};
+use pirouette_model::Config;
 use rayon::iter::{IndexedParallelIterator, ParallelIterator};
 use rayon::slice::ParallelSlice;
 
@@ -55,6 +56,12 @@ fn is_measured_gpu(device: &CudaDevice) -> bool {
         println!("{}: which kernels run is not checked here", properties.name);
     }
     measured
+}
+
+/// Both models, and one at the other precision.
+fn models() -> [(Config, Precision); 3] {
+    let (pi0, pi05) = (Config::pi0(), Config::pi05());
+    [(pi0, Precision::Bf16), (pi05, Precision::Bf16), (pi0, Precision::Fp8)]
 }
 
 /// Whether long loops and lists of shapes are cut, for tools that slow every kernel down
