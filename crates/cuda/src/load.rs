@@ -8,7 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use pirouette_model::fp8::{self, Matrix, MlpScales};
 use pirouette_model::program::{Program, WeightId};
 use pirouette_model::{BackendError, SourceError, TensorSource, WeightRows, WeightTable};
-use rayon::iter::{IntoParallelIterator, ParallelIterator};
+use rayon::iter::{IntoParallelRefIterator, ParallelIterator};
 
 use crate::driver::{Context, DeviceMemory, Event, Pinned, Stream};
 use crate::layout::{Layout, Place};
@@ -18,6 +18,9 @@ const SLOT_BYTES: usize = 8 << 20;
 const MAX_THREADS: usize = 16;
 /// Values of a weight read at a time, if a row is not longer: they stay in a core's cache.
 const READ_AT_ONCE: usize = 1 << 14;
+
+/// MLPs measured at a time: some sources hold a whole tensor for each.
+const MEASURED: usize = 8;
 
 /// How a device stores matrices and multiplies by them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -44,13 +47,17 @@ impl Scales {
             Precision::Bf16 => Vec::new(),
             Precision::Fp8 => table.prefix_mlps(),
         };
-        let measure = |mlp: fp8::Mlp| {
-            let scales = Arc::new(MlpScales::measure(table, &mlp, source)?);
+        let measure = |mlp: &fp8::Mlp| {
+            let scales = Arc::new(MlpScales::measure(table, mlp, source)?);
             Ok([(mlp.up, (scales.clone(), Matrix::Up)), (mlp.down, (scales, Matrix::Down))])
         };
-        let measured: Vec<_> =
-            mlps.into_par_iter().map(measure).collect::<Result<_, SourceError>>()?;
-        Ok(Scales(measured.into_iter().flatten().collect()))
+        let mut scales = HashMap::new();
+        for mlps in mlps.chunks(MEASURED) {
+            let measured: Vec<_> =
+                mlps.par_iter().map(measure).collect::<Result<_, SourceError>>()?;
+            scales.extend(measured.into_iter().flatten());
+        }
+        Ok(Scales(scales))
     }
 
     /// Whether any weight is E4M3.
@@ -94,12 +101,15 @@ impl Weights {
         for _ in 0..threads + 2 {
             let _ = free_out.send(Pinned::new(context, slot_bytes)?);
         }
+        // What has just been measured first: a reader of stacked arrays still has them decoded.
+        let mut order = table.loading_order();
+        order.sort_by_key(|id| scales.of(*id).is_none());
         let work = Work {
             table: &table,
             layout: &layout,
             scales: &scales,
             source,
-            order: table.loading_order(),
+            order,
             queue: Mutex::new(Queue::default()),
             changed: Condvar::new(),
             free: Mutex::new(free_in),
