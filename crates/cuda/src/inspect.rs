@@ -14,7 +14,8 @@ use crate::executable::CudaExecutable;
 
 impl CudaExecutable {
     /// A buffer's values, `rows · cols`, in the recorded order of columns (`lengths`, `tokens`
-    /// and images as numbers). `None` if the program has no such buffer.
+    /// and images as numbers). `None` if the program has no such buffer. At fp8 hidden values of
+    /// the prefix tower are 2^n times themselves, n of each unit in each layer (`model::fp8`).
     pub fn read_buffer(&self, name: &str) -> Result<Option<Vec<f32>>, BackendError> {
         let program = &self.bound.program;
         let Some(id) = program.buffer(name) else { return Ok(None) };
@@ -93,7 +94,7 @@ impl CudaExecutable {
         }
     }
 
-    /// Whether a buffer holds E4M3 numbers, 2^n times the values of its name (`model::fp8`).
+    /// Whether a buffer holds E4M3 numbers.
     pub fn is_e4m3(&self, name: &str) -> bool {
         self.bound.program.buffer(name).is_some_and(|id| self.bound.is_e4m3(id))
     }
