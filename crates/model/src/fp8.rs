@@ -2,7 +2,7 @@
 //! the range of E4M3 (8-bit floats: 4 bits of exponent, 3 of mantissa, at most 448, no infinity).
 //!
 //! At `fp8` the products `prefill.i.up` and `prefill.i.down` take both operands as E4M3, summed in
-//! f32; everything else is as at bf16. These two are 0.87 of the prefill's FLOPs. Rounding the
+//! f32; everything else is as at bf16. These two are 0.89 of the prefill's FLOPs. Rounding the
 //! attention's products of that tower as well doubles the error of the actions, vision's products
 //! triple it, and the expert's loop does not wait for its bytes.
 //!
@@ -11,14 +11,18 @@
 //! norm's learned scale, g and u the rows of gate and up of one hidden unit,
 //!
 //! - |x̂ᵢ·sᵢ| ≤ √C·max|s|, since rstd ≤ 1/√mean(x²);
-//! - |h| = |gelu(g·x)·(u·x)| ≤ C·‖g∘s‖·‖u∘s‖ by Cauchy–Schwarz, since |gelu(v)| ≤ |v|.
+//! - |h| = |gelu(g·x)·(u·x)| ≤ C·(‖a‖·‖b‖ + |a·b|)/2 with a = g∘s and b = u∘s, since
+//!   |gelu(v)| ≤ |v|; of all rows, one between a and b has the largest product.
 //!
 //! Scaled by these bounds nothing can overflow, whatever the observation. They are generous (√C and
-//! C times what random inputs give), and E4M3 has 18 binades with its subnormals. A hidden unit has
-//! a power of two of its own: it multiplies the unit's row of `up` and divides its column of
-//! `down`, so it costs nothing at run time and their columns lie as far apart as what they
-//! contribute does. Units that hardly contribute are not raised to the others' level: all rows of
-//! `up` share the rest of their scale, and one raised by far would push the others out of range.
+//! C/2 times what random inputs give), and E4M3 has 18 binades with its subnormals. Hidden values
+//! do get near the lower end where a norm has large scales for channels that are always small: the
+//! bound must count on large ones.
+//!
+//! A hidden unit has a power of two of its own: it multiplies the unit's row of `up` and divides
+//! its column of `down`, so it costs nothing at run time and their columns lie as far apart as what
+//! they contribute does. Units that hardly contribute are not raised to the others' level: all rows
+//! of `up` share the rest of their scale, and one raised by far would push the others out of range.
 
 use crate::program::WeightId;
 use crate::source::{SourceError, TensorSource};
@@ -26,8 +30,9 @@ use crate::weights::{WeightSpec, WeightTable};
 
 /// The largest E4M3 number.
 pub const MAX: f32 = 448.0;
-/// Both operands of gate and of up are rounded, each by at most 2⁻⁴ of itself.
-const ROUNDING: f64 = (1.0 + 0.0625) * (1.0 + 0.0625) * (1.0 + 0.0625) * (1.0 + 0.0625);
+/// What rounding adds at most to a product of two numbers, each of which it moves by at most 2⁻⁴
+/// of itself.
+const ROUNDING: f64 = (1.0 + 0.0625) * (1.0 + 0.0625);
 /// What bf16 roundings of a scaled row may add to its bound.
 const SLACK: f64 = 1.01;
 /// Exponents stay where a product of two factors is an ordinary f32.
@@ -144,24 +149,16 @@ impl MlpScales {
         source: &dyn TensorSource,
     ) -> Result<Self, SourceError> {
         let width = table.spec(mlp.up).cols;
-        let units = table.spec(mlp.down).cols;
         let mut scale = vec![0.0f32; width];
         table.open(mlp.norm, source)?.fill(0, &mut scale)?;
-        let largest_scale = scale.iter().fold(0.0f32, |m, s| m.max(s.abs())) as f64;
-        let input = exponent((width as f64).sqrt() * largest_scale * SLACK);
+        let input = exponent((width as f64).sqrt() * largest(&scale) * SLACK);
 
-        // Of each row of gate‖up: its norm behind the scale, its largest value.
-        let (mut norms, mut largest) = (Vec::new(), Vec::new());
-        rows(table, mlp.up, source, |row| {
-            let squares = row.iter().zip(&scale).map(|(w, s)| (w * s) as f64 * (w * s) as f64);
-            norms.push(squares.sum::<f64>().sqrt());
-            largest.push(row.iter().fold(0.0f32, |m, w| m.max(w.abs())) as f64);
-        })?;
-        let bound = |j: usize| width as f64 * norms[j] * norms[units + j] * ROUNDING * SLACK;
-        let hidden = together((0..units).map(bound).collect());
+        let both = units_of(table, mlp.up, source, &scale)?;
+        let hidden = together(both.iter().map(|unit| unit.bound(width)).collect());
         let of_unit = |j: usize| 2f64.powi(hidden[j]);
-        let gate = exponent(largest[..units].iter().fold(0.0, |m: f64, w| m.max(*w)));
-        let up = (0..units).fold(0.0, |m: f64, j| m.max(largest[units + j] * of_unit(j)));
+        let gate = exponent(both.iter().fold(0.0, |m: f64, unit| m.max(unit.largest[0])));
+        let up = both.iter().enumerate();
+        let up = up.fold(0.0, |m: f64, (j, unit)| m.max(unit.largest[1] * of_unit(j)));
         let inverse: Vec<f32> = hidden.iter().map(|e| power(-e)).collect();
         let mut down = 0.0f64;
         rows(table, mlp.down, source, |row| {
@@ -236,6 +233,65 @@ fn together(bounds: Vec<f64>) -> Vec<i32> {
     let most = exponent(sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)) + RAISED;
     let each = bounds.iter().map(|&b| if b > 0.0 { exponent(b).min(most) } else { most });
     each.collect()
+}
+
+fn largest(values: &[f32]) -> f64 {
+    values.iter().fold(0.0f32, |m, v| m.max(v.abs())) as f64
+}
+
+/// What is to be known of a hidden unit's rows of gate and of up.
+#[derive(Default)]
+struct Unit {
+    /// Squared norms behind the norm's scale.
+    squares: [f64; 2],
+    /// The product of one and the other behind the norm's scale, and of their magnitudes.
+    dot: f64,
+    dot_of_magnitudes: f64,
+    /// The largest value of each.
+    largest: [f64; 2],
+}
+
+impl Unit {
+    fn of(gate: &[f32], up: &[f32], scale: &[f32]) -> Self {
+        let mut unit = Unit::default();
+        for ((g, u), s) in gate.iter().zip(up).zip(scale) {
+            let (a, b) = ((g * s) as f64, (u * s) as f64);
+            unit.squares[0] += a * a;
+            unit.squares[1] += b * b;
+            unit.dot += a * b;
+            unit.dot_of_magnitudes += (a * b).abs();
+        }
+        unit.largest = [largest(gate), largest(up)];
+        unit
+    }
+
+    /// What the unit never exceeds. A rounded row is some row of length √C·17/16 at most times the
+    /// norm's scale; of all of a length, one between gate's and up's rows has the largest product.
+    fn bound(&self, width: usize) -> f64 {
+        let norms = (self.squares[0] * self.squares[1]).sqrt() * ROUNDING;
+        let dot = self.dot.abs() + self.dot_of_magnitudes * (ROUNDING - 1.0);
+        width as f64 * ROUNDING * (norms + dot) / 2.0 * SLACK
+    }
+}
+
+fn units_of(
+    table: &WeightTable,
+    id: WeightId,
+    source: &dyn TensorSource,
+    scale: &[f32],
+) -> Result<Vec<Unit>, SourceError> {
+    let (units, cols) = (table.spec(id).rows / 2, table.spec(id).cols);
+    let opened = table.open(id, source)?;
+    let mut values = [(); 2].map(|_| vec![0.0f32; ROWS.min(units) * cols]);
+    let mut found = Vec::with_capacity(units);
+    for first in (0..units).step_by(ROWS) {
+        let [gate, up] = values.each_mut().map(|v| &mut v[..ROWS.min(units - first) * cols]);
+        opened.fill(first, gate)?;
+        opened.fill(units + first, up)?;
+        let both = gate.chunks_exact(cols).zip(up.chunks_exact(cols));
+        found.extend(both.map(|(gate, up)| Unit::of(gate, up, scale)));
+    }
+    Ok(found)
 }
 
 fn rows(

@@ -144,7 +144,8 @@ fn no_row_takes_a_product_out_of_range() {
             let what = format!("size {size}, unit {unit}: {input} {hidden}");
             assert!(input <= MAX as f64 && hidden <= MAX as f64, "{what}");
             // Nor is the range left unused: a power of two, and what rounding might have added.
-            assert!(unit != 0 || size < 1.0 || hidden > 150.0, "{what}");
+            // Small units are not raised, and where gelu is no identity it stays below its bound.
+            assert!([3, 4].contains(&unit) || size < 1.0 || hidden > 150.0, "{what}");
             assert!(unit != 1 || input > 200.0, "{what}");
         }
     }
