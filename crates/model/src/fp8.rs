@@ -142,7 +142,8 @@ pub struct MlpScales {
 }
 
 impl MlpScales {
-    /// Reads an MLP's weights through once.
+    /// Reads an MLP's weights through once. Fails at one that is not finite: E4M3 has no infinity,
+    /// and would make an ordinary number of it.
     pub fn measure(
         table: &WeightTable,
         mlp: &Mlp,
@@ -151,6 +152,7 @@ impl MlpScales {
         let width = table.spec(mlp.up).cols;
         let mut scale = vec![0.0f32; width];
         table.open(mlp.norm, source)?.fill(0, &mut scale)?;
+        finite(table, mlp.norm, &scale)?;
         let input = exponent((width as f64).sqrt() * largest(&scale) * SLACK);
 
         let both = units_of(table, mlp.up, source, &scale)?;
@@ -239,6 +241,16 @@ fn largest(values: &[f32]) -> f64 {
     values.iter().fold(0.0f32, |m, v| m.max(v.abs())) as f64
 }
 
+fn finite(table: &WeightTable, id: WeightId, values: &[f32]) -> Result<(), SourceError> {
+    match values.iter().find(|v| !v.is_finite()) {
+        None => Ok(()),
+        Some(bad) => Err(SourceError::Unreadable {
+            name: table.spec(id).name.clone(),
+            reason: format!("it holds {bad}, which fp8 can't; export or download it again"),
+        }),
+    }
+}
+
 /// What is to be known of a hidden unit's rows of gate and of up.
 #[derive(Default)]
 struct Unit {
@@ -288,6 +300,8 @@ fn units_of(
         let [gate, up] = values.each_mut().map(|v| &mut v[..ROWS.min(units - first) * cols]);
         opened.fill(first, gate)?;
         opened.fill(units + first, up)?;
+        finite(table, id, gate)?;
+        finite(table, id, up)?;
         let both = gate.chunks_exact(cols).zip(up.chunks_exact(cols));
         found.extend(both.map(|(gate, up)| Unit::of(gate, up, scale)));
     }
@@ -306,6 +320,7 @@ fn rows(
     for first in (0..spec.rows).step_by(ROWS) {
         let values = &mut values[..ROWS.min(spec.rows - first) * spec.cols];
         opened.fill(first, values)?;
+        finite(table, id, values)?;
         values.chunks_exact(spec.cols).for_each(&mut each);
     }
     Ok(())
