@@ -375,6 +375,18 @@ mod tests {
         }
     }
 
+    /// Sizes go by the one, loading by the other.
+    #[test]
+    fn the_matrices_that_are_e4m3_are_those_of_the_mlps() {
+        let table = WeightTable::new(crate::Config::pi05(), 10);
+        let mut of_mlps: Vec<_> =
+            table.prefix_mlps().iter().flat_map(|mlp| [mlp.up, mlp.down]).collect();
+        of_mlps.sort();
+        let ids = (0..table.specs.len()).map(WeightId);
+        let named: Vec<_> = ids.filter(|id| table.spec(*id).is_e4m3()).collect();
+        assert_eq!(named, of_mlps);
+    }
+
     #[test]
     fn an_exponent_is_the_largest_that_fits() {
         for bound in [1e-9, 0.3, 1.0, 448.0, 449.0, 1e7] {
