@@ -154,17 +154,12 @@ fn no_gpu() -> Option<String> {
     }
 }
 
-/// What to say before a robot runs on it: where `auto` means the CPU because there is no GPU, and
-/// that fp8's error is a checkpoint's own.
-pub fn warnings(args: &DeviceArgs) -> Vec<String> {
-    let cpu = (args.device == "auto" && args.precision != Precision::F32).then(no_gpu).flatten();
-    let cpu = cpu.map(|why| format!("no GPU can be used ({why}): the model runs on the CPU"));
-    let fp8 = (args.precision == Precision::Fp8).then(|| {
-        "fp8's error depends on the checkpoint and can be large: `pirouette verify DIR --precision \
-         fp8` tells it"
-            .to_string()
-    });
-    cpu.into_iter().chain(fp8).collect()
+/// What to say where `auto` means the CPU because there is no GPU.
+pub fn on_cpu(args: &DeviceArgs) -> Option<String> {
+    if args.device != "auto" || args.precision == Precision::F32 {
+        return None;
+    }
+    no_gpu().map(|why| format!("no GPU can be used ({why}): the model runs on the CPU"))
 }
 
 /// The sensors of the GPUs the flags name, with the GPUs' names.

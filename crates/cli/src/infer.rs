@@ -75,7 +75,7 @@ pub fn run(args: &InferArgs) -> Result<()> {
     log::note(format_args!("{}; {}", setup::describe(&policy), weights.origin));
     warnings
         .iter()
-        .chain(&device::warnings(&args.device))
+        .chain(&device::on_cpu(&args.device))
         .for_each(|w| log::note(format_args!("note: {w}")));
     let observation = observation.unwrap_or_else(|| {
         log::note(format_args!("note: a random observation (give one with --observation)"));

@@ -118,7 +118,7 @@ pub fn load(
     {
         tracing::warn!("{warning}");
     }
-    for warning in device::warnings(&plan.devices[0]) {
+    if let Some(warning) = device::on_cpu(&plan.devices[0]) {
         tracing::warn!("{warning}");
     }
     if plan.is_null()? {

@@ -24,6 +24,8 @@ pub(crate) struct Context<'a> {
     pub(crate) packed: &'a Shared,
     /// The A operand that a product packs for the next one; absent: through the arena.
     pub(crate) fed: Option<&'a Shared>,
+    /// Of rows that the last E4M3 product read, a power of two for their hidden values.
+    pub(crate) powers: &'a Shared,
     /// Packed keys and values.
     pub(crate) stores: &'a Shared,
     /// Live rows of each of the plan's row sets.
@@ -90,6 +92,7 @@ pub struct CpuExecutable {
     arena: Shared,
     packed: Shared,
     fed: Shared,
+    powers: Shared,
     stores: Shared,
     scratch: Vec<Mutex<Words>>,
     /// Task counters, two for each step.
@@ -117,6 +120,7 @@ impl CpuExecutable {
             arena: Shared::zeroed(plan.arena.bytes.div_ceil(4), "the arena")?,
             packed: Shared::zeroed(plan.packed_words, "packed activations")?,
             fed: Shared::zeroed(plan.packed_words, "packed activations")?,
+            powers: Shared::zeroed(plan.power_words, "powers of two")?,
             stores: Shared::zeroed(plan.store_words, "packed keys and values")?,
             scratch,
             counters: (0..2 * program.steps.len()).map(|_| AtomicUsize::new(0)).collect(),
@@ -226,6 +230,7 @@ impl CpuExecutable {
             packed: &self.packed,
             // Steps that run one by one leave everything in the arena, to be seen.
             fed: (range.len() == program.steps.len()).then_some(&self.fed),
+            powers: &self.powers,
             stores: &self.stores,
             rows: self.plan.row_sets.iter().map(|s| s.live(shape, tokens, inputs)).collect(),
             prefix_len: (0..shape.batch)

@@ -181,6 +181,8 @@ pub(crate) struct Plan {
     pub(crate) ropes: Vec<RopeTable>,
     /// Words of a packed A operand, of which there are two.
     pub(crate) packed_words: usize,
+    /// Rows of an E4M3 product.
+    pub(crate) power_words: usize,
     /// Words of all packed keys and values.
     pub(crate) store_words: usize,
     /// Words of a worker's own scratch memory.
@@ -251,6 +253,7 @@ impl<'a> Planner<'a> {
             row_sets: Vec::new(),
             ropes: Vec::new(),
             packed_words: 0,
+            power_words: 0,
             store_words: 0,
             scratch_words: 0,
         };
@@ -371,6 +374,9 @@ impl<'a> Planner<'a> {
         // Fewer rows than the most may be cut into taller panels, but never take more words.
         let packed = (most + kernel.rows) * chunks * 16;
         self.plan.packed_words = self.plan.packed_words.max(packed);
+        if matrix.meets.is_some() {
+            self.plan.power_words = self.plan.power_words.max(most);
+        }
         let scratch = planned.scratch_words();
         self.plan.scratch_words = self.plan.scratch_words.max(scratch);
         planned

@@ -95,6 +95,7 @@ fn measure(
             arena: &arena,
             packed: &packed,
             fed: None,
+            powers: &stores,
             stores: &stores,
             rows: vec![live()],
             prefix_len: Vec::new(),
@@ -189,6 +190,7 @@ fn plan(linear: &LinearPlan, storage: Storage, [rows, k]: [usize; 2]) -> Plan {
         packed_words: (rows + linear.kernel.rows)
             * linear.kernel.panel_chunks(storage.chunks(k))
             * CHUNK,
+        power_words: 0,
         store_words: 0,
         scratch_words: linear.scratch_words(),
     }

@@ -11,7 +11,7 @@ use pirouette_model::{BackendError, SourceError, TensorSource, WeightRows, Weigh
 
 use crate::device::Precision;
 use crate::driver::memory::{Words, reserve};
-use crate::gemm::operand::{Matrix, bf16_bits, pack_columns};
+use crate::gemm::operand::{Matrix, Meets, bf16_bits, pack_columns};
 use crate::gemm::{CHUNK, Storage};
 
 /// Rows of the token table that a thread takes at a time.
@@ -147,11 +147,13 @@ impl Rounding<'_> {
         self.scales.unscale_row(self.matrix, row, values);
     }
 
-    /// The powers of two of the columns that the matrix meets.
-    fn columns(self, count: usize) -> Vec<f32> {
+    /// What becomes of the rows that the matrix meets.
+    fn meets(self) -> Meets {
         match self.matrix {
-            fp8::Matrix::Up => vec![fp8::power(self.scales.input); count],
-            fp8::Matrix::Down => self.scales.hidden.iter().map(|e| fp8::power(*e)).collect(),
+            fp8::Matrix::Up => Meets::Rows,
+            fp8::Matrix::Down => {
+                Meets::Hidden(self.scales.hidden.iter().map(|e| fp8::power(*e)).collect())
+            }
         }
     }
 }
@@ -183,7 +185,7 @@ fn pack(
         Kind::Matrix | Kind::RimMatrix => {
             let storage = if spec.kind == Kind::Matrix { storage } else { Storage::F32 };
             let mut matrix = Matrix::zeroed(spec.rows, spec.cols, storage, &spec.name)?;
-            matrix.meets = rounding.map(|r| r.columns(spec.cols));
+            matrix.meets = rounding.map(Rounding::meets);
             pack_columns_of(&mut matrix, threads, |row, out| {
                 rows.fill(row, out)?;
                 if let Some(rounding) = rounding {

@@ -9,7 +9,7 @@ use fixture::{Case, FileSource, OwnedInputs};
 use pirouette_checkpoint::Synthetic;
 use pirouette_cpu::{Arena, Isa, Options, Precision, load};
 use pirouette_model::config::Gemma;
-use pirouette_model::fp8::{Mlp, MlpScales, decode, encode};
+use pirouette_model::fp8::{Mlp, MlpScales, RowPowers, decode, encode};
 use pirouette_model::program::WeightId;
 use pirouette_model::{Config, Program, TensorSource, WeightTable, record};
 
@@ -90,13 +90,19 @@ fn reference(
     let (width, units) = (table.spec(mlp.up).cols, table.spec(mlp.down).cols);
     let scales = MlpScales::measure(table, mlp, source).unwrap();
     let norm = weight(table, mlp.norm, source);
-    let rows = seen.input.chunks_exact(width).flat_map(|row| {
+    let mut powers = Vec::new();
+    let mut rows = Vec::new();
+    for row in seen.input.chunks_exact(width) {
         let squares: f64 = row.iter().map(|x| (*x as f64).powi(2)).sum();
         let factor = 1.0 / (squares / width as f64 + 1e-6).sqrt();
-        let values = row.iter().zip(&norm).map(|(x, s)| *x as f64 * factor * *s as f64);
-        values.map(|v| nearest(v, scales.input)).collect::<Vec<_>>()
-    });
-    let rows: Vec<f64> = rows.collect();
+        let values: Vec<f64> =
+            row.iter().zip(&norm).map(|(x, s)| *x as f64 * factor * *s as f64).collect();
+        let largest = values.iter().fold(0.0f64, |m, v| m.max(v.abs()));
+        let of = RowPowers::of(largest as f32, values.iter().map(|v| v * v).sum::<f64>() as f32);
+        let exponent = of.row.log2() as i32;
+        rows.extend(values.into_iter().map(|v| nearest(v, exponent)));
+        powers.push(of.hidden.log2() as i32);
+    }
     let exponents = |row: usize| match row.checked_sub(units) {
         None => scales.gate,
         Some(unit) => scales.up + scales.hidden[unit],
@@ -116,7 +122,8 @@ fn reference(
     let down: Vec<f64> =
         down.map(|(i, w)| nearest(*w as f64, scales.down - of_column(i))).collect();
     let met = seen.hidden.iter().enumerate();
-    let met: Vec<f64> = met.map(|(i, h)| nearest(*h as f64, of_column(i))).collect();
+    let met: Vec<f64> =
+        met.map(|(i, h)| nearest(*h as f64, of_column(i) + powers[i / units])).collect();
     [hidden.collect(), product(&met, &down, units)]
 }
 

@@ -2,13 +2,14 @@
 // with both operands E4M3 and f32 sums, m64nNk32 at twice the rate of bf16's m64nNk16. Called by
 // the same host twin, checked and timed by the same lab (cases fp8.up and fp8.down).
 //
-//   up    E4M3_GEGLU  [32768, 2048]  x = e4m3(2^input · norm(x)), by rows_e4m3.cu;
-//                                    h = e4m3(gelu(scale · gate) · up_scale · up)
-//   down  E4M3_ADD    [2048, 16384]  out += scale · product; leaves statistics and the scaled copy
+//   up    E4M3_GEGLU  [32768, 2048]  x = e4m3(2^t · norm(x)), by rows_e4m3.cu;
+//                                    h = e4m3(gelu(factor.x · gate) · factor.y · up)
+//   down  E4M3_ADD    [2048, 16384]  out += factor.x · product; leaves statistics, the scaled copy
 //
-// Scales are powers of two known at load (fp8.rs of the model's crate says which, and why nothing
-// overflows); a hidden unit's own lies in its row of up and its column of down. 128 bytes of a row
-// are 128 columns, so stages, rings and clusters are those of bf16 with half as many stages.
+// Factors are a row's: they take its powers of two and the weights' out of the product (fp8.rs of
+// the model's crate says which, and why nothing overflows). They come as the other products'
+// records do. A hidden unit's own power lies in its row of up and its column of down. 128 bytes of
+// a row are 128 columns, so stages, rings and clusters are those of bf16 with half as many stages.
 //
 // wgmma sums E4M3 products with fewer bits than f32 has. It does not show: the actions of the full
 // models are as far from openpi's F32 as with f32 sums by mma.sync of the same numbers (portable

@@ -17,8 +17,7 @@ static __device__ __forceinline__ float gelu_tanh(float g) { return gelu_of_half
 struct Rows {
     float b0, b1, c0, c1;
     float turns_hi, turns_lo;
-    float scale;   // STORE_POSITION, E4M3: of the product
-    float up;      // E4M3_GEGLU: of up's
+    float scale;   // STORE_POSITION: of the product
     float g0, g1;  // ADD of the loop: of the features' products
     float next[8];  // scale of the next norm, of the thread's chunk in copy_out
 };
@@ -43,8 +42,7 @@ static __device__ __forceinline__ Rows rows_of(const GemmParams& p, int block, i
     if (BIAS) r.b1 = p.bias != nullptr && f + 8 < (int)p.n ? p.bias[f + 8] : 0.f;
     r.c0 = T::NORM && !T::RMS && p.colsum != nullptr && f < (int)p.n ? p.colsum[f] : 0.f;
     r.c1 = T::NORM && !T::RMS && p.colsum != nullptr && f + 8 < (int)p.n ? p.colsum[f + 8] : 0.f;
-    if (T::EPI == STORE_POSITION || T::E4M3) r.scale = p.scale;
-    if (T::E4M3 && T::EPI == GEGLU) r.up = p.up_scale;
+    if (T::EPI == STORE_POSITION) r.scale = p.scale;
     if (T::OF_LOOP && T::EPI == ADD) {
         const float* gate = static_cast<const float*>(p.aux);
         r.g0 = gate != nullptr && f < (int)p.n ? gate[f] : 1.f;
@@ -64,9 +62,10 @@ static __device__ __forceinline__ Rows rows_of(const GemmParams& p, int block, i
 template <class T>
 static __device__ __forceinline__ void finish(float (&v)[4], const Rows& r, float4 rec,
                                               float2 pos) {
-    if (T::E4M3) {
-        const float second = T::EPI == GEGLU ? r.up : r.scale;
-        v[0] *= r.scale, v[1] *= r.scale, v[2] *= second, v[3] *= second;
+    if (T::E4M3 && T::EPI == GEGLU) {
+        v[0] *= rec.x, v[1] *= rec.z, v[2] *= rec.y, v[3] *= rec.w;
+    } else if (T::E4M3) {
+        v[0] *= rec.x, v[1] *= rec.z, v[2] *= rec.x, v[3] *= rec.z;
     } else if (T::RMS && T::OF_LOOP) {
         v[0] = fmaf(v[0], rec.x, r.b0), v[1] = fmaf(v[1], rec.z, r.b0);
         v[2] = fmaf(v[2], rec.x, r.b1), v[3] = fmaf(v[3], rec.z, r.b1);

@@ -174,7 +174,9 @@ static __device__ __forceinline__ void normalise(const Smem<T>& s, const Place& 
         for (int i = tid / LANES; !there && i < T::TOKENS; i += 96 / LANES) {
             const uint32_t row = T::RMS ? min((uint32_t)(first + i), p.rows - 1) : first + i;
             float2 rec = make_float2(1.f, 0.f);
-            if (p.stats_in != nullptr && row < p.rows) rec = read_record<T>(p, row, tid % LANES);
+            if (T::E4M3 && row < p.rows) rec = __ldcg(p.stats_in + row);
+            else if (p.stats_in != nullptr && row < p.rows)
+                rec = read_record<T>(p, row, tid % LANES);
             if (tid % LANES == 0) {
                 ptx::st_shared(s.records + buffer * T::RECORDS + 8 * i, rec);
                 if (T::EPI == ROPE) {

@@ -25,7 +25,8 @@ struct GemmParams {
     const float* bias;       // [n] added to the product, or null; GEGLU, ROPE: the loop's alone
     const float* colsum;     // [n] Σ_k scale[k] · W[n, k] of the norm's scale and the bf16 weights:
                              // LayerNorm only, else null
-    const float2* stats_in;  // [rows][slots_in] partial {Σx, Σx²} of each input row; null: no norm
+    const float2* stats_in;  // [rows][slots_in] partial {Σx, Σx²} of each input row; null: no norm.
+                             // E4M3: [rows] factors of the row's products: gate's and up's; down's
     float2* stats_out;       // [buffer rows of out][n / 64], written beside out; null: none
     const void* aux;         // STORE_POSITION: f32 [period][n] table. ROPE: float2 [128], turns per
                              // position of each frequency as hi + lo. ADD of the loop: f32 [n],
@@ -48,17 +49,15 @@ struct GemmParams {
     uint32_t kv_stride;      // ROPE: cache row = sample · kv_stride + i
     uint32_t kv_ld;          // ROPE: elements from one cache row to the next
     uint32_t group;          // token tiles (in clusters) walked before the next weight tile; ≥ 1
-    float scale;             // STORE_POSITION, E4M3: multiplies the product; E4M3_GEGLU: gate's
+    float scale;             // STORE_POSITION: multiplies the product
     uint32_t x_cols;         // columns of x: k. In the loop also k / 2, and x is read twice: f32
                              // weights are two bf16 matrices side by side, the rounded and what
                              // rounding left
     const uint2* lengths;    // ROPE of the loop: [samples], cameras and prompt tokens
     uint32_t image_tokens;   // ROPE of the loop: tokens of a camera
     uint32_t first_position; // ROPE of the loop: position of row 0 less the prefix's length
-    float up_scale;          // E4M3_GEGLU: multiplies up's product
-    uint32_t reserved;
 };
-static_assert(sizeof(GemmParams) == 160, "the host twin mirrors GemmParams");
+static_assert(sizeof(GemmParams) == 152, "the host twin mirrors GemmParams");
 
 #ifndef GEMM_MARK
 #define GEMM_MARK(i)  // the lab's stopwatch: i = 0 (start) … 7 (end), by consumers
@@ -85,7 +84,7 @@ struct Tile {
     static constexpr int K_STEP = E4M3 ? 128 : 64;  // columns per stage: a 128-byte swizzled row
     // No mean, in the towers no bias.
     static constexpr bool RMS = (EPI == GEGLU || EPI == ROPE) && !E4M3;
-    static constexpr bool NORM = RMS || EPI == STORE || EPI == GELU;
+    static constexpr bool NORM = RMS || EPI == STORE || EPI == GELU || E4M3;  // has records
     // Whether statistics and a scaled copy may be left beside out; whether there are registers to
     // ask for that copy's scales before the products.
     static constexpr bool STATS = EPI == ADD || EPI == STORE_POSITION || EPI == STORE;

@@ -93,9 +93,11 @@ struct Output {
     u32 first_position;   // Rope, suffix: position of row 0 less the prefix length
     u32 suffix;           // Rope: 1 counts positions from the sample's prefix length
     float scale;          // multiplies y before the bias
-    float up_scale;       // GeGlu: not 0 multiplies up instead, and the result becomes E4M3
+    u32 pad;
+    u64 factors;          // not 0: E4M3 operands, float2 [rows] multiplies their product; GeGlu:
+                          // gate's and up's, and the result becomes E4M3
 };
-static_assert(sizeof(Output) == 3 * 32 + 3 * 8 + 10 * 4, "shared with the host");
+static_assert(sizeof(Output) == 3 * 32 + 4 * 8 + 10 * 4, "shared with the host");
 
 // gelu with the tanh approximation, y·sigmoid(2u).
 static __device__ __forceinline__ float gelu(float y) {
@@ -105,7 +107,7 @@ static __device__ __forceinline__ float gelu(float y) {
 
 // One value of an epilogue without pairs; `column` < n.
 static __device__ __forceinline__ void finish(const Output& o, u32 row, u32 column, float y) {
-    y *= o.scale;
+    y *= o.factors ? ((const float2*)o.factors)[row].x : o.scale;
     if (o.bias) y += ((const float*)o.bias)[column];
     const u64 at = o.out.offset(row) + column;
     const float* aux = (const float*)o.aux;
@@ -154,8 +156,9 @@ static __device__ __forceinline__ bool rows_in_eights(const View& v) {
 static __device__ __forceinline__ void finish_pair(const Output& o, u32 row, u32 first, float a,
                                                    float b) {
     const float* bias = (const float*)o.bias;
-    const bool e4m3 = o.epilogue == GEGLU && o.up_scale != 0.f;
-    a *= o.scale, b *= e4m3 ? o.up_scale : o.scale;
+    const bool e4m3 = o.epilogue == GEGLU && o.factors != 0;
+    const float2 by = e4m3 ? ((const float2*)o.factors)[row] : make_float2(o.scale, o.scale);
+    a *= by.x, b *= by.y;
     if (o.epilogue == GEGLU) {
         const u32 unit = first / 16 * 8 + first % 8, units = o.n / 2;
         if (unit >= units) return;
@@ -186,6 +189,11 @@ static __device__ __forceinline__ void finish_pair(const Output& o, u32 row, u32
     const bool packed = o.head_dim % 16 == 0;
     out.store(at + (packed ? within : j), a * turn.x - b * turn.y);
     out.store(at + (packed ? within + 8 : half + j), b * turn.x + a * turn.y);
+}
+
+static __device__ __forceinline__ float warp_max(float x) {
+    for (int d = 16; d; d >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+    return x;
 }
 
 static __device__ __forceinline__ float warp_sum(float x) {

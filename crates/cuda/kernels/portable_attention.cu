@@ -47,11 +47,6 @@ static __device__ __forceinline__ float score(const float* q, const u16* k, u32 
     return dot;
 }
 
-static __device__ __forceinline__ float warp_max(float x) {
-    for (int d = 16; d; d >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
-    return x;
-}
-
 extern "C" __global__ void __launch_bounds__(32 * WARPS)
 portable_attention(const __grid_constant__ AttentionParams p) {
     __shared__ float queries[WARPS][32 * PARTS];

@@ -11,14 +11,32 @@ struct NormParams {
     u32 k;
     u32 ld;
     u32 norm;
-    float factor;    // not 0 multiplies what then becomes an E4M3 number
-    u32 pad;
-
-    __device__ __forceinline__ float finish(float y) const {
-        return factor != 0.f ? round_e4m3(y * factor) : y;
-    }
+    u32 e4m3;           // 1: rows become E4M3 numbers, each row times a power of two
+    float gate_scale;   // then: what takes the weights' powers out of the row's products
+    float up_scale;
+    float down_scale;
+    u64 up;             // then: float2 [rows], factors of gate's and up's products
+    u64 down;           // float2 [rows], of down's, and 0
 };
-static_assert(sizeof(NormParams) == 32 + 16 + 24, "shared with the host");
+static_assert(sizeof(NormParams) == 32 + 16 + 16 + 32, "shared with the host");
+
+// The largest power of two that is at most v, for 2^-60 ≤ v ≤ 2^60.
+static __device__ __forceinline__ float power_within(float v) {
+    v = fminf(fmaxf(v, 8.67361738e-19f), 1.15292150e18f);
+    return __uint_as_float(__float_as_uint(v) & 0x7f800000u);
+}
+
+// What a row is multiplied by before it is rounded, from its largest magnitude and its sum of
+// squares; leaves the factors of its products. As rows_e4m3.cu.
+static __device__ __forceinline__ float scale_of_row(const NormParams& p, u32 row, u32 lane,
+                                                     float largest, float squares) {
+    const float t = power_within(448.f / largest), q = power_within(1.f / squares);
+    if (lane == 0) {
+        ((float2*)p.up)[row] = make_float2(p.gate_scale / t, p.up_scale * q / t);
+        ((float2*)p.down)[row] = make_float2(p.down_scale / q, 0.f);
+    }
+    return t;
+}
 
 // A row of at most 2,048 elements, fetched once and kept: lane l has every 32nd run of eight.
 static __device__ __forceinline__ void norm_kept(const NormParams& p, u32 row, u32 lane) {
@@ -51,9 +69,23 @@ static __device__ __forceinline__ void norm_kept(const NormParams& p, u32 row, u
         float by[8] = {1, 1, 1, 1, 1, 1, 1, 1}, shift[8] = {};
         if (m) load8(by, m + at);
         if (p.norm == ADAPTIVE) load8(shift, m + p.k + at);
-        for (u32 e = 0; e < 8; e++)
-            x[r][e] = p.finish((x[r][e] - mean) * scale * by[e] + shift[e]);
-        store8(out + at, x[r]);
+        for (u32 e = 0; e < 8; e++) x[r][e] = (x[r][e] - mean) * scale * by[e] + shift[e];
+    }
+    if (p.e4m3) {
+        float largest = 0.f, sum_squares = 0.f;
+        for (u32 r = 0; r < RUNS; r++)
+            for (u32 e = 0; e < 8; e++) {
+                largest = fmaxf(largest, fabsf(x[r][e]));
+                sum_squares += x[r][e] * x[r][e];
+            }
+        const float t = scale_of_row(p, row, lane, warp_max(largest), warp_sum(sum_squares));
+        for (u32 r = 0; r < RUNS; r++)
+            for (u32 e = 0; e < 8; e++) x[r][e] = round_e4m3(x[r][e] * t);
+    }
+#pragma unroll
+    for (u32 r = 0; r < RUNS; r++) {
+        const u32 at = (r * 32 + lane) * 8;
+        if (at < p.k) store8(out + at, x[r]);
     }
 }
 
@@ -77,16 +109,24 @@ portable_norm(const __grid_constant__ NormParams p) {
     }
     const float scale = rsqrtf(warp_sum(squares) / p.k + 1e-6f);
     const float* m = (const float*)p.modulation;
+    const auto value = [&](u32 i) {
+        float v = (p.input.load(at + i) - mean) * scale;
+        if (m) v *= m[i];
+        return p.norm == ADAPTIVE ? v + m[p.k + i] : v;
+    };
+    float t = 0.f;
+    if (p.e4m3) {
+        float largest = 0.f, sum_squares = 0.f;
+        for (u32 i = lane; i < p.k; i += 32) {
+            largest = fmaxf(largest, fabsf(value(i)));
+            sum_squares += value(i) * value(i);
+        }
+        t = scale_of_row(p, row, lane, warp_max(largest), warp_sum(sum_squares));
+    }
     u16* out = (u16*)p.out + (u64)row * p.ld;
     for (u32 i = lane; i < p.ld; i += 32) {
-        float v = 0.f;
-        if (i < p.k) {
-            v = (p.input.load(at + i) - mean) * scale;
-            if (m) v *= m[i];
-            if (p.norm == ADAPTIVE) v += m[p.k + i];
-            v = p.finish(v);
-        }
-        out[i] = to_bf16(v);
+        const float v = i < p.k ? value(i) : 0.f;
+        out[i] = to_bf16(p.e4m3 ? round_e4m3(v * t) : v);
     }
 }
 

@@ -1,6 +1,11 @@
-// y[row, :] = e4m3(factor · rms(x)[row, :]), at most ±448: the input of the prefix tower's MLPs at
-// precision fp8. What is read is the stream's copy that the norm's learned scale has multiplied,
-// and the statistics beside the stream, as the bf16 products read them; called by src/gemm.rs.
+// y[row, :] = e4m3(2^t · rms(x)[row, :]): the input of the prefix tower's MLPs at precision fp8,
+// and what takes the powers of two out of their products again. What is read is the stream's copy
+// that the norm's learned scale has multiplied, and the statistics beside the stream, as the bf16
+// products read them; called by src/gemm.rs.
+//
+// t is the largest that keeps the row's largest value within 448. Hidden values are bounded by the
+// squared norm n of the row and by their unit's weights (fp8.rs of the model's crate): of 2^q, at
+// most 1 / n, and the unit's own power of two, which lies in the weights.
 //
 // One warp a row. 788 rows of 2048 are 3.2 MB in and 1.6 MB out, both in L2.
 #include <cuda_bf16.h>
@@ -11,12 +16,22 @@ struct RowsE4m3Params {
     const __nv_bfloat16* x;  // [rows][ld], learned scale in it
     const float2* stats;     // [rows][width / 64] partial {Σx, Σx²} of the plain stream
     uint8_t* out;            // [rows][width]
+    float2* up;              // [rows] factors of gate's and up's products
+    float2* down;            // [rows] {factor of down's product, 0}
     uint32_t rows;
     uint32_t width;          // a multiple of 256, at most 2048
     uint32_t ld;             // elements from one row of x to the next
-    float factor;            // a power of two
+    float gate_scale;        // 2^-gate, 2^-up, 2^-down of the weights
+    float up_scale;
+    float down_scale;
 };
-static_assert(sizeof(RowsE4m3Params) == 40, "the host twin mirrors RowsE4m3Params");
+static_assert(sizeof(RowsE4m3Params) == 64, "the host twin mirrors RowsE4m3Params");
+
+// The largest power of two that is at most v, for 2^-60 ≤ v ≤ 2^60.
+static __device__ __forceinline__ float power_within(float v) {
+    v = fminf(fmaxf(v, 8.67361738e-19f), 1.15292150e18f);
+    return __uint_as_float(__float_as_uint(v) & 0x7f800000u);
+}
 
 extern "C" __global__ void __launch_bounds__(128)
 rows_e4m3(const __grid_constant__ RowsE4m3Params p) {
@@ -29,14 +44,36 @@ rows_e4m3(const __grid_constant__ RowsE4m3Params p) {
     const uint32_t pieces = p.width / 8, parts = p.width / 64;
     uint4 v[RUNS];
 #pragma unroll
-    for (int r = 0; r < RUNS; r++)
+    for (int r = 0; r < RUNS; r++) {
+        v[r] = make_uint4(0, 0, 0, 0);
         if (r * 32 + lane < pieces) v[r] = __ldcg(from + r * 32 + lane);
-    const float2 part = lane < parts ? __ldcg(p.stats + (size_t)row * parts + lane)
-                                     : make_float2(0.f, 0.f);
-    float2 total = part;
+    }
+    float2 total = lane < parts ? __ldcg(p.stats + (size_t)row * parts + lane)
+                                : make_float2(0.f, 0.f);
+    float largest = 0.f, squares = 0.f;
 #pragma unroll
-    for (int d = 16; d > 0; d /= 2) total.y += __shfl_xor_sync(~0u, total.y, d);
-    const float scale = p.factor * norm_stats::rms_scale(total, 1.f / p.width);
+    for (int r = 0; r < RUNS; r++) {
+        const uint32_t* w = &v[r].x;
+        for (int i = 0; i < 4; i++) {
+            const float lo = ptx::bf16_lo(w[i]), hi = ptx::bf16_hi(w[i]);
+            largest = fmaxf(largest, fmaxf(fabsf(lo), fabsf(hi)));
+            squares = fmaf(lo, lo, fmaf(hi, hi, squares));
+        }
+    }
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) {
+        total.y += __shfl_xor_sync(~0u, total.y, d);
+        squares += __shfl_xor_sync(~0u, squares, d);
+        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, d));
+    }
+    const float rstd = norm_stats::rms_scale(total, 1.f / p.width);
+    const float t = power_within(448.f / (largest * rstd));
+    const float q = power_within(1.f / (squares * rstd * rstd));
+    if (lane == 0) {
+        p.up[row] = make_float2(p.gate_scale / t, p.up_scale * q / t);
+        p.down[row] = make_float2(p.down_scale / q, 0.f);
+    }
+    const float scale = t * rstd;
     uint2* to = reinterpret_cast<uint2*>(p.out + (size_t)row * p.width);
 #pragma unroll
     for (int r = 0; r < RUNS; r++) {

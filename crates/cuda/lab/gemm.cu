@@ -133,13 +133,16 @@ template <class T> static T* device(size_t n) {
     return (T*)p;
 }
 
+// Multiplies E4M3 weights, so that they are in its range.
+constexpr float E4M3_WEIGHTS = 32;
+
 // Buffers shared by all cases, large enough for the largest.
 struct Arena {
     size_t pool = 320u << 20;  // bytes of weights
     size_t max_rows;
     bf16 *w, *x, *out, *scaled, *k, *v, *before;
     float *bias, *colsum, *table, *xn, *y;
-    float2 *stats_in, *stats_out, *stats_ref, *turns;
+    float2 *stats_in, *stats_out, *stats_ref, *turns, *factors;
     double* sums;
     int* count;
     uint2* lengths;
@@ -156,7 +159,11 @@ struct Arena {
         y = device<float>(checks ? max_rows * 32768 : 1);
         stats_in = device<float2>(max_rows * 32), stats_out = device<float2>(max_rows * 32);
         stats_ref = device<float2>(max_rows * 32);
-        turns = device<float2>(128);
+        turns = device<float2>(128), factors = device<float2>(max_rows);
+        const float e4m3 = 1.f / E4M3_WEIGHTS;
+        std::vector<float2> same(max_rows, make_float2(e4m3, e4m3));
+        const size_t bytes = max_rows * sizeof(float2);
+        CHECK(cudaMemcpy(factors, same.data(), bytes, cudaMemcpyHostToDevice));
         sums = device<double>(2), count = device<int>(1);
         std::vector<uint2> real(max_rows);
         for (size_t i = 0; i < max_rows; i++) real[i] = make_uint2(i % 3 + 1, 20 - i % 7);
@@ -200,19 +207,16 @@ struct Launch {
     int tiles, grid;
 };
 
-// Multiplies E4M3 weights, so that they are in its range.
-constexpr float E4M3_WEIGHTS = 32;
-
 static Launch prepare(const Instance& in, const Case& c, Arena& a, int rows, int per_sample,
                       const bf16* w) {
     Launch l;
     l.in = in;
     memset(&l.p, 0, sizeof l.p);
     GemmParams& p = l.p;
-    p.scale = p.up_scale = c.e4m3 ? 1.f / E4M3_WEIGHTS : 1.f;
+    p.scale = c.e4m3 ? 1.f / E4M3_WEIGHTS : 1.f;  // of E4M3 the reference's; the kernel's beside x
     p.bias = c.bias ? a.bias : nullptr;
     p.colsum = c.norm == LAYER ? a.colsum : nullptr;
-    p.stats_in = c.norm == NONE ? nullptr : a.stats_in;
+    p.stats_in = c.e4m3 ? a.factors : c.norm == NONE ? nullptr : a.stats_in;
     p.stats_out = c.stats ? a.stats_out : nullptr;
     p.aux = c.epilogue == gemm::ROPE ? (const void*)a.turns : a.table;
     if (c.epilogue == gemm::ADD && !c.of_loop) p.aux = nullptr;

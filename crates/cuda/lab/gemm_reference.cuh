@@ -120,7 +120,7 @@ __global__ void reference_compare(const float* y, const bf16* before, GemmParams
             want = gelu_exact(want);
         } else if (epilogue == gemm::GEGLU) {
             const int g = f / 8 * 16 + f % 8;
-            want = e4m3 ? gelu_exact(v[g] * p.scale) * v[g + 8] * p.up_scale
+            want = e4m3 ? gelu_exact(v[g] * p.scale) * v[g + 8] * p.scale
                         : gelu_exact(v[g]) * v[g + 8];
         } else if (epilogue == gemm::ADD) {
             if (p.aux) want *= ((const float*)p.aux)[f];

@@ -58,6 +58,8 @@ pub struct Binding {
     product: usize,
     sums: usize,
     beside_scratch: usize,
+    /// Of each row that an MLP of E4M3 reads, two float2.
+    factors: [usize; 2],
     beside: Option<Beside>,
     /// Offset of each residual stream's row statistics.
     stats: Vec<Option<usize>>,
@@ -98,7 +100,10 @@ impl Binding {
         let sums = (product + product_bytes(&program)).next_multiple_of(ALIGN);
         let beside_scratch = (sums + sums_bytes(&program)).next_multiple_of(ALIGN);
         let beside_bytes = beside.as_ref().map_or(0, |_| Denoise::BESIDE_SCRATCH.iter().sum());
-        let (stats, end) = stats_offsets(&program, beside_scratch + beside_bytes);
+        let rows = program.shape.batch * program.shape.prefix_rows(&program.config);
+        let up = (beside_scratch + beside_bytes).next_multiple_of(ALIGN);
+        let factors = [up, up + rows * 8];
+        let (stats, end) = stats_offsets(&program, up + rows * 16);
         let (scaled, bytes) = scaled_offsets(&padded, end);
         let io = DeviceMemory::new(context, "inputs and actions", io_bytes)?;
         let scratch = DeviceMemory::new(context, "activations", bytes)?;
@@ -126,6 +131,7 @@ impl Binding {
             product,
             sums,
             beside_scratch,
+            factors,
             beside,
             stats,
             scaled,
@@ -138,6 +144,12 @@ impl Binding {
             Some(offset) => (&self.io, offset),
             None => (&self.scratch, self.scratch_offsets[id.0]),
         }
+    }
+
+    /// Where the factors of hidden values' rows lie, those of down's product.
+    pub fn locate_hidden_factors(&self) -> (&DeviceMemory, Range<usize>) {
+        let [up, down] = self.factors;
+        (&self.scratch, down..2 * down - up)
     }
 
     /// Where the images lie in the block of inputs.
@@ -239,6 +251,12 @@ impl Binding {
     /// Scratch of the kernels beside the prefill, all 0 at first.
     pub fn beside_scratch(&self) -> u64 {
         self.scratch.address() + self.beside_scratch as u64
+    }
+
+    /// Factors of the products of rows that are E4M3, float2 [rows] each: gate's and up's; down's.
+    pub fn e4m3_factors(&self) -> (u64, u64) {
+        let [up, down] = self.factors.map(|at| self.scratch.address() + at as u64);
+        (up, down)
     }
 
     /// The steps that may run beside the prefill.

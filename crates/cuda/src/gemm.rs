@@ -18,7 +18,7 @@ pub struct GemmParams {
     pub bias: u64,
     /// f32 [n], the norm's scale in it: LayerNorm only.
     pub colsum: u64,
-    /// float2 [rows][slots_in].
+    /// float2 [rows][slots_in]. E4M3: [rows], factors of the row's products.
     pub stats_in: u64,
     /// float2 [rows of out][n / 64].
     pub stats_out: u64,
@@ -58,7 +58,7 @@ pub struct GemmParams {
     pub kv_ld: u32,
     /// Token tiles walked before the next weight tile.
     pub group: u32,
-    /// StorePosition, E4m3Add: multiplies the product. E4m3GeGlu: gate's.
+    /// StorePosition: multiplies the product.
     pub scale: f32,
     /// Columns of x: k, or half of them, and x is read twice.
     pub x_cols: u32,
@@ -68,13 +68,9 @@ pub struct GemmParams {
     pub image_tokens: u32,
     /// LoopRope: position of row 0 less the prefix's length.
     pub first_position: u32,
-    /// E4m3GeGlu: multiplies up's product.
-    pub up_scale: f32,
-    /// 0
-    pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<GemmParams>() == 160);
+const _: () = assert!(size_of::<GemmParams>() == 152);
 
 /// `RowsE4m3Params`: normalised rows as E4M3.
 #[repr(C)]
@@ -86,17 +82,25 @@ pub struct RowsE4m3Params {
     pub stats: u64,
     /// E4M3 [rows][width].
     pub out: u64,
+    /// float2 [rows]: factors of gate's and up's products.
+    pub up: u64,
+    /// float2 [rows]: of down's, and 0.
+    pub down: u64,
     /// Rows.
     pub rows: u32,
     /// Columns, a multiple of 256, at most 2048.
     pub width: u32,
     /// Elements from one row of x to the next.
     pub ld: u32,
-    /// Multiplies the normalised row; a power of two.
-    pub factor: f32,
+    /// What takes gate's scale out of its product.
+    pub gate_scale: f32,
+    /// Up's.
+    pub up_scale: f32,
+    /// Down's.
+    pub down_scale: f32,
 }
 
-const _: () = assert!(size_of::<RowsE4m3Params>() == 40);
+const _: () = assert!(size_of::<RowsE4m3Params>() == 64);
 
 /// A matrix the copy engine reads.
 #[derive(Clone, Copy, Debug)]

@@ -212,7 +212,7 @@ impl Tile {
 
     /// `Tile::SMEM` of the kernel.
     pub fn shared_bytes(&self) -> u32 {
-        use GemmEpilogue::{E4m3GeGlu, LoopRope, Rope, StorePosition};
+        use GemmEpilogue::{Add, LoopAdd, LoopRope, Rope, StorePosition};
         let ring = self.stages * (self.bm() + self.bn) * 128;
         let barriers = 8 * (2 * self.stages + 7 + 2 * self.consumers);
         if self.upright {
@@ -220,7 +220,7 @@ impl Tile {
             return ring + staging + 2 * 8 * (self.bm() + self.bn) + barriers;
         }
         let staging = self.consumers * self.own() * 8 * 128;
-        let plain = self.epilogue.adds() || matches!(self.epilogue, StorePosition | E4m3GeGlu);
+        let plain = matches!(self.epilogue, Add | LoopAdd | StorePosition);
         let records = if plain { 0 } else { self.bn * 8 };
         let positions = if matches!(self.epilogue, Rope | LoopRope) { self.bn * 4 } else { 0 };
         ring + staging + 2 * (records + positions) + barriers

@@ -27,11 +27,14 @@ impl CudaExecutable {
         self.shared.stream.synchronize()?;
         let (place, order) = (self.places(id), column_order(program, id));
         let (stored, form) = (host.as_slice(), self.form(id));
+        let factors = self.row_factors(id)?;
         let mut values = vec![0.0; buffer.rows * buffer.cols];
         let rows = values.par_chunks_exact_mut(buffer.cols.max(1)).enumerate();
         rows.for_each(|(row, out)| {
+            let factor = factors.get(row).unwrap_or(&1.0);
             for (c, out) in out.iter_mut().enumerate() {
-                *out = decode(stored, place(row, order.as_ref().map_or(c, |o| o(c))), form);
+                let at = place(row, order.as_ref().map_or(c, |o| o(c)));
+                *out = decode(stored, at, form) * factor;
             }
         });
         Ok(Some(values))
@@ -51,21 +54,42 @@ impl CudaExecutable {
         let mut host = Pinned::new(&self.shared.context, bytes)?;
         let (place, order) = (self.places(id), column_order(program, id));
         let (stored, form) = (host.as_mut_slice(), self.form(id));
-        let write = |to: &mut [u8], row: usize, values: &[f32]| {
+        let factors = self.row_factors(id)?;
+        let write = |to: &mut [u8], place_row: usize, row: usize, values: &[f32]| {
+            let factor = factors.get(row).unwrap_or(&1.0);
             for (c, value) in values.iter().enumerate() {
-                encode(to, place(row, order.as_ref().map_or(c, |o| o(c))), form, *value);
+                let at = place(place_row, order.as_ref().map_or(c, |o| o(c)));
+                encode(to, at, form, *value / factor);
             }
         };
-        let rows = values.chunks_exact(buffer.cols.max(1));
+        let rows = values.chunks_exact(buffer.cols.max(1)).enumerate();
         if self.bound.in_blocks(id) {
-            rows.enumerate().for_each(|(row, values)| write(stored, row, values));
+            rows.for_each(|(row, values)| write(stored, row, row, values));
         } else {
             let pitch = self.bound.pitch(id) * form.bytes();
             let parts = stored.par_chunks_mut(pitch).zip(rows.collect::<Vec<_>>());
-            parts.for_each(|(to, values)| write(to, 0, values));
+            parts.for_each(|(to, (row, values))| write(to, 0, row, values));
         }
         memory.copy_in(&self.shared.stream, at, &host, 0, bytes)?;
         self.shared.stream.synchronize()
+    }
+
+    /// Of a buffer of E4M3 numbers, what takes each row's own power of two out of them; 1 for rows
+    /// that no step has made. Else nothing.
+    fn row_factors(&self, id: BufferId) -> Result<Vec<f32>, BackendError> {
+        if !self.bound.is_e4m3(id) {
+            return Ok(Vec::new());
+        }
+        let (memory, place) = self.bound.locate_hidden_factors();
+        let host = Pinned::new(&self.shared.context, place.len())?;
+        memory.copy_out(&self.shared.stream, place.start, &host, 0, place.len())?;
+        self.shared.stream.synchronize()?;
+        let factor = |pair: &[u8; 8]| match f32::from_le_bytes([pair[0], pair[1], pair[2], pair[3]])
+        {
+            0.0 => 1.0,
+            factor => factor,
+        };
+        Ok(host.as_slice().as_chunks().0.iter().map(factor).collect())
     }
 
     /// Where an element of a buffer is stored, by row and stored column.

@@ -96,8 +96,11 @@ pub struct Output {
     pub suffix: u32,
     /// Multiplies y before the bias.
     pub scale: f32,
-    /// GeGlu: not 0 multiplies up instead, and the result becomes E4M3.
-    pub up_scale: f32,
+    /// 0
+    pub pad: u32,
+    /// Not 0: E4M3 operands, float2 [rows] multiplies their product; GeGlu: gate's and up's, and
+    /// the result becomes E4M3.
+    pub factors: u64,
 }
 
 /// Parameters of `portable_linear_*`.
@@ -164,10 +167,18 @@ pub struct NormParams {
     pub ld: u32,
     /// [`Norm`]
     pub norm: u32,
-    /// Not 0 multiplies what then becomes an E4M3 number.
-    pub factor: f32,
-    /// 0
-    pub pad: u32,
+    /// 1: rows become E4M3 numbers, each row times a power of two.
+    pub e4m3: u32,
+    /// Then: what takes gate's scale out of its product.
+    pub gate_scale: f32,
+    /// Up's.
+    pub up_scale: f32,
+    /// Down's.
+    pub down_scale: f32,
+    /// Then: float2 [rows], factors of gate's and up's products.
+    pub up: u64,
+    /// float2 [rows], of down's, and 0.
+    pub down: u64,
 }
 
 /// Parameters of `portable_patchify`.
@@ -287,10 +298,10 @@ pub struct GuideParams {
 }
 
 const _: () = assert!(size_of::<View>() == 32);
-const _: () = assert!(size_of::<Output>() == 160);
-const _: () = assert!(size_of::<LinearParams>() == 32 + 8 + 24 + 160);
-const _: () = assert!(size_of::<RimParams>() == 32 + 16 + 16 + 160);
-const _: () = assert!(size_of::<NormParams>() == 72);
+const _: () = assert!(size_of::<Output>() == 168);
+const _: () = assert!(size_of::<LinearParams>() == 32 + 8 + 24 + 168);
+const _: () = assert!(size_of::<RimParams>() == 32 + 16 + 16 + 168);
+const _: () = assert!(size_of::<NormParams>() == 96);
 const _: () = assert!(size_of::<PatchifyParams>() == 32);
 const _: () = assert!(size_of::<EmbedParams>() == 72);
 const _: () = assert!(size_of::<AttentionParams>() == 176);

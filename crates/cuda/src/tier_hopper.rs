@@ -3,12 +3,13 @@
 use std::sync::OnceLock;
 
 use pirouette_model::config::Vision;
+use pirouette_model::fp8::{self, Matrix};
 use pirouette_model::program::{
     Attention as AttentionOp, Bias, BufferId, Epilogue, KeyMask, Linear, Norm, Op, Program, Stage,
     Step, View,
 };
 use pirouette_model::weights::Kind;
-use pirouette_model::{BackendError, Config, fp8};
+use pirouette_model::{BackendError, Config};
 
 use crate::attention::{
     Attention, EmbedParams, PatchifyParams, PrefillParams, SuffixParams, VisionParams,
@@ -214,18 +215,25 @@ impl Hopper {
         let e4m3 = weights.scales.of(linear.weight);
         let mut launches = Vec::new();
         if let Some((scales, matrix)) = e4m3 {
-            [p.scale, p.up_scale] = scales.product_factors(matrix);
-            if linear.norm != Norm::None {
+            let (up, down) = bound.e4m3_factors();
+            p.stats_in = match matrix {
+                Matrix::Up => up,
+                Matrix::Down => down,
+            };
+            if matrix == Matrix::Up {
                 launches.push(self.gemm.rows_e4m3(RowsE4m3Params {
                     x: x.address,
-                    stats: p.stats_in,
+                    stats: bound.stats(input.buffer),
                     out: bound.normed(),
+                    up,
+                    down,
                     rows: x.rows,
                     width: k,
                     ld: x.ld,
-                    factor: fp8::power(scales.input),
+                    gate_scale: fp8::power(-scales.gate),
+                    up_scale: fp8::power(-scales.up),
+                    down_scale: fp8::power(-scales.down),
                 }));
-                p.stats_in = 0;
                 x = Operand { address: bound.normed(), ld: k, ..x };
             }
         }

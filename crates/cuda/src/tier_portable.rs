@@ -1,10 +1,11 @@
 //! Program step → launches of the portable kernels: any shape, any epilogue.
 
+use pirouette_model::BackendError;
+use pirouette_model::fp8::{self, Matrix, MlpScales};
 use pirouette_model::program::{
     Attention, Epilogue, Guidance, KeyMask, Linear, Norm, Op, Positions, Step, View, WeightId,
 };
 use pirouette_model::weights::Kind;
-use pirouette_model::{BackendError, fp8};
 
 use crate::bind::Binding;
 use crate::driver::Launch;
@@ -152,6 +153,11 @@ pub fn normalise(
 ) -> Launch {
     let (norm, modulation) = norm_of(weights, linear);
     let view = normed_view(bound, linear);
+    let scales = weights.scales.of(linear.weight);
+    let power = |exponent: fn(&MlpScales) -> i32| {
+        scales.map_or(0.0, |(scales, _)| fp8::power(-exponent(scales)))
+    };
+    let factors = scales.map_or((0, 0), |_| bound.e4m3_factors());
     kernels.norm(portable::NormParams {
         input: bound.view(&linear.input),
         modulation,
@@ -160,8 +166,12 @@ pub fn normalise(
         k: linear.input.cols as u32,
         ld: view.ld,
         norm: norm as u32,
-        factor: weights.scales.of(linear.weight).map_or(0.0, |(s, _)| fp8::power(s.input)),
-        pad: 0,
+        e4m3: scales.is_some() as u32,
+        gate_scale: power(|s| s.gate),
+        up_scale: power(|s| s.up),
+        down_scale: power(|s| s.down),
+        up: factors.0,
+        down: factors.1,
     })
 }
 
@@ -204,9 +214,12 @@ pub fn output(weights: &Weights, bound: &Binding, linear: &Linear) -> portable::
         scale: linear.scale,
         ..Default::default()
     };
-    if let Some((scales, matrix)) = weights.scales.of(linear.weight) {
-        let [first, second] = scales.product_factors(matrix);
-        (o.scale, o.up_scale) = (first, second);
+    if let Some((_, matrix)) = weights.scales.of(linear.weight) {
+        let (up, down) = bound.e4m3_factors();
+        o.factors = match matrix {
+            Matrix::Up => up,
+            Matrix::Down => down,
+        };
     }
     let (epilogue, out) = match &linear.epilogue {
         Epilogue::Store { out } => (portable::Epilogue::Store, out),

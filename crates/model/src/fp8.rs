@@ -6,23 +6,21 @@
 //! attention's products of that tower as well doubles the error of the actions, vision's products
 //! triple it, and the expert's loop does not wait for its bytes.
 //!
-//! A float needs no scale that fits closely, only one that keeps it in range. So there is no
-//! calibration and nothing is measured at run time: with x̂ the normalised row of C columns, s the
-//! norm's learned scale, g and u the rows of gate and up of one hidden unit,
+//! A float needs no scale that fits closely, only one that keeps it in range, so powers of two do
+//! and nothing is calibrated. With y = x̂∘s a normalised row times the norm's learned scale, g and
+//! u the rows of gate and up of one hidden unit, h = gelu(g·y)·(u·y) is at most
+//! ‖y‖²·(‖g‖·‖u‖ + |g·u|)/2, since |gelu(v)| ≤ |v|: of all rows of a length, one between g and u
+//! has the largest product. So
 //!
-//! - |x̂ᵢ·sᵢ| ≤ √C·max|s|, since rstd ≤ 1/√mean(x²);
-//! - |h| = |gelu(g·x)·(u·x)| ≤ C·(‖a‖·‖b‖ + |a·b|)/2 with a = g∘s and b = u∘s, since
-//!   |gelu(v)| ≤ |v|; of all rows, one between a and b has the largest product.
+//! - a row has two powers of two, made where it is normalised ([`RowPowers`]): 2^t puts its largest
+//!   value just below 448, 2^q is at most 1 / ‖y‖²;
+//! - a hidden unit has one, made at load. It multiplies the unit's row of `up` and divides its
+//!   column of `down`, so it costs nothing at run time and their columns lie as far apart as what
+//!   they contribute does. Units that hardly contribute are not raised to the others' level: all
+//!   rows of `up` share the rest of their scale, and one raised by far would push the others out of
+//!   range.
 //!
-//! Scaled by these bounds nothing can overflow, whatever the observation. They are generous (√C and
-//! C/2 times what random inputs give), and E4M3 has 18 binades with its subnormals. Hidden values
-//! do get near the lower end where a norm has large scales for channels that are always small: the
-//! bound must count on large ones.
-//!
-//! A hidden unit has a power of two of its own: it multiplies the unit's row of `up` and divides
-//! its column of `down`, so it costs nothing at run time and their columns lie as far apart as what
-//! they contribute does. Units that hardly contribute are not raised to the others' level: all rows
-//! of `up` share the rest of their scale, and one raised by far would push the others out of range.
+//! What `down` reads is h·2^(hidden + q). Nothing can overflow, whatever the observation.
 
 use crate::program::WeightId;
 use crate::source::{SourceError, TensorSource};
@@ -126,16 +124,38 @@ impl WeightTable {
     }
 }
 
-/// Exponents of the powers of two that multiply an MLP's operands before they are rounded.
+/// The powers of two of a row that an MLP reads.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RowPowers {
+    /// 2^t: multiplies the row.
+    pub row: f32,
+    /// 2^q: multiplies its hidden values, beside their unit's.
+    pub hidden: f32,
+}
+
+impl RowPowers {
+    /// Of a row with this largest magnitude and this sum of squares.
+    #[inline(always)]
+    pub fn of(largest: f32, squares: f32) -> Self {
+        RowPowers { row: power_within(MAX / largest), hidden: power_within(1.0 / squares) }
+    }
+}
+
+/// The largest power of two that is at most `v`, between 2^−60 and 2^60.
+#[inline(always)]
+fn power_within(v: f32) -> f32 {
+    let v = v.max(power(-MOST)).min(power(MOST));
+    f32::from_bits(v.to_bits() & 0x7f80_0000)
+}
+
+/// Exponents of the powers of two that multiply an MLP's weights before they are rounded.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MlpScales {
-    /// Of the normalised rows, before gate and up.
-    pub input: i32,
     /// Of gate's rows.
     pub gate: i32,
     /// Of up's rows, beside their unit's.
     pub up: i32,
-    /// Of each hidden unit: what `down` reads is h·2^hidden.
+    /// Of each hidden unit: what `down` reads is h·2^hidden times its row's power.
     pub hidden: Vec<i32>,
     /// Of down's columns, beside their unit's, which divides them.
     pub down: i32,
@@ -149,14 +169,11 @@ impl MlpScales {
         mlp: &Mlp,
         source: &dyn TensorSource,
     ) -> Result<Self, SourceError> {
-        let width = table.spec(mlp.up).cols;
-        let mut scale = vec![0.0f32; width];
+        let mut scale = vec![0.0f32; table.spec(mlp.norm).cols];
         table.open(mlp.norm, source)?.fill(0, &mut scale)?;
         finite(table, mlp.norm, &scale)?;
-        let input = exponent((width as f64).sqrt() * largest(&scale) * SLACK);
-
-        let both = units_of(table, mlp.up, source, &scale)?;
-        let hidden = together(both.iter().map(|unit| unit.bound(width)).collect());
+        let both = units_of(table, mlp.up, source)?;
+        let hidden = together(both.iter().map(Unit::bound).collect());
         let of_unit = |j: usize| 2f64.powi(hidden[j]);
         let gate = exponent(both.iter().fold(0.0, |m: f64, unit| m.max(unit.largest[0])));
         let up = both.iter().enumerate();
@@ -167,7 +184,7 @@ impl MlpScales {
             let most = row.iter().zip(&inverse).fold(0.0f32, |m, (w, f)| m.max((w * f).abs()));
             down = down.max(most as f64);
         })?;
-        Ok(MlpScales { input, gate, up: exponent(up), hidden, down: exponent(down) })
+        Ok(MlpScales { gate, up: exponent(up), hidden, down: exponent(down) })
     }
 
     /// Multiplies row `row` of a matrix, so that its values are in range.
@@ -184,15 +201,6 @@ impl MlpScales {
         };
         for v in values {
             *v *= factor;
-        }
-    }
-
-    /// What takes the scales out of a product again: gate's and up's factors, or down's alone. Up
-    /// keeps its unit's power of two, for `down` to read.
-    pub fn product_factors(&self, matrix: Matrix) -> [f32; 2] {
-        match matrix {
-            Matrix::Up => [power(-self.input - self.gate), power(-self.input - self.up)],
-            Matrix::Down => [power(-self.down); 2],
         }
     }
 
@@ -254,9 +262,9 @@ fn finite(table: &WeightTable, id: WeightId, values: &[f32]) -> Result<(), Sourc
 /// What is to be known of a hidden unit's rows of gate and of up.
 #[derive(Default)]
 struct Unit {
-    /// Squared norms behind the norm's scale.
+    /// Squared norms.
     squares: [f64; 2],
-    /// The product of one and the other behind the norm's scale, and of their magnitudes.
+    /// The product of one and the other, and of their magnitudes.
     dot: f64,
     dot_of_magnitudes: f64,
     /// The largest value of each.
@@ -264,10 +272,10 @@ struct Unit {
 }
 
 impl Unit {
-    fn of(gate: &[f32], up: &[f32], scale: &[f32]) -> Self {
+    fn of(gate: &[f32], up: &[f32]) -> Self {
         let mut unit = Unit::default();
-        for ((g, u), s) in gate.iter().zip(up).zip(scale) {
-            let (a, b) = ((g * s) as f64, (u * s) as f64);
+        for (g, u) in gate.iter().zip(up) {
+            let (a, b) = (*g as f64, *u as f64);
             unit.squares[0] += a * a;
             unit.squares[1] += b * b;
             unit.dot += a * b;
@@ -277,12 +285,12 @@ impl Unit {
         unit
     }
 
-    /// What the unit never exceeds. A rounded row is some row of length √C·17/16 at most times the
-    /// norm's scale; of all of a length, one between gate's and up's rows has the largest product.
-    fn bound(&self, width: usize) -> f64 {
+    /// What the unit never exceeds for rows of length 1, which rounding makes 17/16 at most: of all
+    /// of a length, one between gate's and up's rows has the largest product.
+    fn bound(&self) -> f64 {
         let norms = (self.squares[0] * self.squares[1]).sqrt() * ROUNDING;
         let dot = self.dot.abs() + self.dot_of_magnitudes * (ROUNDING - 1.0);
-        width as f64 * ROUNDING * (norms + dot) / 2.0 * SLACK
+        ROUNDING * (norms + dot) / 2.0 * SLACK
     }
 }
 
@@ -290,7 +298,6 @@ fn units_of(
     table: &WeightTable,
     id: WeightId,
     source: &dyn TensorSource,
-    scale: &[f32],
 ) -> Result<Vec<Unit>, SourceError> {
     let (units, cols) = (table.spec(id).rows / 2, table.spec(id).cols);
     let opened = table.open(id, source)?;
@@ -303,7 +310,7 @@ fn units_of(
         finite(table, id, gate)?;
         finite(table, id, up)?;
         let both = gate.chunks_exact(cols).zip(up.chunks_exact(cols));
-        found.extend(both.map(|(gate, up)| Unit::of(gate, up, scale)));
+        found.extend(both.map(|(gate, up)| Unit::of(gate, up)));
     }
     Ok(found)
 }

@@ -12,7 +12,7 @@ use pirouette_model::program::KeyMask;
 use super::ahead::Run;
 use super::keys::Store;
 use super::math::exp;
-use super::operand::{PackRow, RowNorm, Storage, bf16_bits, fold};
+use super::operand::{PackRow, Rounding, RowNorm, Storage, bf16_bits, fold};
 use super::{CHUNK, Kernel, Lanes, PAIR, Tile};
 use crate::driver::pool::Worker;
 use crate::executable::Context;
@@ -196,8 +196,8 @@ impl Block<'_> {
             let put = |chunk: usize, words: &[u32; CHUNK]| {
                 q[to + chunk * height * CHUNK..][..CHUNK].copy_from_slice(words);
             };
-            let (norm, powers, storage) = (RowNorm::None, None, plan.kernel.storage);
-            plan.kernel.isa.lanes(PackRow { row, norm, powers, storage, put });
+            let (norm, rounding, storage) = (RowNorm::None, Rounding::None, plan.kernel.storage);
+            plan.kernel.isa.lanes(PackRow { row, norm, rounding, storage, put });
         }
     }
 

@@ -4,7 +4,7 @@
 use pirouette_model::program::{Epilogue, Gate, Guidance, Positions};
 
 use super::math::{gelu, silu};
-use super::operand::{Matrix, pack_chunk, round_columns};
+use super::operand::{Matrix, Meets, pack_chunk, round_columns};
 use super::product::{Pair, Role};
 use super::{CHUNK, Lanes, PAIR, Storage, mul_add};
 use crate::driver::memory::Shared;
@@ -144,7 +144,10 @@ impl Finish<'_> {
         let wide = !gated || half == 0 && (panel + 1) * CHUNK == next.k;
         let chunks = self.plan.kernel.panel_chunks(next.chunks());
         let width = if wide { CHUNK } else { CHUNK / 2 };
-        let powers = next.meets.as_deref().map(|powers| &powers[panel * CHUNK..]);
+        let columns = match &next.meets {
+            Some(Meets::Hidden(columns)) => Some(&columns[panel * CHUNK..]),
+            Some(Meets::Rows) | None => None,
+        };
         let (sums, _) = self.sums.as_chunks::<CHUNK>();
         for (r, sums) in (self.first_row..).zip(sums.chunks_exact(2)).take(self.rows.len()) {
             let mut y: Two = [sums[0], sums[1]];
@@ -167,8 +170,10 @@ impl Finish<'_> {
                     values[CHUNK + j] = gelu::<FMA>(second[j]);
                 }
             }
-            if let Some(powers) = powers {
-                round_columns(&mut values, powers);
+            if let Some(columns) = columns {
+                // SAFETY: written where this product's rows were packed, before a barrier.
+                let power: &[f32] = unsafe { self.context.powers.read(r..r + 1) };
+                round_columns(&mut values, columns, power[0]);
             }
             let mut words = [0; CHUNK];
             pack_chunk(&values, Storage::Bf16, &mut words);

@@ -1,7 +1,8 @@
 //! Rows of f32 → packed operands: A with the norm applied on the way, B once at load or per
 //! attention step.
 
-use pirouette_model::{BackendError, fp8};
+use pirouette_model::BackendError;
+use pirouette_model::fp8::{self, RowPowers};
 
 use super::{CHUNK, Lanes, mul_add};
 use crate::driver::memory::Words;
@@ -44,15 +45,22 @@ impl Storage {
     }
 }
 
+/// What becomes of A's rows where a product takes E4M3 numbers.
+pub(crate) enum Meets {
+    /// Rows of the stream: each has powers of two of its own, which the next product wants, too.
+    Rows,
+    /// Hidden values: a power of two for each column, times that of the row.
+    Hidden(Vec<f32>),
+}
+
 /// A matrix `[n, k]` packed as B: zero padded to whole panels and chunks.
 pub(crate) struct Matrix {
     pub(crate) n: usize,
     pub(crate) k: usize,
     pub(crate) storage: Storage,
     pub(crate) words: Words,
-    /// Where the product takes E4M3 numbers: a power of two for each column of A, see
-    /// [`round_columns`].
-    pub(crate) meets: Option<Vec<f32>>,
+    /// Where the product takes E4M3 numbers.
+    pub(crate) meets: Option<Meets>,
 }
 
 impl Matrix {
@@ -120,13 +128,23 @@ pub(crate) fn pack_chunk(values: &[f32], storage: Storage, out: &mut [u32; CHUNK
     }
 }
 
-/// Each value times its power of two becomes the nearest E4M3 number, and is divided by it again:
-/// what is left has few bits and is exact in bf16.
+/// Each value times its power of two, `columns` and that of the row, becomes the nearest E4M3
+/// number, and is divided by it again: what is left has few bits and is exact in bf16.
 #[inline(always)]
-pub(crate) fn round_columns(values: &mut [f32], powers: &[f32]) {
-    for (v, power) in values.iter_mut().zip(powers) {
-        *v = fp8::round(*v * power) / power;
+pub(crate) fn round_columns(values: &mut [f32], columns: &[f32], row: f32) {
+    for (v, power) in values.iter_mut().zip(columns) {
+        *v = fp8::round(*v * (power * row)) / (power * row);
     }
+}
+
+/// What rounds a row to E4M3 numbers.
+#[derive(Clone, Copy)]
+pub(crate) enum Rounding<'a> {
+    None,
+    /// By powers of its own.
+    Own,
+    /// Columns' powers, the row's.
+    Given(&'a [f32], f32),
 }
 
 /// Sixteen (or fewer) rows → one B panel, `[word][16]`, from chunk `first_chunk` on.
@@ -162,17 +180,17 @@ const EPSILON: f32 = 1e-6;
 pub(crate) struct PackRow<'a, P> {
     pub(crate) row: &'a [f32],
     pub(crate) norm: RowNorm<'a>,
-    /// Of the matrix it meets.
-    pub(crate) powers: Option<&'a [f32]>,
+    pub(crate) rounding: Rounding<'a>,
     pub(crate) storage: Storage,
     pub(crate) put: P,
 }
 
 impl<P: FnMut(usize, &[u32; CHUNK])> Lanes for PackRow<'_, P> {
-    type Output = ();
+    /// The power of two of the row's hidden values, if the row has its own.
+    type Output = f32;
 
     #[inline(always)]
-    fn run<const FMA: bool>(mut self) {
+    fn run<const FMA: bool>(mut self) -> f32 {
         let (row, count) = (self.row, self.row.len() as f32);
         let (mean, factor) = match self.norm {
             RowNorm::None => (0.0, 1.0),
@@ -185,35 +203,52 @@ impl<P: FnMut(usize, &[u32; CHUNK])> Lanes for PackRow<'_, P> {
             }
         };
         let each = self.storage.per_chunk();
-        let mut words = [0; CHUNK];
-        let mut values = [0.0f32; 2 * CHUNK];
-        for (c, x) in row.chunks(each).enumerate() {
-            let values = &mut values[..x.len()];
-            match self.norm {
-                RowNorm::None => values.copy_from_slice(x),
-                RowNorm::Rms(None) => {
-                    for (v, x) in values.iter_mut().zip(x) {
-                        *v = x * factor;
-                    }
-                }
-                RowNorm::Rms(Some(scale)) | RowNorm::Layer(scale) => {
-                    for ((v, x), scale) in values.iter_mut().zip(x).zip(&scale[c * each..]) {
-                        *v = (x - mean) * factor * scale;
-                    }
-                }
-                RowNorm::Adaptive(scale, shift) => {
-                    let (scale, shift) = (&scale[c * each..], &shift[c * each..]);
-                    for (((v, x), scale), shift) in values.iter_mut().zip(x).zip(scale).zip(shift) {
-                        *v = mul_add::<FMA>(x * factor, *scale, *shift);
-                    }
+        let normed = |c: usize, x: &[f32], values: &mut [f32]| match self.norm {
+            RowNorm::None => values.copy_from_slice(x),
+            RowNorm::Rms(None) => {
+                for (v, x) in values.iter_mut().zip(x) {
+                    *v = x * factor;
                 }
             }
-            if let Some(powers) = self.powers {
-                round_columns(values, &powers[c * each..]);
+            RowNorm::Rms(Some(scale)) | RowNorm::Layer(scale) => {
+                for ((v, x), scale) in values.iter_mut().zip(x).zip(&scale[c * each..]) {
+                    *v = (x - mean) * factor * scale;
+                }
+            }
+            RowNorm::Adaptive(scale, shift) => {
+                let (scale, shift) = (&scale[c * each..], &shift[c * each..]);
+                for (((v, x), scale), shift) in values.iter_mut().zip(x).zip(scale).zip(shift) {
+                    *v = mul_add::<FMA>(x * factor, *scale, *shift);
+                }
+            }
+        };
+        let mut words = [0; CHUNK];
+        let mut values = [0.0f32; 2 * CHUNK];
+        let mut powers = RowPowers { row: 1.0, hidden: 1.0 };
+        if let Rounding::Own = self.rounding {
+            let (mut largest, mut squares) = (0.0f32, 0.0f32);
+            for (c, x) in row.chunks(each).enumerate() {
+                let values = &mut values[..x.len()];
+                normed(c, x, values);
+                for v in values {
+                    largest = largest.max(v.abs());
+                    squares += *v * *v;
+                }
+            }
+            powers = RowPowers::of(largest, squares);
+        }
+        for (c, x) in row.chunks(each).enumerate() {
+            let values = &mut values[..x.len()];
+            normed(c, x, values);
+            match self.rounding {
+                Rounding::None => {}
+                Rounding::Own => round_columns(values, &[1.0; 2 * CHUNK], powers.row),
+                Rounding::Given(columns, row) => round_columns(values, &columns[c * each..], row),
             }
             pack_chunk(values, self.storage, &mut words);
             (self.put)(c, &words);
         }
+        powers.hidden
     }
 }
 

@@ -13,7 +13,7 @@ use pirouette_model::program::{Epilogue, Norm, WeightId};
 
 use super::ahead::Run;
 use super::epilogue::{Finish, finish_row};
-use super::operand::{Matrix, PackRow, RowNorm};
+use super::operand::{Matrix, Meets, PackRow, Rounding, RowNorm};
 use super::{Ahead, CHUNK, PAIR, Tile};
 use crate::driver::memory::Shared;
 use crate::driver::pool::Worker;
@@ -159,8 +159,21 @@ pub(crate) fn pack(context: &Context<'_>, plan: &LinearPlan, worker: &Worker<'_>
             // SAFETY: this worker alone writes row r of A.
             unsafe { context.packed.write::<u32>(to..to + CHUNK) }.copy_from_slice(words);
         };
-        let (powers, storage) = (matrix.meets.as_deref(), plan.kernel.storage);
-        plan.kernel.isa.lanes(PackRow { row: x, norm, powers, storage, put });
+        let rounding = match &matrix.meets {
+            None => Rounding::None,
+            Some(Meets::Rows) => Rounding::Own,
+            Some(Meets::Hidden(columns)) => {
+                // SAFETY: written before a barrier, by the product in front.
+                let power: &[f32] = unsafe { context.powers.read(r..r + 1) };
+                Rounding::Given(columns, power[0])
+            }
+        };
+        let storage = plan.kernel.storage;
+        let hidden = plan.kernel.isa.lanes(PackRow { row: x, norm, rounding, storage, put });
+        if let Rounding::Own = rounding {
+            // SAFETY: this worker alone writes what belongs to row r.
+            unsafe { context.powers.write::<f32>(r..r + 1) }.fill(hidden);
+        }
     }
 }
 
