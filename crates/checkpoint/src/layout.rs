@@ -66,6 +66,11 @@ impl Layout {
         if path.join("params").is_dir() {
             let config = None;
             let weights = path.join("params");
+            if weights.join("params").is_dir() && !is_params(&weights)? {
+                let hint =
+                    format!("; its weights lie one level deeper, open {}", weights.display());
+                return Err(not_a_checkpoint(path, &hint));
+            }
             return Ok(Layout { format: Format::OpenpiJax, root: path.into(), weights, config });
         }
         if is_params(path)? {

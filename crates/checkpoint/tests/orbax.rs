@@ -379,6 +379,7 @@ fn trees_that_are_no_arrays_are_explained() {
         (&["ocdbt.process_0/manifest.ocdbt"], "the save was not finished", true),
         (&["checkpoint", "_METADATA"], "without `aggregate`", false),
         (&["_METADATA"], "no zarr array", true),
+        (&["params/manifest.ocdbt"], "one level deeper, open", false),
     ] {
         let e = error(files);
         assert!(e.to_string().contains(part), "{e}\nlacks {part}");

@@ -125,6 +125,10 @@ fn shards_of_an_index_are_one_checkpoint() {
     map.insert("state".into(), "../model.safetensors".into());
     write(&map);
     assert!(error(open(dir.path())).contains("no plain file name"));
+    map.insert("state".into(), "model-00004-of-00003.safetensors".into());
+    write(&map);
+    let missing = error(open(dir.path()));
+    assert!(missing.contains("its shard `model-00004-of-00003.safetensors` is missing; copy"));
 }
 
 #[test]

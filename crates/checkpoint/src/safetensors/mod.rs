@@ -3,6 +3,7 @@
 mod header;
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind::NotFound;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -47,7 +48,12 @@ impl TensorFiles {
             }
             let folder = path.parent().unwrap_or(Path::new("."));
             for shard in shards {
-                files.add(&folder.join(shard))?;
+                files.add(&folder.join(shard)).map_err(|error| match error {
+                    CheckpointError::Io { error, .. } if error.kind() == NotFound => {
+                        Malformed::new(format!("its shard `{shard}` is missing")).at(path)
+                    }
+                    other => other,
+                })?;
             }
             let mismatches = weight_map
                 .keys()
