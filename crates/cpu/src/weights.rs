@@ -150,7 +150,7 @@ impl Rounding<'_> {
     /// What becomes of the rows that the matrix meets.
     fn meets(self) -> Meets {
         match self.matrix {
-            fp8::Matrix::Up => Meets::Rows,
+            fp8::Matrix::Up => Meets::Rows(self.scales.channel_powers()),
             fp8::Matrix::Down => {
                 Meets::Hidden(self.scales.hidden.iter().map(|e| fp8::power(*e)).collect())
             }

@@ -9,7 +9,7 @@ use fixture::{Case, FileSource, OwnedInputs};
 use pirouette_checkpoint::Synthetic;
 use pirouette_cpu::{Arena, Isa, Options, Precision, load};
 use pirouette_model::config::Gemma;
-use pirouette_model::fp8::{Mlp, MlpScales, RowPowers, decode, encode};
+use pirouette_model::fp8::{Mlp, MlpScales, decode, encode};
 use pirouette_model::program::WeightId;
 use pirouette_model::{Config, Program, TensorSource, WeightTable, record};
 
@@ -97,8 +97,7 @@ fn reference(
         let factor = 1.0 / (squares / width as f64 + 1e-6).sqrt();
         let values: Vec<f64> =
             row.iter().zip(&norm).map(|(x, s)| *x as f64 * factor * *s as f64).collect();
-        let largest = values.iter().fold(0.0f64, |m, v| m.max(v.abs()));
-        let of = RowPowers::of(largest as f32, values.iter().map(|v| v * v).sum::<f64>() as f32);
+        let of = scales.row_powers(&values.iter().map(|v| *v as f32).collect::<Vec<_>>());
         let exponent = of.row.log2() as i32;
         rows.extend(values.into_iter().map(|v| nearest(v, exponent)));
         powers.push(of.hidden.log2() as i32);

@@ -13,13 +13,13 @@
 //
 // wgmma sums E4M3 products with fewer bits than f32 has. It does not show: the actions of the full
 // models are as far from openpi's F32 as with f32 sums by mma.sync of the same numbers (portable
-// tier: π0 3.83, 4.03, 4.23 %, here 3.70, 4.01, 4.35 %).
+// tier: π0 3.85, 4.03, 4.27 %, here 3.91, 4.04, 4.40 %).
 //
-// Inside the replay, 788 rows, µs (bf16 beside it; H100, 2026-11-27, nvcc 13.0): up 67.9 and 3.7
-// for rows_e4m3 (134), down 44.1 (78). Predicted 77 and 40. Limit at twice bf16's 790 TFLOP/s: 67
-// and 33. B = 64 (50432 rows), whole prefill at the power limit 291 → 164.5 ms. No gain (H200,
-// batches of 4, 16 and 64): 256 × 192 tiles for up (254 → 260 ms), 256 × 200 for down; 128 × 184
-// for up is the same.
+// Inside the replay, 788 rows, µs (bf16 beside it; H100, 2026-11-27, nvcc 13.0): up 67.9 (134), to
+// which came 3.7 for rows_e4m3 without a row's powers, down 44.1 (78). Predicted 77 and 40. Limit
+// at twice bf16's 790 TFLOP/s: 67 and 33. B = 64 (50432 rows), whole prefill at the power limit
+// 291 → 164.5 ms. No gain (H200, batches of 4, 16 and 64): 256 × 192 tiles for up (254 → 260 ms),
+// 256 × 200 for down; 128 × 184 for up is the same.
 #include "gemm_sm90.cuh"
 
 // As GEMM_INSTANCES of gemm_sm90.cu.

@@ -17,8 +17,9 @@ struct NormParams {
     float down_scale;
     u64 up;             // then: float2 [rows], factors of gate's and up's products
     u64 down;           // float2 [rows], of down's, and 0
+    u64 channels;       // bf16 [k], powers of two by which channels count
 };
-static_assert(sizeof(NormParams) == 32 + 16 + 16 + 32, "shared with the host");
+static_assert(sizeof(NormParams) == 32 + 16 + 16 + 40, "shared with the host");
 
 // The largest power of two that is at most v, for 2^-60 ≤ v ≤ 2^60.
 static __device__ __forceinline__ float power_within(float v) {
@@ -26,11 +27,24 @@ static __device__ __forceinline__ float power_within(float v) {
     return __uint_as_float(__float_as_uint(v) & 0x7f800000u);
 }
 
-// What a row is multiplied by before it is rounded, from its largest magnitude and its sum of
-// squares; leaves the factors of its products. As rows_e4m3.cu.
+// What a lane knows of a row.
+struct Extent {
+    float largest = 0.f, squares = 0.f, weighted = 0.f;
+
+    __device__ __forceinline__ void add(float v, float channel) {
+        largest = fmaxf(largest, fabsf(v));
+        squares += v * v;
+        weighted += v * channel * (v * channel);
+    }
+};
+
+// What a row is multiplied by before it is rounded; leaves the factors of its products. As
+// rows_e4m3.cu.
 static __device__ __forceinline__ float scale_of_row(const NormParams& p, u32 row, u32 lane,
-                                                     float largest, float squares) {
-    const float t = power_within(448.f / largest), q = power_within(1.f / squares);
+                                                     const Extent& e) {
+    const float squares = warp_sum(e.squares), weighted = warp_sum(e.weighted);
+    const float t = power_within(448.f / warp_max(e.largest));
+    const float q = power_within(1.f / fminf(squares, weighted));
     if (lane == 0) {
         ((float2*)p.up)[row] = make_float2(p.gate_scale / t, p.up_scale * q / t);
         ((float2*)p.down)[row] = make_float2(p.down_scale / q, 0.f);
@@ -72,13 +86,14 @@ static __device__ __forceinline__ void norm_kept(const NormParams& p, u32 row, u
         for (u32 e = 0; e < 8; e++) x[r][e] = (x[r][e] - mean) * scale * by[e] + shift[e];
     }
     if (p.e4m3) {
-        float largest = 0.f, sum_squares = 0.f;
-        for (u32 r = 0; r < RUNS; r++)
-            for (u32 e = 0; e < 8; e++) {
-                largest = fmaxf(largest, fabsf(x[r][e]));
-                sum_squares += x[r][e] * x[r][e];
-            }
-        const float t = scale_of_row(p, row, lane, warp_max(largest), warp_sum(sum_squares));
+        Extent extent;
+        for (u32 r = 0; r < RUNS; r++) {
+            const u32 at = (r * 32 + lane) * 8;
+            float channels[8] = {};
+            if (at < p.k) load8(channels, (const u16*)p.channels + at);
+            for (u32 e = 0; e < 8; e++) extent.add(x[r][e], channels[e]);
+        }
+        const float t = scale_of_row(p, row, lane, extent);
         for (u32 r = 0; r < RUNS; r++)
             for (u32 e = 0; e < 8; e++) x[r][e] = round_e4m3(x[r][e] * t);
     }
@@ -116,12 +131,10 @@ portable_norm(const __grid_constant__ NormParams p) {
     };
     float t = 0.f;
     if (p.e4m3) {
-        float largest = 0.f, sum_squares = 0.f;
-        for (u32 i = lane; i < p.k; i += 32) {
-            largest = fmaxf(largest, fabsf(value(i)));
-            sum_squares += value(i) * value(i);
-        }
-        t = scale_of_row(p, row, lane, warp_max(largest), warp_sum(sum_squares));
+        Extent extent;
+        for (u32 i = lane; i < p.k; i += 32)
+            extent.add(value(i), from_bf16(((const u16*)p.channels)[i]));
+        t = scale_of_row(p, row, lane, extent);
     }
     u16* out = (u16*)p.out + (u64)row * p.ld;
     for (u32 i = lane; i < p.ld; i += 32) {

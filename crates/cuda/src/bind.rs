@@ -34,8 +34,10 @@ pub struct Forms {
     pub in_blocks: Vec<BufferId>,
     /// Streams whose scaled copies do.
     pub scaled_in_blocks: Vec<BufferId>,
-    /// Buffers of E4M3.
+    /// Buffers of E4M3 numbers.
     pub e4m3: Vec<BufferId>,
+    /// Whether these lie in bytes, and not in bf16.
+    pub e4m3_bytes: bool,
 }
 
 /// Buffers of one compiled program.
@@ -81,7 +83,7 @@ impl Binding {
         for id in forms.in_blocks.iter().chain(&forms.scaled_in_blocks) {
             padded.buffers[id.0].rows = BLOCK_ROWS;
         }
-        for id in &forms.e4m3 {
+        for id in forms.e4m3.iter().filter(|_| forms.e4m3_bytes) {
             padded.buffers[id.0].element = Element::U8;
         }
         if let Some(beside) = &beside {
@@ -193,9 +195,14 @@ impl Binding {
         self.forms.in_blocks.contains(&id)
     }
 
-    /// Whether a buffer holds E4M3.
+    /// Whether a buffer holds E4M3 numbers.
     pub fn is_e4m3(&self, id: BufferId) -> bool {
         self.forms.e4m3.contains(&id)
+    }
+
+    /// Whether they lie in bytes.
+    pub fn in_bytes(&self, id: BufferId) -> bool {
+        self.is_e4m3(id) && self.forms.e4m3_bytes
     }
 
     /// A view's rows as the loop's kernels see them.

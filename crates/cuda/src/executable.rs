@@ -82,10 +82,11 @@ impl CudaExecutable {
         }
         shared.context.make_current()?;
         let hopper = shared.hopper.as_ref().filter(|_| tier == Tier::Auto);
-        let forms = hopper.map_or_else(Forms::default, |_| Forms {
+        let forms = Forms {
             e4m3: tier_hopper::e4m3_buffers(&program, &shared.weights),
-            ..tier_loop::in_blocks(&program)
-        });
+            e4m3_bytes: hopper.is_some(),
+            ..hopper.map_or_else(Forms::default, |_| tier_loop::in_blocks(&program))
+        };
         let sms = shared.context.properties.sms;
         let e4m3 = shared.weights.scales.any();
         let beside = hopper.filter(|_| choices.beside);

@@ -80,6 +80,8 @@ pub struct RowsE4m3Params {
     pub x: u64,
     /// float2 [rows][width / 64] of the plain stream.
     pub stats: u64,
+    /// bf16 [width], powers of two by which channels count.
+    pub channels: u64,
     /// E4M3 [rows][width].
     pub out: u64,
     /// float2 [rows]: factors of gate's and up's products.
@@ -100,7 +102,7 @@ pub struct RowsE4m3Params {
     pub down_scale: f32,
 }
 
-const _: () = assert!(size_of::<RowsE4m3Params>() == 64);
+const _: () = assert!(size_of::<RowsE4m3Params>() == 72);
 
 /// A matrix the copy engine reads.
 #[derive(Clone, Copy, Debug)]

@@ -15,7 +15,8 @@ use crate::executable::CudaExecutable;
 impl CudaExecutable {
     /// A buffer's values, `rows · cols`, in the recorded order of columns (`lengths`, `tokens`
     /// and images as numbers). `None` if the program has no such buffer. At fp8 hidden values of
-    /// the prefix tower are 2^n times themselves, n of each unit in each layer (`model::fp8`).
+    /// the prefix tower are 2^n times themselves, n of each unit in each layer (`model::fp8`), and
+    /// speak of the layer whose `up` ran last.
     pub fn read_buffer(&self, name: &str) -> Result<Option<Vec<f32>>, BackendError> {
         let program = &self.bound.program;
         let Some(id) = program.buffer(name) else { return Ok(None) };
@@ -74,8 +75,8 @@ impl CudaExecutable {
         self.shared.stream.synchronize()
     }
 
-    /// Of a buffer of E4M3 numbers, what takes each row's own power of two out of them; 1 for rows
-    /// that no step has made. Else nothing.
+    /// Of a buffer of E4M3 numbers, the factors of the rows' product, as the last step that made
+    /// such rows left them: they take the row's own power of two out. Else nothing.
     fn row_factors(&self, id: BufferId) -> Result<Vec<f32>, BackendError> {
         if !self.bound.is_e4m3(id) {
             return Ok(Vec::new());
@@ -84,11 +85,7 @@ impl CudaExecutable {
         let host = Pinned::new(&self.shared.context, place.len())?;
         memory.copy_out(&self.shared.stream, place.start, &host, 0, place.len())?;
         self.shared.stream.synchronize()?;
-        let factor = |pair: &[u8; 8]| match f32::from_le_bytes([pair[0], pair[1], pair[2], pair[3]])
-        {
-            0.0 => 1.0,
-            factor => factor,
-        };
+        let factor = |pair: &[u8; 8]| f32::from_le_bytes([pair[0], pair[1], pair[2], pair[3]]);
         Ok(host.as_slice().as_chunks().0.iter().map(factor).collect())
     }
 
@@ -110,7 +107,7 @@ impl CudaExecutable {
     /// How a buffer's elements are stored.
     fn form(&self, id: BufferId) -> Form {
         match self.bound.program.buffers[id.0].element {
-            Element::Activation if self.bound.is_e4m3(id) => Form::E4m3,
+            Element::Activation if self.bound.in_bytes(id) => Form::E4m3,
             Element::Activation => Form::Bf16,
             Element::F32 => Form::F32,
             Element::U32 => Form::U32,

@@ -1,5 +1,7 @@
 //! How weights lie on the device: where each begins, in which order its rows come.
 
+use std::collections::HashMap;
+
 use pirouette_model::program::{Epilogue, Linear, Norm, Op, Program, WeightId};
 use pirouette_model::weights::{Kind, WeightSpec};
 
@@ -101,6 +103,8 @@ pub struct Layout {
     pub column_sums: usize,
     /// How many there are.
     pub column_sum_count: usize,
+    /// Offset of bf16 [cols] by which the channels of a gate‖up that is E4M3 count.
+    pub channels: HashMap<WeightId, usize>,
     /// Bytes of the block.
     pub bytes: usize,
 }
@@ -128,7 +132,13 @@ impl Layout {
             bytes += place.bytes().next_multiple_of(256);
             places.push(place);
         }
-        Layout { places, column_sums: bytes, column_sum_count: sums, bytes: bytes + sums * 4 }
+        let mut end = (bytes + sums * 4).next_multiple_of(256);
+        let mut channels = HashMap::new();
+        for (id, scales) in scales.inputs() {
+            channels.insert(id, end);
+            end += (scales.channels.len() * 2).next_multiple_of(256);
+        }
+        Layout { places, column_sums: bytes, column_sum_count: sums, channels, bytes: end }
     }
 }
 

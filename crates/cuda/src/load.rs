@@ -1,7 +1,7 @@
 //! Weight table + tensors → one block on the device. Several host threads compute and round rows
 //! into page-locked slots, the calling thread sends them off.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -34,7 +34,7 @@ pub enum Precision {
 
 /// What puts the matrices that are E4M3, and what they meet, into range.
 #[derive(Default)]
-pub struct Scales(HashMap<WeightId, (Arc<MlpScales>, Matrix)>);
+pub struct Scales(BTreeMap<WeightId, (Arc<MlpScales>, Matrix)>);
 
 impl Scales {
     /// Reads the MLPs that are E4M3 at this precision through once.
@@ -51,7 +51,7 @@ impl Scales {
             let scales = Arc::new(MlpScales::measure(table, mlp, source)?);
             Ok([(mlp.up, (scales.clone(), Matrix::Up)), (mlp.down, (scales, Matrix::Down))])
         };
-        let mut scales = HashMap::new();
+        let mut scales = BTreeMap::new();
         for mlps in mlps.chunks(MEASURED) {
             let measured: Vec<_> =
                 mlps.par_iter().map(measure).collect::<Result<_, SourceError>>()?;
@@ -63,6 +63,12 @@ impl Scales {
     /// Whether any weight is E4M3.
     pub fn any(&self) -> bool {
         !self.0.is_empty()
+    }
+
+    /// Those of each MLP, by its gate‖up.
+    pub fn inputs(&self) -> impl Iterator<Item = (WeightId, &MlpScales)> {
+        let of_up = self.0.iter().filter(|(_, (_, matrix))| *matrix == Matrix::Up);
+        of_up.map(|(id, (scales, _))| (*id, &**scales))
     }
 
     /// Those of a weight and which of its MLP's matrices it is; `None`: it is no E4M3.
@@ -133,6 +139,15 @@ impl Weights {
         last.as_mut_slice().copy_from_slice(bytemuck::cast_slice(&sums));
         memory.copy_in(stream, layout.column_sums, &last, 0, sums.len() * 4)?;
         stream.synchronize()?;
+        for (id, scales) in scales.inputs() {
+            // bf16 is the upper half of f32.
+            let bits: Vec<u16> =
+                scales.channel_powers().iter().map(|v| (v.to_bits() >> 16) as u16).collect();
+            let mut host = Pinned::new(context, bits.len() * 2)?;
+            host.as_mut_slice().copy_from_slice(bytemuck::cast_slice(&bits));
+            memory.copy_in(stream, layout.channels[&id], &host, 0, bits.len() * 2)?;
+            stream.synchronize()?;
+        }
         Ok(Weights { table, scales, memory, layout })
     }
 
@@ -151,6 +166,12 @@ impl Weights {
     pub fn column_sums(&self, id: WeightId) -> u64 {
         let base = self.memory.address() + self.layout.column_sums as u64;
         self.place(id).column_sum.map_or(0, |first| base + first as u64 * 4)
+    }
+
+    /// Device address of bf16 [cols] by which the channels that a gate‖up of E4M3 reads count; 0
+    /// for others.
+    pub fn channels(&self, id: WeightId) -> u64 {
+        self.layout.channels.get(&id).map_or(0, |at| self.memory.address() + *at as u64)
     }
 
     /// Bytes on the device.

@@ -179,6 +179,8 @@ pub struct NormParams {
     pub up: u64,
     /// float2 [rows], of down's, and 0.
     pub down: u64,
+    /// bf16 [k], powers of two by which channels count.
+    pub channels: u64,
 }
 
 /// Parameters of `portable_patchify`.
@@ -301,7 +303,7 @@ const _: () = assert!(size_of::<View>() == 32);
 const _: () = assert!(size_of::<Output>() == 168);
 const _: () = assert!(size_of::<LinearParams>() == 32 + 8 + 24 + 168);
 const _: () = assert!(size_of::<RimParams>() == 32 + 16 + 16 + 168);
-const _: () = assert!(size_of::<NormParams>() == 96);
+const _: () = assert!(size_of::<NormParams>() == 104);
 const _: () = assert!(size_of::<PatchifyParams>() == 32);
 const _: () = assert!(size_of::<EmbedParams>() == 72);
 const _: () = assert!(size_of::<AttentionParams>() == 176);

@@ -224,6 +224,7 @@ impl Hopper {
                 launches.push(self.gemm.rows_e4m3(RowsE4m3Params {
                     x: x.address,
                     stats: bound.stats(input.buffer),
+                    channels: weights.channels(linear.weight),
                     out: bound.normed(),
                     up,
                     down,

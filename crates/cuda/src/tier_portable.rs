@@ -172,6 +172,7 @@ pub fn normalise(
         down_scale: power(|s| s.down),
         up: factors.0,
         down: factors.1,
+        channels: weights.channels(linear.weight),
     })
 }
 

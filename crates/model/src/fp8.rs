@@ -10,17 +10,21 @@
 //! and nothing is calibrated. With y = x̂∘s a normalised row times the norm's learned scale, g and
 //! u the rows of gate and up of one hidden unit, h = gelu(g·y)·(u·y) is at most
 //! ‖y‖²·(‖g‖·‖u‖ + |g·u|)/2, since |gelu(v)| ≤ |v|: of all rows of a length, one between g and u
-//! has the largest product. So
+//! has the largest product. The same holds for y∘m, g/m and u/m, whatever m is. With m the size of
+//! a channel's weights, a channel that no unit reads does not count, however large it may be in
+//! some rows; plain lengths are closer where rows and weights are large in the same channels. So
 //!
 //! - a row has two powers of two, made where it is normalised ([`RowPowers`]): 2^t puts its largest
-//!   value just below 448, 2^q is at most 1 / ‖y‖²;
-//! - a hidden unit has one, made at load. It multiplies the unit's row of `up` and divides its
-//!   column of `down`, so it costs nothing at run time and their columns lie as far apart as what
-//!   they contribute does. Units that hardly contribute are not raised to the others' level: all
-//!   rows of `up` share the rest of their scale, and one raised by far would push the others out of
-//!   range.
+//!   value just below 448, 2^q is at most 1 / the smaller of ‖y‖² and ‖y∘m‖²;
+//! - a hidden unit has one, made at load for the larger of its two bounds. It multiplies the unit's
+//!   row of `up` and divides its column of `down`, so it costs nothing at run time and their
+//!   columns lie as far apart as what they contribute does. Units that hardly contribute are not
+//!   raised to the others' level: all rows of `up` share the rest of their scale, and one raised by
+//!   far would push the others out of range.
 //!
-//! What `down` reads is h·2^(hidden + q). Nothing can overflow, whatever the observation.
+//! What `down` reads is h·2^(hidden + q). It stays in range whatever the observation, but for units
+//! whose weights are some 10⁴ times smaller than the matrix's largest: E4M3 has few numbers for
+//! them, and rounding may add more than is counted on here. Values beyond 448 become 448.
 
 use crate::program::WeightId;
 use crate::source::{SourceError, TensorSource};
@@ -31,14 +35,18 @@ pub const MAX: f32 = 448.0;
 /// What rounding adds at most to a product of two numbers, each of which it moves by at most 2⁻⁴
 /// of itself.
 const ROUNDING: f64 = (1.0 + 0.0625) * (1.0 + 0.0625);
-/// What bf16 roundings of a scaled row may add to its bound.
+/// What f32 arithmetic and a rounding to bf16 on the way may add to a hidden value.
 const SLACK: f64 = 1.01;
 /// Exponents stay where a product of two factors is an ordinary f32.
 const MOST: i32 = 60;
 /// How far a unit's exponent may lie above the middle one.
 const RAISED: i32 = 4;
+/// How far exponents of channels may lie from 0.
+const APART: i32 = 8;
 /// Rows read at a time.
 const ROWS: usize = 64;
+/// How many such parts of a matrix tell the sizes of its columns.
+const PARTS: usize = 16;
 
 /// The nearest E4M3 number, ties to even, at most ±[`MAX`]; NaN is 0x7f.
 #[inline]
@@ -134,10 +142,12 @@ pub struct RowPowers {
 }
 
 impl RowPowers {
-    /// Of a row with this largest magnitude and this sum of squares.
+    /// Of a row with this largest magnitude, this sum of squares, and this one of its values times
+    /// their channels' powers of two.
     #[inline(always)]
-    pub fn of(largest: f32, squares: f32) -> Self {
-        RowPowers { row: power_within(MAX / largest), hidden: power_within(1.0 / squares) }
+    pub fn of(largest: f32, squares: f32, weighted: f32) -> Self {
+        let hidden = power_within(1.0 / squares.min(weighted));
+        RowPowers { row: power_within(MAX / largest), hidden }
     }
 }
 
@@ -148,9 +158,12 @@ fn power_within(v: f32) -> f32 {
     f32::from_bits(v.to_bits() & 0x7f80_0000)
 }
 
-/// Exponents of the powers of two that multiply an MLP's weights before they are rounded.
+/// Exponents of the powers of two that multiply an MLP's weights before they are rounded, and of
+/// those by which its input's channels count.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MlpScales {
+    /// Of each channel of the input: how much of a hidden value it may make.
+    pub channels: Vec<i32>,
     /// Of gate's rows.
     pub gate: i32,
     /// Of up's rows, beside their unit's.
@@ -172,8 +185,16 @@ impl MlpScales {
         let mut scale = vec![0.0f32; table.spec(mlp.norm).cols];
         table.open(mlp.norm, source)?.fill(0, &mut scale)?;
         finite(table, mlp.norm, &scale)?;
-        let both = units_of(table, mlp.up, source)?;
-        let hidden = together(both.iter().map(Unit::bound).collect());
+        let mut channels = channels_of(table, mlp.up, source)?;
+        let both = units_of(table, mlp.up, source, &channels)?;
+        let bounds = |of: usize| both.iter().map(|unit| unit.sides[of].bound()).collect::<Vec<_>>();
+        let (plain, weighted) = (bounds(0), bounds(1));
+        // Both speak of rows of length 1. Channels' powers are such that they are as large.
+        let apart = (middle(&weighted) / middle(&plain)).log2() / 2.0;
+        let apart = if apart.is_finite() { apart.round() as i32 } else { 0 };
+        channels.iter_mut().for_each(|e| *e += apart);
+        let weighted = weighted.iter().map(|bound| bound * 4f64.powi(-apart));
+        let hidden = together(plain.iter().zip(weighted).map(|(a, b)| a.max(b)).collect());
         let of_unit = |j: usize| 2f64.powi(hidden[j]);
         let gate = exponent(both.iter().fold(0.0, |m: f64, unit| m.max(unit.largest[0])));
         let up = both.iter().enumerate();
@@ -184,7 +205,18 @@ impl MlpScales {
             let most = row.iter().zip(&inverse).fold(0.0f32, |m, (w, f)| m.max((w * f).abs()));
             down = down.max(most as f64);
         })?;
-        Ok(MlpScales { gate, up: exponent(up), hidden, down: exponent(down) })
+        Ok(MlpScales { channels, gate, up: exponent(up), hidden, down: exponent(down) })
+    }
+
+    /// The powers of two by which channels count.
+    pub fn channel_powers(&self) -> Vec<f32> {
+        self.channels.iter().map(|e| power(*e)).collect()
+    }
+
+    /// Those of a row `[C]`, normalised and times the norm's scale.
+    pub fn row_powers(&self, row: &[f32]) -> RowPowers {
+        let weighted = row.iter().zip(&self.channels).map(|(v, e)| (v * power(*e)).powi(2)).sum();
+        RowPowers::of(largest(row) as f32, row.iter().map(|v| v * v).sum(), weighted)
     }
 
     /// Multiplies row `row` of a matrix, so that its values are in range.
@@ -236,11 +268,16 @@ fn exponent(bound: f64) -> i32 {
     ((MAX as f64 / bound).log2().floor() as i32).clamp(-MOST, MOST)
 }
 
-/// Exponents of the units by their bounds.
-fn together(bounds: Vec<f64>) -> Vec<i32> {
+/// The middle one of those that are not 0.
+fn middle(bounds: &[f64]) -> f64 {
     let mut sorted: Vec<f64> = bounds.iter().copied().filter(|b| *b > 0.0).collect();
     sorted.sort_unstable_by(f64::total_cmp);
-    let most = exponent(sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)) + RAISED;
+    sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
+}
+
+/// Exponents of the units by their bounds.
+fn together(bounds: Vec<f64>) -> Vec<i32> {
+    let most = exponent(middle(&bounds)) + RAISED;
     let each = bounds.iter().map(|&b| if b > 0.0 { exponent(b).min(most) } else { most });
     each.collect()
 }
@@ -259,30 +296,22 @@ fn finite(table: &WeightTable, id: WeightId, values: &[f32]) -> Result<(), Sourc
     }
 }
 
-/// What is to be known of a hidden unit's rows of gate and of up.
+/// A hidden unit's rows of gate and of up, as they are or by channels' powers.
 #[derive(Default)]
-struct Unit {
+struct Side {
     /// Squared norms.
     squares: [f64; 2],
     /// The product of one and the other, and of their magnitudes.
     dot: f64,
     dot_of_magnitudes: f64,
-    /// The largest value of each.
-    largest: [f64; 2],
 }
 
-impl Unit {
-    fn of(gate: &[f32], up: &[f32]) -> Self {
-        let mut unit = Unit::default();
-        for (g, u) in gate.iter().zip(up) {
-            let (a, b) = (*g as f64, *u as f64);
-            unit.squares[0] += a * a;
-            unit.squares[1] += b * b;
-            unit.dot += a * b;
-            unit.dot_of_magnitudes += (a * b).abs();
-        }
-        unit.largest = [largest(gate), largest(up)];
-        unit
+impl Side {
+    fn add(&mut self, a: f64, b: f64) {
+        self.squares[0] += a * a;
+        self.squares[1] += b * b;
+        self.dot += a * b;
+        self.dot_of_magnitudes += (a * b).abs();
     }
 
     /// What the unit never exceeds for rows of length 1, which rounding makes 17/16 at most: of all
@@ -294,13 +323,70 @@ impl Unit {
     }
 }
 
+/// What is to be known of a hidden unit.
+#[derive(Default)]
+struct Unit {
+    /// Its rows as they are, and divided by channels' powers.
+    sides: [Side; 2],
+    /// The largest value of each row.
+    largest: [f64; 2],
+}
+
+impl Unit {
+    fn of(gate: &[f32], up: &[f32], inverse: &[f64]) -> Self {
+        let mut unit = Unit { largest: [largest(gate), largest(up)], ..Unit::default() };
+        for ((g, u), inverse) in gate.iter().zip(up).zip(inverse) {
+            let (g, u) = (*g as f64, *u as f64);
+            unit.sides[0].add(g, u);
+            unit.sides[1].add(g * inverse, u * inverse);
+        }
+        unit
+    }
+}
+
+/// The exponent of each column's size in gate and up, beside that of all; of some of their rows.
+fn channels_of(
+    table: &WeightTable,
+    id: WeightId,
+    source: &dyn TensorSource,
+) -> Result<Vec<i32>, SourceError> {
+    let (units, cols) = (table.spec(id).rows / 2, table.spec(id).cols);
+    let opened = table.open(id, source)?;
+    let mut values = vec![0.0f32; ROWS.min(units) * cols];
+    let mut sizes = vec![0.0f64; cols];
+    let stride = units.div_ceil(ROWS).div_ceil(PARTS) * ROWS;
+    for of in [0, units] {
+        let mut squares = vec![0.0f64; cols];
+        for first in (0..units).step_by(stride) {
+            let part = &mut values[..ROWS.min(units - first) * cols];
+            opened.fill(of + first, part)?;
+            for row in part.chunks_exact(cols) {
+                squares.iter_mut().zip(row).for_each(|(sum, v)| *sum += (*v as f64).powi(2));
+            }
+        }
+        let all: f64 = squares.iter().sum();
+        sizes
+            .iter_mut()
+            .zip(squares)
+            .for_each(|(size, sum)| *size += sum / all * cols as f64 / 2.0);
+    }
+    // Where there are no weights, or too large ones, which are refused later, all count alike.
+    let exponent = |size: f64| match size.is_nan() {
+        true => 0,
+        false => (size.log2() / 2.0).round().clamp(-APART as f64, APART as f64) as i32,
+    };
+    Ok(sizes.into_iter().map(exponent).collect())
+}
+
 fn units_of(
     table: &WeightTable,
     id: WeightId,
     source: &dyn TensorSource,
+    channels: &[i32],
 ) -> Result<Vec<Unit>, SourceError> {
     let (units, cols) = (table.spec(id).rows / 2, table.spec(id).cols);
     let opened = table.open(id, source)?;
+    let inverse: Vec<f64> = channels.iter().map(|e| 2f64.powi(-e)).collect();
     let mut values = [(); 2].map(|_| vec![0.0f32; ROWS.min(units) * cols]);
     let mut found = Vec::with_capacity(units);
     for first in (0..units).step_by(ROWS) {
@@ -310,7 +396,7 @@ fn units_of(
         finite(table, id, gate)?;
         finite(table, id, up)?;
         let both = gate.chunks_exact(cols).zip(up.chunks_exact(cols));
-        found.extend(both.map(|(gate, up)| Unit::of(gate, up)));
+        found.extend(both.map(|(gate, up)| Unit::of(gate, up, &inverse)));
     }
     Ok(found)
 }

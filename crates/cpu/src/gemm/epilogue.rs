@@ -146,7 +146,7 @@ impl Finish<'_> {
         let width = if wide { CHUNK } else { CHUNK / 2 };
         let columns = match &next.meets {
             Some(Meets::Hidden(columns)) => Some(&columns[panel * CHUNK..]),
-            Some(Meets::Rows) | None => None,
+            Some(Meets::Rows(_)) | None => None,
         };
         let (sums, _) = self.sums.as_chunks::<CHUNK>();
         for (r, sums) in (self.first_row..).zip(sums.chunks_exact(2)).take(self.rows.len()) {

@@ -48,7 +48,8 @@ impl Storage {
 /// What becomes of A's rows where a product takes E4M3 numbers.
 pub(crate) enum Meets {
     /// Rows of the stream: each has powers of two of its own, which the next product wants, too.
-    Rows,
+    /// Those by which channels count.
+    Rows(Vec<f32>),
     /// Hidden values: a power of two for each column, times that of the row.
     Hidden(Vec<f32>),
 }
@@ -141,8 +142,8 @@ pub(crate) fn round_columns(values: &mut [f32], columns: &[f32], row: f32) {
 #[derive(Clone, Copy)]
 pub(crate) enum Rounding<'a> {
     None,
-    /// By powers of its own.
-    Own,
+    /// By powers of its own; those by which channels count.
+    Own(&'a [f32]),
     /// Columns' powers, the row's.
     Given(&'a [f32], f32),
 }
@@ -225,24 +226,25 @@ impl<P: FnMut(usize, &[u32; CHUNK])> Lanes for PackRow<'_, P> {
         let mut words = [0; CHUNK];
         let mut values = [0.0f32; 2 * CHUNK];
         let mut powers = RowPowers { row: 1.0, hidden: 1.0 };
-        if let Rounding::Own = self.rounding {
-            let (mut largest, mut squares) = (0.0f32, 0.0f32);
+        if let Rounding::Own(channels) = self.rounding {
+            let (mut largest, mut squares, mut weighted) = (0.0f32, 0.0f32, 0.0f32);
             for (c, x) in row.chunks(each).enumerate() {
                 let values = &mut values[..x.len()];
                 normed(c, x, values);
-                for v in values {
+                for (v, channel) in values.iter().zip(&channels[c * each..]) {
                     largest = largest.max(v.abs());
-                    squares += *v * *v;
+                    squares += v * v;
+                    weighted += (v * channel) * (v * channel);
                 }
             }
-            powers = RowPowers::of(largest, squares);
+            powers = RowPowers::of(largest, squares, weighted);
         }
         for (c, x) in row.chunks(each).enumerate() {
             let values = &mut values[..x.len()];
             normed(c, x, values);
             match self.rounding {
                 Rounding::None => {}
-                Rounding::Own => round_columns(values, &[1.0; 2 * CHUNK], powers.row),
+                Rounding::Own(_) => round_columns(values, &[1.0; 2 * CHUNK], powers.row),
                 Rounding::Given(columns, row) => round_columns(values, &columns[c * each..], row),
             }
             pack_chunk(values, self.storage, &mut words);

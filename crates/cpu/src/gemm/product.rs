@@ -161,7 +161,7 @@ pub(crate) fn pack(context: &Context<'_>, plan: &LinearPlan, worker: &Worker<'_>
         };
         let rounding = match &matrix.meets {
             None => Rounding::None,
-            Some(Meets::Rows) => Rounding::Own,
+            Some(Meets::Rows(channels)) => Rounding::Own(channels),
             Some(Meets::Hidden(columns)) => {
                 // SAFETY: written before a barrier, by the product in front.
                 let power: &[f32] = unsafe { context.powers.read(r..r + 1) };
@@ -170,7 +170,7 @@ pub(crate) fn pack(context: &Context<'_>, plan: &LinearPlan, worker: &Worker<'_>
         };
         let storage = plan.kernel.storage;
         let hidden = plan.kernel.isa.lanes(PackRow { row: x, norm, rounding, storage, put });
-        if let Rounding::Own = rounding {
+        if let Rounding::Own(_) = rounding {
             // SAFETY: this worker alone writes what belongs to row r.
             unsafe { context.powers.write::<f32>(r..r + 1) }.fill(hidden);
         }
