@@ -95,6 +95,7 @@ impl PolicyConfig {
             let n = self.absolute_mask.len();
             return wrong("absolute", format!("covers {n} columns of only {columns}"));
         }
+        self.check_relative().or_else(|problem| wrong("absolute", problem))?;
         if self.discrete_state && self.family == Family::Pi0 {
             return wrong(
                 "discrete_state",
@@ -106,6 +107,29 @@ impl PolicyConfig {
             return wrong("asset_id", format!("is `{asset}`; it must be a path below assets/"));
         }
         self.robot.check().or_else(|problem| wrong("robot", problem))
+    }
+
+    /// A difference must not reach a robot as a target. openpi pads the state to the model's
+    /// width, LeRobot adds it as it is.
+    fn check_relative(&self) -> Result<(), String> {
+        let mut sent = self.absolute_mask.iter().take(self.output_dims());
+        let last = sent.rposition(|&relative| relative);
+        let Some(last) = last.filter(|_| self.processing == Processing::Lerobot) else {
+            return Ok(());
+        };
+        match self.robot.state_dims() {
+            Some(dims) if last < dims => Ok(()),
+            Some(dims) => Err(format!(
+                "makes action column {last} relative to the state, which has {dims} numbers; leave \
+                 the column out (in a LeRobot checkpoint: name the columns in `action_names` and \
+                 this one in `exclude_joints`)"
+            )),
+            None => {
+                Err("makes actions relative to a state of unknown length; say `dims` of every \
+                         key in robot.state"
+                    .into())
+            }
+        }
     }
 }
 

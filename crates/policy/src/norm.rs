@@ -269,6 +269,20 @@ pub enum NormError {
         /// Length of the state.
         dims: usize,
     },
+    /// LeRobot's statistics of another robot. Those of one number PyTorch would take for every
+    /// column.
+    #[error(
+        "norm stats: `{feature}` covers {len} numbers, this robot has {dims}; LeRobot's statistics \
+         have one number for each: these are another robot's{}", one_for_all(*.len)
+    )]
+    NotOneEach {
+        /// `state` or `actions`.
+        feature: &'static str,
+        /// Length of its statistics.
+        len: usize,
+        /// Length of the robot's state or actions.
+        dims: usize,
+    },
     /// A statistic that spoils every number it meets.
     #[error(
         "norm stats: `{feature}.{statistic}` is {value} at index {index}; recompute the \
@@ -303,6 +317,10 @@ pub enum NormError {
          remove the others from the file"
     )]
     UnknownFeature(String),
+}
+
+fn one_for_all(len: usize) -> &'static str {
+    if len == 1 { ", or one number for all, which must be written once for each" } else { "" }
 }
 
 #[cfg(test)]

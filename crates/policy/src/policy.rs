@@ -89,6 +89,18 @@ impl Policy {
         let state = normalizer("state", config.state_norm, longest_state(&config))?;
         let actions = normalizer("actions", config.action_norm, Some(config.action_dim))?;
         let robot = &config.robot;
+        if config.processing == Processing::Lerobot {
+            for (feature, covered, dims) in [
+                ("state", state.covered(), robot.state_dims()),
+                ("actions", actions.covered(), Some(robot.output_dims())),
+            ] {
+                if let (Some(len), Some(dims)) = (covered, dims)
+                    && len != dims
+                {
+                    return Err(NormError::NotOneEach { feature, len, dims }.into());
+                }
+            }
+        }
         if let (Some(len), Some(dims)) = (state.covered(), robot.exact_state_dims())
             && len < dims
         {
@@ -209,7 +221,7 @@ impl Policy {
         for row in actions.chunks_exact(columns) {
             let mut row = match self.config.processing {
                 Processing::Openpi => self.actions.unnormalize_f32(row),
-                // LeRobot cuts the row to the robot's columns first; statistics cover no more.
+                // LeRobot cuts the row to the robot's columns first; statistics cover just these.
                 Processing::Lerobot => self.actions.unnormalize_f32(&row[..dims]),
             };
             for ((x, relative), origin) in

@@ -35,6 +35,50 @@ fn policy(head: &str) -> Policy {
     Policy::new(config, &stats, tokenizer(), 4).unwrap()
 }
 
+/// PyTorch would refuse most lengths; what it does not un-normalise would go to the robot.
+#[test]
+fn statistics_are_one_number_for_each_column() {
+    let start = |state: usize, action: usize| {
+        let config = from_toml(&format!("name = 'x'\nfamily = 'pi0'\n{ROBOT}")).unwrap();
+        let stats = NormStats::from_lerobot([
+            ("observation.state.mean", vec![0.0; state]),
+            ("observation.state.std", vec![1.0; state]),
+            ("action.mean", vec![0.0; action]),
+            ("action.std", vec![1.0; action]),
+        ]);
+        let started = Policy::new(config, &stats.unwrap(), tokenizer(), 4);
+        started.map(drop).map_err(|e| e.to_string())
+    };
+    assert_eq!(start(2, 2), Ok(()));
+    for (state, action, says) in [
+        (2, 1, "`actions` covers 1 numbers, this robot has 2"),
+        (2, 3, "`actions` covers 3 numbers, this robot has 2"),
+        (3, 2, "`state` covers 3 numbers, this robot has 2"),
+        (1, 2, "one number for all, which must be written once for each"),
+    ] {
+        let error = start(state, action).unwrap_err();
+        assert!(error.contains(says), "{error}\nlacks {says}");
+    }
+}
+
+#[test]
+fn a_relative_column_needs_a_number_of_the_state() {
+    let read = |absolute: &str, dims: &str| {
+        let robot = ROBOT.replace("[1, -1]", absolute).replace("dims = 2 }", dims);
+        let text = format!("name = 'x'\nfamily = 'pi0'\n{robot}");
+        from_toml(&text).map(drop).map_err(|e| e.to_string())
+    };
+    for (absolute, dims) in [("[2]", "dims = 2 }"), ("[1, -1]", "dims = 1 }"), ("[]", "}")] {
+        assert_eq!(read(absolute, dims), Ok(()), "{absolute} {dims}");
+    }
+    let short = "`absolute` makes action column 1 relative to the state, which has 1 numbers";
+    let unknown = "`absolute` makes actions relative to a state of unknown length";
+    for (dims, says) in [("dims = 1 }", short), ("}", unknown)] {
+        let error = read("[2]", dims).unwrap_err();
+        assert!(error.contains(says), "{error}\nlacks {says}");
+    }
+}
+
 fn observation(image: NdArray) -> Value {
     let state = NdArray::from_f32(vec![2], &[2.0, 1.0]).unwrap();
     Value::Map(vec![
