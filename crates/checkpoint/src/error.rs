@@ -140,6 +140,16 @@ pub enum Mismatch {
     /// Needed, not there.
     #[error("missing `{0}`")]
     Missing(String),
+    /// A tower ends before its last layers.
+    #[error("missing the last {} of the {of} layers `{prefix}*`", .of - .found)]
+    Layers {
+        /// Canonical prefix of the layers.
+        prefix: String,
+        /// Layers that are there.
+        found: usize,
+        /// Layers of a tower of this width.
+        of: usize,
+    },
     /// There, not part of the model and not known junk.
     #[error("unexpected `{0}`")]
     Extra(String),

@@ -43,8 +43,10 @@ pub(crate) fn model_of(
         }
     }
     let gaps = layer_gaps(&present);
-    if !gaps.is_empty() {
-        return Err(fail(gaps.iter().map(|name| Mismatch::Missing(stored(name))).collect()));
+    let missing = gaps.iter().map(|name| Mismatch::Missing(stored(name)));
+    let missing: Vec<Mismatch> = missing.chain(layers_lost(&present)).collect();
+    if !missing.is_empty() {
+        return Err(fail(missing));
     }
     let config = Config::infer(source, vision_heads)?;
 
@@ -69,24 +71,51 @@ pub(crate) fn model_of(
     if mismatches.is_empty() && extra.is_empty() { Ok(config) } else { Err(fail(mismatches)) }
 }
 
-/// Tensors that depth is counted on and that are absent below the highest layer present.
-/// Without this a hole would be reported as a shallower model with hundreds of extra tensors.
-fn layer_gaps(present: &BTreeMap<String, Vec<usize>>) -> Vec<String> {
-    let towers = [
+/// The three towers: prefix of their layers, and the tensor of a layer that depth is counted on.
+fn towers() -> [(String, &'static str); 3] {
+    [
         (format!("{}encoder.layers.", names::VISION), "mlp.fc1.weight"),
         (format!("{}layers.", names::PREFIX), "self_attn.q_proj.weight"),
         (format!("{}layers.", names::EXPERT), "self_attn.q_proj.weight"),
+    ]
+}
+
+/// One more than the highest layer present.
+fn depth(present: &BTreeMap<String, Vec<usize>>, prefix: &str) -> usize {
+    let layers = present.keys().filter_map(|name| name.strip_prefix(prefix)?.split('.').next());
+    let layers =
+        layers.filter_map(|layer| layer.parse().ok()).filter(|&layer: &usize| layer < MAX_LAYERS);
+    layers.max().map_or(0, |layer: usize| layer + 1)
+}
+
+/// Towers of a released width that end before their time: a shallower model as it were, but its
+/// last layers were lost.
+fn layers_lost(present: &BTreeMap<String, Vec<usize>>) -> Vec<Mismatch> {
+    let released = Config::pi0();
+    let of = [
+        (released.vision.width, released.vision.depth),
+        (released.prefix.width, released.depth),
+        (released.expert.width, released.depth),
     ];
+    let mut lost = Vec::new();
+    for ((prefix, counted), (width, of)) in towers().into_iter().zip(of) {
+        let first = present.get(&format!("{prefix}0.{counted}"));
+        let found = depth(present, &prefix);
+        // The counted tensors are [out, in]; in is the width of the tower.
+        if found < of && first.is_some_and(|shape| shape.get(1) == Some(&width)) {
+            lost.push(Mismatch::Layers { prefix, found, of });
+        }
+    }
+    lost
+}
+
+/// Tensors that depth is counted on and that are absent below the highest layer present.
+/// Without this a hole would be reported as a shallower model with hundreds of extra tensors.
+fn layer_gaps(present: &BTreeMap<String, Vec<usize>>) -> Vec<String> {
     let mut gaps = Vec::new();
-    for (prefix, counted) in towers {
-        let depth = present
-            .keys()
-            .filter_map(|name| name.strip_prefix(&prefix)?.split('.').next()?.parse().ok())
-            .filter(|&layer: &usize| layer < MAX_LAYERS)
-            .max()
-            .map_or(0, |layer| layer + 1);
+    for (prefix, counted) in towers() {
         gaps.extend(
-            (0..depth)
+            (0..depth(present, &prefix))
                 .map(|i| format!("{prefix}{i}.{counted}"))
                 .filter(|name| !present.contains_key(name)),
         );

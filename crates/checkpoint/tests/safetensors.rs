@@ -193,6 +193,58 @@ fn wrong_tensors_are_named() {
     }
 }
 
+/// A checkpoint of these sizes, all of it zeros that take no room on the disk.
+fn zeros(config: &Config) -> tempfile::TempDir {
+    let (mut header, mut end) = (serde_json::Map::new(), 0);
+    for tensor in expected_tensors(config) {
+        let begin = end;
+        end += 2 * tensor.elements();
+        let offsets = [begin, end];
+        let entry = serde_json::json!(
+            {"dtype": "BF16", "shape": tensor.shape, "data_offsets": offsets}
+        );
+        header.insert(tensor.name, entry);
+    }
+    let bytes = file_of(&serde_json::to_string(&header).unwrap(), &[]);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("model.safetensors");
+    std::fs::write(&path, &bytes).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(bytes.len() as u64 + end).unwrap();
+    dir
+}
+
+/// A tower as wide as the released ones is as deep as they are.
+#[test]
+fn layers_lost_at_the_end_of_a_tower_are_missed() {
+    let wide = |vision: bool, prefix: bool, expert: bool, depth: usize| {
+        let mut config = tiny(Family::Pi05);
+        config.depth = depth;
+        if vision {
+            config.vision = Vision { width: 1152, depth: depth + 9, heads: 16, ..config.vision };
+        }
+        config.prefix.width = if prefix { 2048 } else { 64 };
+        config.expert.width = if expert { 1024 } else { 32 };
+        config
+    };
+    let whole = wide(true, true, true, 18);
+    assert_eq!(open(zeros(&whole).path()).unwrap().config, whole);
+    for (config, prefix, last) in [
+        (wide(true, false, false, 17), format!("{}encoder.layers.", names::VISION), "1 of the 27"),
+        (wide(false, true, false, 16), format!("{}layers.", names::PREFIX), "2 of the 18"),
+        (wide(false, false, true, 17), format!("{}layers.", names::EXPERT), "1 of the 18"),
+    ] {
+        let text = error(open(zeros(&config).path()));
+        let says = format!("\n  missing the last {last} layers `{prefix}*`");
+        assert!(text.ends_with(&says), "{text}\nlacks {says}");
+    }
+    let mut tensors = read(&fixture("A_tiny/pi0/model.safetensors"));
+    tensors.retain(|name, _| !name.starts_with(&format!("{}layers.2.", names::PREFIX)));
+    let text = error(open(folder(&tensors).path()));
+    let says = "2 prefix layers but 3 expert layers: the last layers of one of them are missing";
+    assert!(text.contains(says) && text.contains("download"), "{text}");
+}
+
 #[test]
 fn a_long_list_is_cut_and_counted() {
     let mut tensors = read(&fixture("A_tiny/pi0/model.safetensors"));

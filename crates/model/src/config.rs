@@ -238,7 +238,10 @@ impl Config {
         let depth = count(names::PREFIX, "self_attn.q_proj.weight");
         let expert_depth = count(names::EXPERT, "self_attn.q_proj.weight");
         if depth != expert_depth {
-            return Err(wrong(format!("{depth} prefix layers but {expert_depth} expert layers")));
+            return Err(wrong(format!(
+                "{depth} prefix layers but {expert_depth} expert layers: the last layers of one \
+                 of them are missing; copy or download the whole checkpoint again"
+            )));
         }
         if q[0] % k[0] != 0 || k[0] % 2 != 0 {
             return Err(wrong(format!("q_proj {q:?} and k_proj {k:?} do not share a head width")));
