@@ -98,8 +98,10 @@ pub struct Feature {
 pub struct Normaliser {
     /// Added to denominators.
     pub eps: f64,
-    /// Features it covers.
-    pub features: Vec<Feature>,
+    /// Observations it covers; `None`: it lists none, and covers all. Actions are not looked up.
+    pub features: Option<Vec<Feature>>,
+    /// Those of them that are normalised, if not all.
+    pub observation_keys: Option<Vec<String>>,
     /// Mode per kind of feature; a kind that is absent is passed through. Where there is no
     /// processor file, `config.json`'s.
     pub norm_map: Vec<(FeatureKind, NormMode)>,
@@ -110,7 +112,38 @@ pub struct Normaliser {
 
 impl Default for Normaliser {
     fn default() -> Self {
-        Normaliser { eps: EPS, features: vec![], norm_map: vec![], stats: BTreeMap::new() }
+        Normaliser {
+            eps: EPS,
+            features: None,
+            observation_keys: None,
+            norm_map: vec![],
+            stats: BTreeMap::new(),
+        }
+    }
+}
+
+impl Normaliser {
+    /// What is done to an observation, which the step may know as another kind than `config.json`.
+    pub fn observation_mode(&self, observation: &Feature) -> NormMode {
+        let name = &observation.name;
+        let kind = match &self.features {
+            None => Some(observation.kind),
+            Some(list) => list.iter().find(|f| f.name == *name).map(|f| f.kind),
+        };
+        let chosen = self.observation_keys.as_ref().is_none_or(|keys| keys.contains(name));
+        // As an action of the step's own it would be passed by.
+        let kind = kind.filter(|&kind| chosen && kind != FeatureKind::Action);
+        kind.map_or(NormMode::Identity, |kind| self.mode(kind))
+    }
+
+    /// What is done to actions, whether or not the step lists them.
+    pub fn action_mode(&self) -> NormMode {
+        self.mode(FeatureKind::Action)
+    }
+
+    fn mode(&self, kind: FeatureKind) -> NormMode {
+        let found = self.norm_map.iter().find(|(known, _)| *known == kind);
+        found.map_or(NormMode::Identity, |(_, mode)| *mode)
     }
 }
 
@@ -246,8 +279,8 @@ impl LeRobot {
         };
         let mut policy = build().map_err(damaged)?;
         let mapping = &policy.normalization_mapping;
-        policy.input_stats = normaliser(root, &pre, "normalizer_processor", mapping)?;
-        policy.output_stats = normaliser(root, &post, "unnormalizer_processor", mapping)?;
+        policy.input_stats = normaliser(root, BEFORE, &pre, mapping)?;
+        policy.output_stats = normaliser(root, AFTER, &post, mapping)?;
         policy.preprocessor = pre;
         policy.postprocessor = post;
         Ok(policy)
@@ -425,21 +458,27 @@ fn relative_actions(
 
 fn normaliser(
     root: &Path,
+    file: &str,
     steps: &[ProcessorStep],
-    name: &str,
     mapping: &[(FeatureKind, NormMode)],
 ) -> Result<Normaliser, CheckpointError> {
+    let name = if file == BEFORE { "normalizer_processor" } else { "unnormalizer_processor" };
     let Some(step) = step(steps, name) else {
         let norm_map = if steps.is_empty() { mapping.to_vec() } else { vec![] };
         return Ok(Normaliser { norm_map, ..Normaliser::default() });
     };
-    let empty = Value::Null;
-    let field = |key: &str| step.config.get(key).unwrap_or(&empty);
-    let at = |e: Malformed| e.within(&format!("step `{name}`")).at(root);
+    let settings = settings(Some(step));
+    let fields = Fields { json: &settings };
+    let at = |e: Malformed| e.within(&format!("step `{name}`")).at(root.join(file));
+    let listed = match &settings["features"] {
+        Value::Null => None,
+        list => Some(features(list, "features").map_err(at)?),
+    };
     Ok(Normaliser {
-        eps: field("eps").as_f64().unwrap_or(EPS),
-        features: features(field("features"), "features").map_err(at)?,
-        norm_map: norm_map(field("norm_map")).map_err(at)?,
+        eps: fields.float("eps", EPS).map_err(at)?,
+        features: listed,
+        observation_keys: fields.strings("normalize_observation_keys").map_err(at)?,
+        norm_map: norm_map(&settings["norm_map"]).map_err(at)?,
         stats: match &step.state_file {
             Some(file) => statistics(&root.join(file))?,
             None => BTreeMap::new(),

@@ -180,7 +180,7 @@ fn settings_and_statistics_are_read() {
     assert_eq!(input.stats["observation.state"]["q01"], [-1.0; 6]);
     assert!(!input.stats["observation.state"].contains_key("count"));
     assert_eq!(policy.output_stats.stats["action"]["std"], [2.0; 6]);
-    assert_eq!(policy.output_stats.features[0].shape, [6]);
+    assert_eq!(policy.output_stats.features.as_ref().unwrap()[0].shape, [6]);
 
     let report = checkpoint.inspect().to_string();
     for part in [
@@ -271,6 +271,47 @@ fn processor_files_go_before_the_configuration() {
     let error = read(false, Some((false, tokens))).map(drop).unwrap_err().to_string();
     let step = "policy_preprocessor.json is damaged: step `tokenizer_processor`: `max_length`";
     assert!(error.contains(step), "{error}");
+}
+
+/// LeRobot's normaliser goes through its own features, and of those only through the keys that it
+/// names, if it does; actions it takes as they come.
+#[test]
+fn a_normaliser_says_what_it_covers() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), &prefixed(tiny("pi0")), &config("pi0"));
+    let mode = |change: &dyn Fn(&mut Value)| {
+        for (file, mut json, step) in [
+            ("policy_preprocessor.json", preprocessor(), 3),
+            ("policy_postprocessor.json", postprocessor(), 0),
+        ] {
+            change(&mut json["steps"][step]["config"]);
+            std::fs::write(dir.path().join(file), json.to_string()).unwrap();
+        }
+        let policy = open(dir.path()).map_err(|e| e.to_string())?.lerobot.unwrap();
+        let state = policy.input_features.iter().find(|f| f.kind == FeatureKind::State).unwrap();
+        assert_eq!(policy.output_stats.action_mode(), NormMode::MeanStd);
+        Ok::<_, String>(policy.input_stats.observation_mode(state))
+    };
+    let keys = "normalize_observation_keys";
+    let other = json!({"observation.other": {"type": "STATE", "shape": [6]}});
+    let env = json!({"observation.state": {"type": "ENV", "shape": [6]}});
+    type Case<'a> = (&'a dyn Fn(&mut Value), NormMode);
+    let cases: [Case<'_>; 7] = [
+        (&|_| (), NormMode::Quantiles),
+        (&|c| drop(c.as_object_mut().unwrap().remove("features")), NormMode::Quantiles),
+        (&|c| c["features"] = other.clone(), NormMode::Identity),
+        (&|c| c["features"] = env.clone(), NormMode::Identity),
+        (&|c| c[keys] = Value::Null, NormMode::Quantiles),
+        (&|c| c[keys] = json!(["observation.state"]), NormMode::Quantiles),
+        (&|c| c[keys] = json!(["observation.other"]), NormMode::Identity),
+    ];
+    for (i, (change, want)) in cases.into_iter().enumerate() {
+        assert_eq!(mode(change), Ok(want), "case {i}");
+    }
+    let error = mode(&|c| c[keys] = json!("observation.state")).unwrap_err();
+    let says = "policy_preprocessor.json is damaged: step `normalizer_processor`: \
+                `normalize_observation_keys` is \"observation.state\"";
+    assert!(error.contains(says), "{error}");
 }
 
 #[test]

@@ -48,10 +48,6 @@ pub fn policy_config(l: &LeRobot) -> Result<PolicyConfig> {
         bail!("config.json names no ACTION feature");
     };
     let dims = action.shape.first().copied().unwrap_or(0);
-    let mode = |kind, normaliser: &pirouette_checkpoint::lerobot::Normaliser| {
-        let found = normaliser.norm_map.iter().find(|(k, _)| *k == kind);
-        found.map_or(NormMode::Identity, |(_, m)| norm_mode(*m))
-    };
     Ok(PolicyConfig {
         name: "lerobot".into(),
         family: l.family,
@@ -61,8 +57,8 @@ pub fn policy_config(l: &LeRobot) -> Result<PolicyConfig> {
         action_dim_said: false,
         steps: l.num_inference_steps,
         asset_id: None,
-        state_norm: mode(FeatureKind::State, &l.input_stats),
-        action_norm: mode(FeatureKind::Action, &l.output_stats),
+        state_norm: norm_mode(l.input_stats.observation_mode(state)),
+        action_norm: norm_mode(l.output_stats.action_mode()),
         robot: Robot::Generic(GenericRobot {
             cameras,
             state: vec![StateKey {
@@ -134,16 +130,11 @@ fn check_steps(l: &LeRobot) -> Result<()> {
             );
         }
     }
-    let images = |feature: &Feature| feature.kind == FeatureKind::Visual;
-    let visual = l.input_stats.norm_map.iter().find(|(kind, _)| *kind == FeatureKind::Visual);
-    if let Some((_, mode)) = visual.filter(|(_, mode)| *mode != Stored::Identity)
-        && let Some(camera) = l
-            .input_features
-            .iter()
-            .filter(|f| images(f))
-            .find(|camera| l.input_stats.stats.contains_key(&camera.name))
-    {
-        bail!("normalizer_processor: `{}` is normalised ({mode:?}): not supported", camera.name);
+    for camera in l.input_features.iter().filter(|f| f.kind == FeatureKind::Visual) {
+        let (name, mode) = (&camera.name, l.input_stats.observation_mode(camera));
+        if mode != Stored::Identity && l.input_stats.stats.contains_key(name) {
+            bail!("normalizer_processor: `{name}` is normalised ({mode:?}): not supported");
+        }
     }
     let tokenizer = l.preprocessor.iter().rfind(|step| step.name == "tokenizer_processor");
     for (key, own) in [("task_key", "task"), ("padding_side", "right")] {
