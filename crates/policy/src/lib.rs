@@ -10,6 +10,7 @@ pub mod array;
 pub mod config;
 pub mod contract;
 mod error;
+mod file;
 pub mod image;
 mod light;
 pub mod norm;

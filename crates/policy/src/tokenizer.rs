@@ -10,6 +10,7 @@ mod unigram;
 
 pub use find::{SearchPlaces, find_tokenizer, find_tokenizer_in, tokenizers, unread_tokenizers};
 
+use crate::file::read_file;
 use normalise::Normaliser;
 use pieces::Pieces;
 use std::path::{Path, PathBuf};
@@ -37,13 +38,9 @@ impl Tokenizer {
     /// Reads a `.model` file.
     pub fn from_file(path: &Path) -> Result<Tokenizer, TokenizerError> {
         let failed = |error| TokenizerError::Io { path: path.into(), error };
-        if std::fs::metadata(path).map_err(failed)?.len() > MAX_FILE_BYTES {
-            return Err(TokenizerError::Malformed(format!(
-                "{} is larger than {MAX_FILE_BYTES} bytes",
-                path.display()
-            )));
-        }
-        Tokenizer::from_bytes(&std::fs::read(path).map_err(failed)?)
+        let bytes = read_file(path, MAX_FILE_BYTES).map_err(failed)?;
+        Tokenizer::from_bytes(&bytes)
+            .map_err(|error| TokenizerError::File { path: path.into(), error: error.into() })
     }
 
     /// Parses the bytes of a `.model` file. All of its properties are read from it; a kind of
@@ -119,6 +116,14 @@ pub enum TokenizerError {
         path: PathBuf,
         /// Why.
         error: std::io::Error,
+    },
+    /// What was read from a file is wrong.
+    #[error("tokenizer {path}: {error}")]
+    File {
+        /// Where.
+        path: PathBuf,
+        /// What (not named `source`: the text has it already).
+        error: Box<TokenizerError>,
     },
     /// The bytes are no SentencePiece model.
     #[error(

@@ -1,6 +1,7 @@
 //! Statistics of states and actions, from openpi's `norm_stats.json` or LeRobot's named tensors.
 
 use super::NormError;
+use crate::file::read_file;
 use serde_json::Value as Json;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,8 +10,9 @@ use std::path::Path;
 const MAX_FILE_BYTES: u64 = 16 << 20;
 /// Most numbers of one statistic.
 const MAX_NUMBERS: usize = 1 << 16;
-/// The statistics that some mode reads.
-const STATISTICS: [&str; 8] = ["mean", "std", "min", "max", "q01", "q10", "q90", "q99"];
+/// The statistics that some mode reads; openpi knows the first four.
+const STATISTICS: [&str; 8] = ["mean", "std", "q01", "q99", "min", "max", "q10", "q90"];
+const OPENPI: &[&str] = STATISTICS.split_at(4).0;
 
 /// Statistics of one feature, each a vector over its dimensions.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -66,17 +68,12 @@ impl NormStats {
             std::io::ErrorKind::NotFound => NormError::NotFound(path.into()),
             _ => NormError::Io { path: path.into(), error },
         };
-        if std::fs::metadata(path).map_err(failed)?.len() > MAX_FILE_BYTES {
-            return Err(NormError::Malformed(format!(
-                "{} is larger than {MAX_FILE_BYTES} bytes",
-                path.display()
-            )));
-        }
-        NormStats::from_json(&std::fs::read(path).map_err(failed)?)
+        NormStats::from_json(&read_file(path, MAX_FILE_BYTES).map_err(failed)?)
     }
 
     /// Parses `norm_stats.json`. Python's `NaN` and `Infinity` are numbers, an absent or null
-    /// statistic is absent, unknown keys are ignored.
+    /// statistic is absent, unknown keys are ignored. So are `min`, `max`, `q10` and `q90`, which
+    /// openpi does not know, where they are no lists of numbers.
     pub fn from_json(bytes: &[u8]) -> Result<NormStats, NormError> {
         let malformed = |what: String| NormError::Malformed(what);
         if bytes.len() as u64 > MAX_FILE_BYTES {
@@ -95,14 +92,16 @@ impl NormStats {
             };
             let mut read = FeatureStats::default();
             for name in STATISTICS {
-                match entry.get(name) {
-                    None | Some(Json::Null) => {}
-                    Some(values) => {
-                        let values = numbers(values).ok_or_else(|| {
-                            malformed(format!("`{feature}.{name}` is no list of numbers"))
-                        })?;
-                        read.set(name, values);
+                let Some(values) = entry.get(name).filter(|values| !values.is_null()) else {
+                    continue;
+                };
+                match numbers(values) {
+                    Some(values) => read.set(name, values),
+                    None if OPENPI.contains(&name) => {
+                        let what = format!("`{feature}.{name}` is no list of numbers");
+                        return Err(malformed(what));
                     }
+                    None => {}
                 }
             }
             for name in ["mean", "std"] {
@@ -191,13 +190,16 @@ mod tests {
     #[test]
     fn pythons_json_is_read() {
         let text = r#"{"norm_stats": {"state": {"mean": [1, NaN], "std": [-Infinity, Infinity],
-            "q01": null, "note \" NaN": "NaN"}}, "extra": 1}"#;
+            "q01": null, "min": {"of": 3}, "q10": [null], "max": [2],
+            "note \" NaN": "NaN"}}, "extra": 1}"#;
         let stats = NormStats::from_json(text.as_bytes()).unwrap();
         let state = stats.get("state").unwrap();
         assert_eq!(state.get("mean").unwrap()[0], 1.0);
         assert!(state.get("mean").unwrap()[1].is_nan());
         assert_eq!(state.get("std").unwrap(), &[f64::NEG_INFINITY, f64::INFINITY]);
-        assert!(state.get("q01").is_none() && stats.get("actions").is_none());
+        assert_eq!(state.get("max").unwrap(), &[2.0]);
+        assert!(["q01", "min", "q10"].iter().all(|name| state.get(name).is_none()));
+        assert!(stats.get("actions").is_none());
     }
 
     #[test]
@@ -208,6 +210,7 @@ mod tests {
             (r#"{"norm_stats": {"state": 1}}"#, "state"),
             (r#"{"norm_stats": {"state": {"mean": [1]}}}"#, "state.std"),
             (r#"{"norm_stats": {"state": {"mean": ["1"], "std": [1]}}}"#, "state.mean"),
+            (r#"{"norm_stats": {"state": {"mean": [1], "std": [1], "q99": 1}}}"#, "state.q99"),
         ] {
             let error = NormStats::from_json(text.as_bytes()).unwrap_err().to_string();
             assert!(error.contains(word), "{text}: {error}");

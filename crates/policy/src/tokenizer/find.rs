@@ -66,7 +66,8 @@ pub fn find_tokenizer_in(
         Some(flag) => vec![flag.to_path_buf()],
         None => usual_places(checkpoint, places),
     };
-    match looked.iter().position(|path| path.is_file()) {
+    let own = if flag.is_some() { flag } else { checkpoint };
+    match looked.iter().position(|path| is_there(path, own)) {
         Some(index) => Ok(looked.swap_remove(index)),
         None => {
             let unread = checkpoint.filter(|_| flag.is_none()).map(unread_tokenizers);
@@ -81,8 +82,20 @@ pub fn find_tokenizer_in(
 /// Every tokenizer file where [`find_tokenizer`] looks, the one it takes first.
 pub fn tokenizers(checkpoint: &Path) -> Vec<PathBuf> {
     let mut found = usual_places(Some(checkpoint), &SearchPlaces::from_env());
-    found.retain(|path| path.is_file());
+    found.retain(|path| is_there(path, Some(checkpoint)));
     found
+}
+
+/// Whether something of that name is there, a link to nowhere too: it was meant, so whoever reads
+/// it says what is wrong. Of what may not be looked at only `own`, what the user named, counts;
+/// caches are often somebody else's.
+fn is_there(path: &Path, own: Option<&Path>) -> bool {
+    use std::io::ErrorKind::{NotADirectory, NotFound};
+    match std::fs::symlink_metadata(path) {
+        Ok(_) => true,
+        Err(e) if matches!(e.kind(), NotFound | NotADirectory) => false,
+        Err(_) => own.is_some_and(|own| path.starts_with(own)),
+    }
 }
 
 /// Tokenizers of a checkpoint in Hugging Face's format, which is not read.
@@ -163,6 +176,20 @@ mod tests {
         assert!(find(Some(&flag)).is_err());
         touch(&flag);
         assert_eq!(find(Some(&flag)).unwrap(), flag);
+
+        #[cfg(unix)]
+        {
+            // Another tokenizer than the checkpoint's own would be taken without a word.
+            let own = checkpoint.join("paligemma_tokenizer.model");
+            std::fs::remove_file(&own).unwrap();
+            std::os::unix::fs::symlink("nowhere", &own).unwrap();
+            assert_eq!(find(None).unwrap(), own);
+            let error = crate::Tokenizer::from_file(&own).unwrap_err().to_string();
+            assert!(
+                error.contains("checkpoint/paligemma_tokenizer.model can't be read"),
+                "{error}"
+            );
+        }
     }
 
     #[test]
