@@ -78,8 +78,10 @@ impl Layout {
             return Ok(Layout { format: Format::OpenpiJax, root, weights, config: None });
         }
         let pretrained = path.join("pretrained_model");
-        if pretrained.join(WEIGHTS).is_file() {
-            return Self::torch(pretrained.clone(), pretrained.join(WEIGHTS));
+        for name in [WEIGHTS, INDEX] {
+            if present(&pretrained.join(name))? {
+                return Self::torch(pretrained.clone(), pretrained.join(name));
+            }
         }
         Err(not_a_checkpoint(path, &hint(path)))
     }
@@ -128,7 +130,8 @@ fn hint(path: &Path) -> String {
     let steps = std::fs::read_dir(path).into_iter().flatten().flatten().filter_map(|entry| {
         let step: u64 = entry.file_name().to_str()?.parse().ok()?;
         let path = entry.path();
-        (path.join(WEIGHTS).is_file() || path.join("params").is_dir()).then_some(step)
+        let files = [WEIGHTS, INDEX].iter().any(|name| path.join(name).is_file());
+        (files || path.join("params").is_dir()).then_some(step)
     });
     match steps.max() {
         Some(step) => {

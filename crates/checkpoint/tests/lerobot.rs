@@ -338,6 +338,15 @@ fn a_base_checkpoint_may_lack_processors() {
     let outer = tempfile::tempdir().unwrap();
     support::copy(dir.path(), &outer.path().join("pretrained_model"));
     assert_eq!(open(outer.path()).unwrap().format, Format::LeRobot);
+
+    // Its weights may be in shards, here one.
+    let inner = outer.path().join("pretrained_model");
+    std::fs::rename(inner.join("model.safetensors"), inner.join("part.safetensors")).unwrap();
+    let names = prefixed(tiny("pi0")).into_keys();
+    let map: serde_json::Map<_, _> = names.map(|n| (n, "part.safetensors".into())).collect();
+    let index = json!({ "weight_map": map }).to_string();
+    std::fs::write(inner.join("model.safetensors.index.json"), index).unwrap();
+    assert_eq!(open(outer.path()).unwrap().root, inner);
 }
 
 /// Each change of the settings, and what the error must say.
