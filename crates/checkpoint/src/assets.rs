@@ -37,7 +37,7 @@ impl NormStatsFile {
                 true => Self::read(&direct),
                 false => Err(CheckpointError::NoAssetId {
                     folder: path.into(),
-                    present: ids_below(path).into_iter().map(|(id, _)| id).collect(),
+                    present: ids_below(path)?.into_iter().map(|(id, _)| id).collect(),
                 }),
             };
         };
@@ -48,7 +48,7 @@ impl NormStatsFile {
     fn first(
         asset_id: &str,
         looked: Vec<PathBuf>,
-        others: impl FnOnce() -> Vec<(String, PathBuf)>,
+        others: impl FnOnce() -> Result<Vec<(String, PathBuf)>, CheckpointError>,
     ) -> Result<Self, CheckpointError> {
         for path in &looked {
             if present(path)? {
@@ -58,7 +58,7 @@ impl NormStatsFile {
         Err(CheckpointError::NoNormStats {
             asset_id: asset_id.into(),
             looked,
-            present: others().into_iter().map(|(id, _)| id).collect(),
+            present: others()?.into_iter().map(|(id, _)| id).collect(),
         })
     }
 
@@ -91,35 +91,47 @@ fn folders(root: &Path) -> [PathBuf; 2] {
 
 /// Every asset id with a `norm_stats.json`, and the file. One that is in both folders is listed
 /// once, as it would be found.
-pub fn asset_ids(root: &Path) -> Vec<(String, PathBuf)> {
+///
+/// # Errors
+/// A folder of assets can't be listed: what is in it must not be taken for absent.
+pub fn asset_ids(root: &Path) -> Result<Vec<(String, PathBuf)>, CheckpointError> {
     let mut found: Vec<(String, PathBuf)> = Vec::new();
     for folder in folders(root) {
-        for (id, path) in ids_below(&folder) {
+        for (id, path) in ids_below(&folder)? {
             if !found.iter().any(|(known, _)| *known == id) {
                 found.push((id, path));
             }
         }
     }
-    found
+    Ok(found)
 }
 
 /// Asset ids of one folder, sorted, with their files.
-fn ids_below(folder: &Path) -> Vec<(String, PathBuf)> {
+fn ids_below(folder: &Path) -> Result<Vec<(String, PathBuf)>, CheckpointError> {
     let mut ids = Vec::new();
-    collect(folder, String::new(), 0, &mut ids);
+    if !folder.is_file() && present(folder)? {
+        collect(folder, String::new(), 0, &mut ids)?;
+    }
     ids.sort();
-    ids
+    Ok(ids)
 }
 
-fn collect(folder: &Path, id: String, depth: usize, out: &mut Vec<(String, PathBuf)>) {
-    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+fn collect(
+    folder: &Path,
+    id: String,
+    depth: usize,
+    out: &mut Vec<(String, PathBuf)>,
+) -> Result<(), CheckpointError> {
+    for entry in std::fs::read_dir(folder).map_err(CheckpointError::io(folder))? {
+        let entry = entry.map_err(CheckpointError::io(folder))?;
         let path = entry.path();
         let name = entry.file_name().to_string_lossy().into_owned();
         if name == FILE && depth > 0 && out.len() < MAX_ASSETS {
             out.push((id.clone(), path));
         } else if depth < MAX_ASSET_DEPTH && path.is_dir() {
             let below = if id.is_empty() { name } else { format!("{id}/{name}") };
-            collect(&path, below, depth + 1, out);
+            collect(&path, below, depth + 1, out)?;
         }
     }
+    Ok(())
 }

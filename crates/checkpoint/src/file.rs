@@ -11,7 +11,7 @@ use std::time::UNIX_EPOCH;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::CheckpointError;
+use crate::error::{CheckpointError, Malformed};
 
 /// What tells a file from another one, and from itself once it has been written to. Not its inode:
 /// where a file system is on a network, the same file may come back with another.
@@ -109,14 +109,33 @@ impl WeightFile {
     }
 }
 
+/// Opens nothing but a regular file: a pipe would be waited for.
 fn opened(path: &Path) -> Result<(File, Stamp), CheckpointError> {
-    let file = File::open(path).map_err(CheckpointError::io(path))?;
-    let meta = file.metadata().map_err(CheckpointError::io(path))?;
-    if !meta.is_file() {
-        let error = io::Error::other("not a regular file");
-        return Err(CheckpointError::Io { path: path.into(), error });
+    let regular = |meta: Metadata| match meta.is_file() {
+        true => Ok(meta),
+        false => Err(io::Error::other("not a regular file")),
+    };
+    let open = || {
+        std::fs::metadata(path).and_then(regular)?;
+        let file = File::open(path)?;
+        let stamp = Stamp::of(&file.metadata().and_then(regular)?);
+        Ok((file, stamp))
+    };
+    open().map_err(CheckpointError::io(path))
+}
+
+/// A file whole, if it has at most `most` bytes.
+pub(crate) fn read_whole(path: &Path, most: u64) -> Result<Vec<u8>, CheckpointError> {
+    let (file, stamp) = opened(path)?;
+    let mut bytes = Vec::new();
+    // Some of the kernel's files say that they are empty.
+    let read = file.take(most.saturating_add(1)).read_to_end(&mut bytes);
+    let length = stamp.length.max(read.map_err(CheckpointError::io(path))? as u64);
+    if length > most {
+        let what = format!("more than {most} bytes, the limit for such a file");
+        return Err(Malformed::new(what).at(path));
     }
-    Ok((file, Stamp::of(&meta)))
+    Ok(bytes)
 }
 
 #[cfg(unix)]

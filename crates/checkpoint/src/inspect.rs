@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use pirouette_model::DType;
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::error::CheckpointError;
 use crate::expected::{Expected, expected_tensors};
 use crate::names::Skipped;
 use crate::open::Checkpoint;
@@ -80,7 +81,7 @@ pub struct NormStatsFound {
     pub path: PathBuf,
     /// Key (`state`, `actions`) → length of its mean.
     pub dims: BTreeMap<String, usize>,
-    /// Why there are no dims, if the file can't be read.
+    /// Why there are no dims, if the file can't be read, or the folder of an asset `?`.
     pub problem: Option<String>,
 }
 
@@ -167,12 +168,24 @@ impl Checkpoint {
             bytes: self.inventory.types.values().map(|t| t.bytes).sum(),
             skipped: self.inventory.skipped.clone(),
             lora_merged: self.inventory.lora.clone(),
-            norm_stats: self.asset_ids().into_iter().map(norm_stats_found).collect(),
+            norm_stats: match self.asset_ids() {
+                Ok(ids) => ids.into_iter().map(norm_stats_found).collect(),
+                Err(e) => vec![unlisted(&self.root, &e)],
+            },
             features,
             features_with_stats,
             steps,
         }
     }
+}
+
+fn unlisted(root: &Path, error: &CheckpointError) -> NormStatsFound {
+    let path = match error {
+        CheckpointError::Io { path, .. } => path.clone(),
+        _ => root.join("assets"),
+    };
+    let problem = Some(error.to_string());
+    NormStatsFound { asset_id: "?".into(), path, dims: BTreeMap::new(), problem }
 }
 
 fn norm_stats_found((asset_id, path): (String, PathBuf)) -> NormStatsFound {

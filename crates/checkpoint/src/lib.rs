@@ -38,12 +38,7 @@ pub const MAX_SMALL_FILE: u64 = 128 << 20;
 
 /// Reads a side file whole, up to [`MAX_SMALL_FILE`].
 fn small_file(path: &Path) -> Result<Vec<u8>, CheckpointError> {
-    let length = std::fs::metadata(path).map_err(CheckpointError::io(path))?.len();
-    if length > MAX_SMALL_FILE {
-        let what = format!("{length} bytes, the limit for such a file is {MAX_SMALL_FILE}");
-        return Err(Malformed::new(what).at(path));
-    }
-    std::fs::read(path).map_err(CheckpointError::io(path))
+    file::read_whole(path, MAX_SMALL_FILE)
 }
 
 /// Whether there is something of that name. What is there and can't be read (a link to nowhere, a

@@ -45,8 +45,8 @@ impl Checkpoint {
         assets::norm_stats(&self.root, asset_id)
     }
 
-    /// Asset ids that have statistics, with their files.
-    pub fn asset_ids(&self) -> Vec<(String, PathBuf)> {
+    /// Asset ids that have statistics, with their files; an error if their folder can't be listed.
+    pub fn asset_ids(&self) -> Result<Vec<(String, PathBuf)>, CheckpointError> {
         assets::asset_ids(&self.root)
     }
 }
@@ -107,10 +107,11 @@ fn open_torch(layout: Layout, foreign: &[&str]) -> Result<Checkpoint, Checkpoint
         mismatches: vec![m],
     })?;
     let heads = vision_heads(&files, layout.config.as_ref());
-    let source = TorchSource::new(files, mapping)?;
+    let source = TorchSource::new(files, mapping);
     let stored_name =
         |name: &str| source.mapping().used.get(name).cloned().unwrap_or_else(|| name.to_string());
     let mut config = model_of(&source, heads, vec![], &stored_name)?;
+    source.check_types()?;
     config.rtc_max_delay = lerobot.as_ref().map_or(0, |policy| policy.rtc_training_max_delay);
     if let Some(policy) = &lerobot
         && policy.family != config.family

@@ -14,12 +14,17 @@ pub struct TorchSource {
 }
 
 impl TorchSource {
-    /// Joins files and names. Every used tensor must have a type weights may have.
-    pub fn new(files: TensorFiles, mapping: Mapping) -> Result<Self, CheckpointError> {
-        let mismatches = mapping
-            .used
-            .values()
-            .filter_map(|name| match &files.entry(name)?.stored {
+    /// Joins files and names.
+    pub fn new(files: TensorFiles, mapping: Mapping) -> Self {
+        TorchSource { files, mapping }
+    }
+
+    /// Every used tensor must have a type weights may have. A name that means nothing has no type
+    /// to be wrong: names come first.
+    pub(crate) fn check_types(&self) -> Result<(), CheckpointError> {
+        let used = self.mapping.used.values();
+        let mismatches = used
+            .filter_map(|name| match &self.files.entry(name)?.stored {
                 Stored::Float(_) => None,
                 Stored::Other(found) => {
                     Some(Mismatch::DType { name: name.clone(), found: found.clone() })
@@ -27,9 +32,9 @@ impl TorchSource {
             })
             .collect::<Vec<_>>();
         if !mismatches.is_empty() {
-            return Err(CheckpointError::Tensors { origin: files.origin(), mismatches });
+            return Err(CheckpointError::Tensors { origin: self.origin(), mismatches });
         }
-        Ok(TorchSource { files, mapping })
+        Ok(())
     }
 
     /// The files.

@@ -73,6 +73,24 @@ fn norm_stats_are_found_in_order() {
     }
 }
 
+#[cfg(unix)]
+#[test]
+fn a_folder_that_can_not_be_listed_is_not_empty() {
+    use std::os::unix::fs::symlink;
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoint = tiny(&dir.path().join("c"));
+    assert_eq!(checkpoint.asset_ids().unwrap(), []);
+    // Root lists any folder, but nobody gets through a link to itself.
+    let assets = dir.path().join("c/assets");
+    symlink("assets", &assets).unwrap();
+    for e in [checkpoint.asset_ids().map(drop), checkpoint.norm_stats("droid").map(drop)] {
+        let e = e.unwrap_err().to_string();
+        assert!(e.starts_with(&format!("can't read {}", assets.display())), "{e}");
+    }
+    let report = checkpoint.inspect().to_string();
+    assert!(report.contains("norm stats   ?: can't read") && !report.contains("none"), "{report}");
+}
+
 #[test]
 fn asset_ids_stay_inside() {
     let dir = tempfile::tempdir().unwrap();

@@ -142,7 +142,7 @@ fn statistics(
         if [config.state_norm, config.action_norm] == [NormMode::Identity; 2] {
             return Ok(None);
         }
-        let ids: Vec<String> = checkpoint.asset_ids().into_iter().map(|(id, _)| id).collect();
+        let ids: Vec<String> = checkpoint.asset_ids()?.into_iter().map(|(id, _)| id).collect();
         bail!(
             "Asset id is required to load norm stats: {} names none; set `asset_id` (in this \
              checkpoint: {}), name the statistics with --norm-stats FILE, or say that nothing is \
