@@ -35,7 +35,7 @@ pub struct Camera {
     pub slot: Option<String>,
     /// Key of the observation.
     pub key: String,
-    /// Whether a request without it is refused.
+    /// Whether a request without it is refused. One without any camera always is.
     pub required: bool,
     /// Where its channels are.
     pub layout: Layout,
@@ -77,9 +77,6 @@ impl GenericRobot {
             if !(1..=most).contains(&count) {
                 return Err(format!("has {count} entries in `{what}`; it must be 1 to {most}"));
             }
-        }
-        if !self.cameras.iter().any(|camera| camera.required) {
-            return Err("has no required camera; a model needs at least one image".into());
         }
         self.check_slots()
     }
@@ -142,7 +139,14 @@ impl GenericRobot {
             .filter(|camera| camera.required || reader.observation.get(&camera.key).is_some())
             .map(|camera| reader.camera(&camera.key, camera.layout))
             .collect();
-        Ok(RobotInput { cameras: cameras?, state })
+        let cameras = cameras?;
+        if cameras.is_empty() {
+            return Err(PolicyError::value(
+                "All image features are missing from the batch. At least one expected.",
+                self.schema(),
+            ));
+        }
+        Ok(RobotInput { cameras, state })
     }
 
     pub(super) fn schema(&self) -> String {
@@ -156,6 +160,10 @@ impl GenericRobot {
         });
         let parts: Vec<String> =
             cameras.chain(state).chain([format!("'{}': str", self.prompt_key)]).collect();
-        format!("this robot's observation is {{{}}}", parts.join(", "))
+        let any = match self.cameras.iter().any(|camera| camera.required) {
+            true => "",
+            false => ", with one of the images at least",
+        };
+        format!("this robot's observation is {{{}}}{any}", parts.join(", "))
     }
 }

@@ -79,6 +79,28 @@ fn a_relative_column_needs_a_number_of_the_state() {
     }
 }
 
+/// LeRobot puts the cameras that are there first, whichever they are.
+#[test]
+fn any_one_camera_will_do_where_none_is_required() {
+    let robot = ROBOT.replace("images.top' }", "images.top', required = false }");
+    let config = from_toml(&format!("name = 'x'\nfamily = 'pi0'\n{robot}")).unwrap();
+    let policy = Policy::new(config, &NormStats::default(), tokenizer(), 4).unwrap();
+    let Value::Map(mut map) = observation(float_image(4, 0.5)) else { panic!("a map") };
+    let both = policy.prepare(&Value::Map(map.clone())).unwrap().input;
+    map[0].0 = "observation.images.wrist".into();
+    assert_eq!(policy.prepare(&Value::Map(map.clone())).unwrap().input, both);
+    map.remove(0);
+    let error = policy.prepare(&Value::Map(map)).unwrap_err().wire_text();
+    assert!(error.contains("with one of the images at least"), "{error}");
+    assert!(
+        error.ends_with(
+            "ValueError: All image features are missing from the batch. At \
+        least one expected."
+        ),
+        "{error}"
+    );
+}
+
 fn observation(image: NdArray) -> Value {
     let state = NdArray::from_f32(vec![2], &[2.0, 1.0]).unwrap();
     Value::Map(vec![

@@ -214,6 +214,10 @@ fn cameras(features: &Features, wanted: &[robots::Camera]) -> Result<Vec<Camera>
             return Err(Status::invalid(text));
         }
     }
+    if out.is_empty() {
+        let text = format!("the policy needs one of its cameras at least: {}", masked.join(", "));
+        return Err(Status::invalid(text + &known(features)));
+    }
     static LINE: Seldom = Seldom::new();
     if !masked.is_empty()
         && let Some(unsaid) = LINE.pass()

@@ -1,6 +1,7 @@
 //! Robots that fit a policy, and all the ways in which they do not.
 
 use pirouette_policy::config::{from_toml, named};
+use pirouette_policy::robots::Robot;
 
 use super::super::setup;
 use super::*;
@@ -119,6 +120,16 @@ fn what_does_not_fit_is_refused_with_what_would() {
         assert!(status.message.contains(want), "{}", status.message);
         assert_eq!(status.code, Code::InvalidArgument);
     }
+    let mut any = policy();
+    let Robot::Generic(robot) = &mut any.robot else { panic!("generic") };
+    robot.cameras[0].required = false;
+    let read = |features| setup::read(&wanted("pi05", features, vec![]), &any);
+    assert!(read(vec![state(&["a", "b"]), camera("wrist")]).is_ok());
+    let told = read(vec![state(&["a", "b"])]).unwrap_err().message;
+    assert!(
+        told.contains("one of its cameras at least: observation.images.front, wrist"),
+        "{told}"
+    );
     let good = || vec![state(&["a", "b"]), camera("front")];
     for kind in ["pi0", "act", "é\n"] {
         let status = setup::read(&wanted(kind, good(), vec![]), &policy()).unwrap_err();
