@@ -1,5 +1,7 @@
 //! A LeRobot checkpoint's own description → a policy configuration and statistics.
 
+use std::path::Path;
+
 use anyhow::{Result, bail};
 use pirouette_checkpoint::lerobot::{Feature, FeatureKind, LeRobot, NormMode as Stored};
 use pirouette_policy::image::Layout;
@@ -27,20 +29,24 @@ pub fn policy_config(l: &LeRobot) -> Result<PolicyConfig> {
     let of = |kind: FeatureKind| -> Vec<&Feature> {
         l.input_features.iter().filter(|f| f.kind == kind).collect()
     };
-    let cameras: Vec<Camera> = of(FeatureKind::Visual)
+    // Those that LeRobot adds itself no robot has: always masked, which is to leave them out.
+    let mut cameras = of(FeatureKind::Visual);
+    cameras.retain(|f| !f.name.starts_with("observation.images.empty_camera_"));
+    let count = cameras.len();
+    if count > 3 {
+        bail!("config.json names {count} cameras: at most 3 are supported, beside empty ones");
+    }
+    let cameras = cameras
         .into_iter()
-        .enumerate()
-        .map(|(i, f)| Camera {
+        .map(|f| Camera {
             slot: None,
             key: renamed(l, &f.name),
-            required: i == 0,
+            // One at least, whichever it is.
+            required: count == 1,
             layout: Layout::Auto,
             size: size(f),
         })
         .collect();
-    if cameras.len() > 3 {
-        bail!("{} cameras: at most 3 are supported", cameras.len());
-    }
     let Some(state) = of(FeatureKind::State).first().copied() else {
         bail!("config.json names no STATE feature");
     };
@@ -159,6 +165,17 @@ fn absolute_mask(l: &LeRobot, dims: usize) -> Vec<bool> {
     let mut mask: Vec<bool> = names.take(dims).map(|name| !excluded(name)).collect();
     mask.resize(dims, true);
     mask
+}
+
+/// Where they lie, for messages: the files in the checkpoint's folder that the two steps name.
+pub fn statistics_origin(l: &LeRobot, root: &Path) -> String {
+    let steps = l.preprocessor.iter().chain(&l.postprocessor);
+    let steps =
+        steps.filter(|s| ["normalizer_processor", "unnormalizer_processor"].contains(&&*s.name));
+    let mut files: Vec<&str> = steps.filter_map(|step| step.state_file.as_deref()).collect();
+    files.dedup();
+    let folder = root.display();
+    if files.is_empty() { folder.to_string() } else { format!("{folder} ({})", files.join(", ")) }
 }
 
 /// The processors' statistics under the policy's names.

@@ -3,14 +3,14 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Error, Result, bail};
 use pirouette_checkpoint::lerobot::LeRobot;
 use pirouette_checkpoint::{Checkpoint, NormStatsFile};
 use pirouette_model::Config;
 use pirouette_policy::config::{from_toml, named};
 use pirouette_policy::norm::{LEROBOT_EPS, NormMode};
 use pirouette_policy::tokenizer::find_tokenizer;
-use pirouette_policy::{NormStats, Policy, PolicyConfig, Tokenizer};
+use pirouette_policy::{NormStats, Policy, PolicyConfig, SetupError, Tokenizer};
 
 use crate::lerobot;
 
@@ -106,27 +106,31 @@ pub fn policy(
         config.action_dim = width;
     }
     config.default_prompt = args.default_prompt.clone().or(config.default_prompt);
-    let stats = statistics(&config, checkpoint, args, &mut warnings)?;
-    let tokenizer = tokenizer(checkpoint, args, model, &mut warnings)?;
-    let found = stats.is_some();
+    let (stats, origin) = statistics(&config, checkpoint, args, &mut warnings)?.unzip();
     let stats = stats.unwrap_or_default();
-    let policy = Policy::new(config, &stats, Arc::new(tokenizer), model.vision.image)?;
-    if found {
+    let tokenizer = tokenizer(checkpoint, args, model, &mut warnings)?;
+    let policy = Policy::new(config, &stats, Arc::new(tokenizer), model.vision.image);
+    let policy = policy.map_err(|error| match (error, &origin) {
+        (SetupError::Norm(error), Some(origin)) => Error::new(error).context(origin.clone()),
+        (error, _) => error.into(),
+    })?;
+    if origin.is_some() {
         warnings.extend(policy.warnings());
     }
     Ok((policy, warnings))
 }
 
-/// `None`, and why, where none are to be had.
+/// Them and where they lie; `None`, and why, where none are to be had.
 fn statistics(
     config: &PolicyConfig,
     checkpoint: Option<&Checkpoint>,
     args: &PolicyArgs,
     warnings: &mut Vec<String>,
-) -> Result<Option<NormStats>> {
+) -> Result<Option<(NormStats, String)>> {
     let parsed = |file: NormStatsFile| {
-        let stats = NormStats::from_json(&file.bytes);
-        stats.map(Some).with_context(|| file.path.display().to_string())
+        let origin = file.path.display().to_string();
+        let stats = NormStats::from_json(&file.bytes).with_context(|| origin.clone())?;
+        Ok(Some((stats, origin)))
     };
     if let Some(path) = &args.norm_stats {
         return parsed(NormStatsFile::at(path, config.asset_id.as_deref())?);
@@ -136,7 +140,8 @@ fn statistics(
         return Ok(None);
     };
     if let Some(lerobot) = &checkpoint.lerobot {
-        return lerobot::statistics(lerobot).map(Some);
+        let origin = lerobot::statistics_origin(lerobot, &checkpoint.root);
+        return Ok(Some((lerobot::statistics(lerobot)?, origin)));
     }
     let Some(asset_id) = &config.asset_id else {
         if [config.state_norm, config.action_norm] == [NormMode::Identity; 2] {
@@ -246,8 +251,9 @@ mod tests {
     use std::path::Path;
 
     use pirouette_checkpoint::lerobot::{
-        FeatureKind, NormMode as Stored, ProcessorStep, RelativeActions,
+        Feature, FeatureKind, NormMode as Stored, ProcessorStep, RelativeActions,
     };
+    use pirouette_policy::robots::Robot;
     use pirouette_testing::fixture::testdata;
 
     use super::*;
@@ -295,7 +301,8 @@ mod tests {
             None => named("pi0_droid")?,
         };
         config.asset_id = None;
-        statistics(&config, Some(checkpoint), &args(Some(norm_stats)), &mut vec![])
+        let found = statistics(&config, Some(checkpoint), &args(Some(norm_stats)), &mut vec![]);
+        Ok(found?.map(|(stats, _)| stats))
     }
 
     #[test]
@@ -407,6 +414,46 @@ mod tests {
             let error = lerobot::policy_config(&policy).unwrap_err().to_string();
             assert!(error.contains(part), "{error}\nlacks {part}");
         }
+    }
+
+    /// A robot has none of the cameras that LeRobot adds, and may lack some of the others.
+    #[test]
+    fn any_of_three_cameras_beside_empty_ones() {
+        let mut lerobot = lerobot_directory_read();
+        let mut with = |cameras: &[&str]| {
+            let state = lerobot.input_features.iter().find(|f| f.kind == FeatureKind::State);
+            let mut features = vec![state.unwrap().clone()];
+            features.extend(cameras.iter().map(|name| Feature {
+                name: format!("observation.images.{name}"),
+                kind: FeatureKind::Visual,
+                shape: vec![3, 48, 64],
+            }));
+            lerobot.input_features = features;
+            let config = lerobot::policy_config(&lerobot).map_err(|e| e.to_string())?;
+            let Robot::Generic(robot) = config.robot else { panic!("generic") };
+            let cameras = robot.cameras.into_iter();
+            Ok::<_, String>(cameras.map(|c| (c.key, c.required)).collect::<Vec<_>>())
+        };
+        let key = |name: &str, required| (format!("observation.images.{name}"), required);
+        assert_eq!(with(&["a", "empty_camera_0"]), Ok(vec![key("a", true)]));
+        let three = ["b", "a", "empty_camera_0", "empty_camera_1", "c"];
+        assert_eq!(with(&three), Ok(vec![key("b", false), key("a", false), key("c", false)]));
+        assert!(with(&["a", "b", "c", "d"]).unwrap_err().contains("names 4 cameras"));
+    }
+
+    #[test]
+    fn the_files_of_a_lerobot_checkpoints_statistics_are_named() {
+        let mut lerobot = lerobot_directory_read();
+        let origin = |l: &LeRobot| lerobot::statistics_origin(l, Path::new("arm"));
+        assert_eq!(origin(&lerobot), "arm");
+        let step = |name: &str, file: &str| ProcessorStep {
+            name: name.into(),
+            config: Default::default(),
+            state_file: Some(file.into()),
+        };
+        lerobot.preprocessor = vec![step("normalizer_processor", "in.safetensors")];
+        lerobot.postprocessor = vec![step("unnormalizer_processor", "out.safetensors")];
+        assert_eq!(origin(&lerobot), "arm (in.safetensors, out.safetensors)");
     }
 
     /// LeRobot 0.5 calls the step that makes actions relative by another name, and always has it.

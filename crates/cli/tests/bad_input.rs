@@ -233,6 +233,11 @@ fn files_that_are_something_else() {
     std::fs::write(&junk, "{\"version\": \"1.0\"}").unwrap();
     fails(&infer(dir, text(&junk), &[]), &["is no SentencePiece model", "tokenizer.model"]);
     fails(&infer(dir, "/no/tokenizer.model", &[]), &["/no/tokenizer.model"]);
+    let own = edited(|_| ());
+    let found = own.path().join("tokenizer.model");
+    std::fs::copy(&junk, &found).unwrap();
+    let says = format!("tokenizer {}: this is no SentencePiece model", found.display());
+    fails(&["infer", "pi05_droid", "--checkpoint", text(own.path()), "--device", "cpu"], &[&says]);
     let tokenizer = tokenizer();
     let tokenizer = text(&tokenizer);
     let observation = folder.path().join("obs.npz");
@@ -243,6 +248,13 @@ fn files_that_are_something_else() {
     let stats = folder.path().join("norm_stats.json");
     std::fs::write(&stats, "{}").unwrap();
     fails(&infer(dir, tokenizer, &["--norm-stats", text(&stats)]), &["norm stats"]);
+    let found = own.path().join("assets/droid/norm_stats.json");
+    let json = std::fs::read_to_string(&found).unwrap();
+    let mut json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    json["norm_stats"]["state"]["q01"][0] = "NaN".into();
+    std::fs::write(&found, json.to_string()).unwrap();
+    let says = format!("{}: norm stats: `state.q01` is NaN at index 0", found.display());
+    fails(&infer(text(own.path()), tokenizer, &[]), &[&says]);
     let keys = folder.path().join("keys");
     std::fs::write(&keys, "short\n").unwrap();
     let serve = ["serve", "pi05_droid", "--api-key-file", text(&keys)];
