@@ -163,14 +163,15 @@ impl Queue {
     }
 
     /// Takes the batch to run now: the head after `skip` others, and as many compatible requests,
-    /// in deadline order, as raise throughput without making the head late. `max_batch` bounds it
-    /// further.
+    /// in deadline order, as raise throughput without making the head late: at most `share`, in at
+    /// most `max_batch` slots.
     pub(crate) fn take(
         &mut self,
         skip: usize,
         now: Instant,
         times: &ServiceTimes,
         rule: &BucketRule,
+        share: usize,
         max_batch: usize,
     ) -> Option<Batch> {
         let head = self.jobs.values().nth(skip)?;
@@ -181,7 +182,7 @@ impl Queue {
             .skip(skip)
             .filter(|(_, job)| rule.compatible(&bucket, &job.inputs.bucket))
             .map(|(key, _)| *key)
-            .take(rule.max_batch().min(max_batch.max(1)))
+            .take(rule.max_batch().min(share.max(1)))
             .collect();
         for key in &keys {
             bucket.prompt_tokens =
@@ -293,7 +294,7 @@ pub(crate) mod tests {
             filled(now, &[Some(900), None, Some(100), Some(20_000), Some(500)]);
         let rule = BucketRule { batches: vec![1], ..BucketRule::cpu(1) };
         let mut order = Vec::new();
-        while let Some(batch) = queue.take(0, now, &ServiceTimes::default(), &rule, 64) {
+        while let Some(batch) = queue.take(0, now, &ServiceTimes::default(), &rule, 64, 64) {
             assert_eq!((batch.jobs.len(), batch.slots), (1, 1));
             order.push(batch.jobs[0].deadline.map(|d| (d - now).as_millis()));
         }
@@ -329,15 +330,17 @@ pub(crate) mod tests {
     #[test]
     fn batch_sizes_follow_measured_throughput() {
         let now = Instant::now();
-        let sizes = |table: &[(usize, u64)], deadlines: &[Option<u64>]| {
+        let sizes_of = |table: &[(usize, u64)], deadlines: &[Option<u64>], share| {
             let (mut queue, _receivers) = filled(now, deadlines);
-            let batch = queue.take(0, now, &times(table), &BucketRule::gpu(8), 64).unwrap();
+            let batch = queue.take(0, now, &times(table), &BucketRule::gpu(8), share, 64).unwrap();
             (batch.jobs.len(), batch.slots)
         };
+        let sizes = |table: &[(usize, u64)], deadlines: &[_]| sizes_of(table, deadlines, 64);
         let gpu = [(1, 20), (2, 24), (4, 32), (8, 48)];
         assert_eq!(sizes(&gpu, &[None; 8]), (8, 8));
         assert_eq!(sizes(&gpu, &[None; 5]), (4, 4), "5 in 48 ms is worse than 4 in 32 ms");
         assert_eq!(sizes(&gpu, &[None; 7]), (7, 8));
+        assert_eq!(sizes_of(&gpu, &[None; 8], 3), (3, 4), "the others are left to other devices");
         let cpu = [(1, 20), (2, 40), (4, 80), (8, 160)];
         assert_eq!(sizes(&cpu, &[None; 8]), (1, 1), "no gain, no waiting");
         assert_eq!(sizes(&gpu, &[Some(30); 8]), (2, 2), "32 ms would be too late");
@@ -359,9 +362,11 @@ pub(crate) mod tests {
         let (other, _r) = job(now, None, Bucket { cameras: 2, ..BUCKET });
         queue.push(other).unwrap();
         assert_eq!(queue.head(0, &BucketRule::gpu(8)).unwrap().1, 3);
-        let batch = queue.take(0, now, &ServiceTimes::default(), &BucketRule::gpu(2), 64).unwrap();
+        let batch =
+            queue.take(0, now, &ServiceTimes::default(), &BucketRule::gpu(2), 64, 64).unwrap();
         assert_eq!((batch.jobs.len(), batch.bucket.prompt_tokens), (2, 48));
-        let batch = queue.take(0, now, &ServiceTimes::default(), &BucketRule::cpu(8), 64).unwrap();
+        let batch =
+            queue.take(0, now, &ServiceTimes::default(), &BucketRule::cpu(8), 64, 64).unwrap();
         assert_eq!((batch.jobs.len(), batch.bucket.prompt_tokens), (1, 32));
         assert_eq!(queue.len(), 1);
     }

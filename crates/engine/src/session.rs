@@ -218,10 +218,10 @@ impl Session {
                 continue;
             }
             // Idle devices share what waits: each is done sooner.
-            let share = mates.div_ceil(state.idle().max(1)).min(self.max_batch);
+            let share = mates.div_ceil(state.idle().max(1));
             let State { queue, devices, .. } = &mut *state;
             let times = &devices[self.index].times;
-            if let Some(batch) = queue.take(skip, now, times, rule, share) {
+            if let Some(batch) = queue.take(skip, now, times, rule, share, self.max_batch) {
                 return Work::Run(self.start(&mut state, batch, looking_since, now));
             }
         }

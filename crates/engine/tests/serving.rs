@@ -90,6 +90,20 @@ async fn a_batch_forms_from_what_waits() {
     assert_eq!((stats.accepted, stats.completed, stats.queue_depth), (9, 9, 0));
 }
 
+#[tokio::test]
+async fn a_larger_size_with_an_empty_slot_runs_where_that_is_faster() {
+    let engine = rig::engine(&[(1, 200.0), (8, 210.0)], rig::options(8));
+    engine.wait_ready().await.unwrap();
+    let first = occupy(&engine).await;
+    let rest: Vec<_> = (0..7).map(|i| engine.submit(request(i)).unwrap()).collect();
+    first.await.unwrap();
+    for (i, pending) in rest.into_iter().enumerate() {
+        let answer = pending.await.unwrap();
+        assert_eq!((answer.timing.batch, answer.timing.slots), (7, 8));
+        assert_eq!(answer.actions, expected(&request(i), i as u64));
+    }
+}
+
 fn tied(i: usize) -> Request {
     let left_over: Vec<f32> = (0..2 * 4).map(|v| v as f32 - i as f32).collect();
     let settings = Settings { delay: 1, ..Settings::default() };
