@@ -122,6 +122,7 @@ pub fn run(args: &InferArgs) -> Result<()> {
         previous,
         steps: None,
         deadline: None,
+        company: None,
     };
     let answer = engine.submit(request)?.wait()?;
     let actions = policy.finish(&prepared, &answer.actions)?;

@@ -480,6 +480,7 @@ mod tests {
             noise: Noise::Seed(5),
             steps: None,
             deadline: None,
+            company: None,
         });
         let answer = pending.unwrap().wait().unwrap();
         model.policy.finish(&prepared, &answer.actions).unwrap().to_f64().unwrap()

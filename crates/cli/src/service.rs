@@ -77,7 +77,7 @@ impl PolicyService {
     async fn answer(
         &self,
         observation: Value,
-        context: RequestContext,
+        mut context: RequestContext,
     ) -> Result<Reply, ServiceError> {
         // Statistics, tokenizer and weights of one checkpoint, from beginning to end.
         let model = self.model();
@@ -122,6 +122,7 @@ impl PolicyService {
             previous,
             steps: context.steps,
             deadline: context.deadline,
+            company: context.company.take(),
         })?;
         let answer = context.answer(pending).await?;
         let finishing = Instant::now();

@@ -3,7 +3,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -126,9 +126,9 @@ impl Engine {
         self.try_submit(request).inspect_err(|error| self.shared.stats.error(error))
     }
 
-    fn try_submit(&self, request: Request) -> Result<Pending, EngineError> {
+    fn try_submit(&self, mut request: Request) -> Result<Pending, EngineError> {
         let arrived = Instant::now();
-        let deadline = request.deadline;
+        let (deadline, company) = (request.deadline, request.company.take());
         let (inputs, seed) = self.prepare(request)?;
         let (sender, receiver) = oneshot::channel();
         let mut state = self.shared.lock();
@@ -136,8 +136,11 @@ impl Engine {
         let capacity = state.queue.capacity();
         let started = Arc::new(AtomicBool::new(false));
         let reply = Reply { arrived, seed, sender, started: started.clone() };
-        let job = Job { inputs, deadline, reply };
+        let others = company.as_ref().map_or_else(Weak::new, |c| Arc::downgrade(&c.0));
+        let job = Job { inputs, deadline, reply, others };
         state.queue.push(job).map_err(|_| EngineError::Overloaded { capacity })?;
+        // No longer on its way, from the moment it is in the queue.
+        drop(company);
         drop(state);
         self.shared.arrivals.count();
         self.shared.stats.accepted.fetch_add(1, Relaxed);

@@ -36,7 +36,7 @@ pub use leisure::take_leisure;
 pub use noise::{draw_seed, standard_normal};
 pub use null::{Fault, NullDevice, NullTimes};
 pub use options::{DeviceFactory, EngineOptions};
-pub use request::{Answer, EngineError, Noise, Request, Timing};
+pub use request::{Answer, Company, EngineError, Noise, Request, Timing};
 pub use ring::Ring;
 pub use shared::{DeviceStatus, Phase};
 pub use stats::{HISTOGRAM_BOUNDS_MS, Histogram, Stage, StatsSnapshot};

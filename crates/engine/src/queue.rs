@@ -1,8 +1,8 @@
 //! Waiting requests → batches: one bounded queue, earliest deadline first.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -51,6 +51,8 @@ pub(crate) struct Job {
     pub(crate) inputs: JobInputs,
     pub(crate) deadline: Option<Instant>,
     pub(crate) reply: Reply,
+    /// Held by those of its company that are still on their way.
+    pub(crate) others: Weak<()>,
 }
 
 /// A batch that is ready to run.
@@ -261,6 +263,7 @@ pub(crate) mod tests {
                 inputs,
                 deadline,
                 reply: Reply { arrived, seed: None, sender, started: Arc::default() },
+                others: Weak::new(),
             },
             receiver,
         )

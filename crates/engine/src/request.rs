@@ -1,5 +1,6 @@
 //! What goes into the engine and what comes out.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -15,6 +16,12 @@ pub enum Noise {
     /// These values, `[horizon, action_dim]`.
     Given(Vec<f32>),
 }
+
+/// Held by requests that come together, until each is submitted or given up: those that wait in
+/// the queue meanwhile let an idle device wait for the others, so that they share a batch. They do
+/// so for the time that a run of one takes at most.
+#[derive(Clone, Debug, Default)]
+pub struct Company(pub(crate) Arc<()>);
 
 /// One observation, ready for the model.
 #[derive(Clone, Debug)]
@@ -34,6 +41,8 @@ pub struct Request {
     /// An answer after this instant is worthless; the request is refused as soon as it is clear
     /// that it can't be met.
     pub deadline: Option<Instant>,
+    /// Whom it comes with.
+    pub company: Option<Company>,
 }
 
 /// Where the milliseconds of one request went.

@@ -11,7 +11,7 @@ use crate::bucket::Bucket;
 use crate::canary;
 use crate::finish::{hope, shortest};
 use crate::leisure::hand_out;
-use crate::queue::{Batch, JobInputs, Reply};
+use crate::queue::{Batch, Job, JobInputs, Reply};
 use crate::request::{Answer, EngineError, Timing, ms};
 use crate::shared::{Phase, Running, Shared, State};
 use crate::staging::Staging;
@@ -23,7 +23,7 @@ const QUICK: Duration = Duration::from_secs(1);
 /// Longest sleep of an idle device thread between looks at the queue and at its device.
 const IDLE: Duration = Duration::from_millis(500);
 
-/// Longest sleep while requests wait that are left to a faster device.
+/// Longest sleep while requests wait that are left to a faster device, or for their company.
 const RECONSIDER: Duration = Duration::from_millis(2);
 
 /// What a device thread does next.
@@ -207,14 +207,9 @@ impl Session {
                 state = shared.wait(state, at_most);
                 continue;
             };
-            let mut close_at = head.reply.arrived + shared.options.window;
-            if let Some(deadline) = head.deadline {
-                let times = &state.devices[self.index].times;
-                let run = times.predict(head.inputs.bucket, mates).unwrap_or_default();
-                close_at = close_at.min(deadline.checked_sub(run * 2).unwrap_or(now));
-            }
+            let (close_at, look_again) = self.closes(&state, head, mates);
             if mates < rule.max_batch().min(self.max_batch) && now < close_at && !state.draining {
-                state = shared.wait(state, close_at - now);
+                state = shared.wait(state, look_again.min(close_at - now));
                 continue;
             }
             // Idle devices share what waits: each is done sooner.
@@ -225,6 +220,27 @@ impl Session {
                 return Work::Run(self.start(&mut state, batch, looking_since, now));
             }
         }
+    }
+
+    /// Until when a batch that is not full waits for company of its head, and how long to sleep
+    /// between looks at it.
+    fn closes(&self, state: &State, head: &Job, mates: usize) -> (Instant, Duration) {
+        let options = &self.shared.options;
+        let (arrived, bucket) = (head.reply.arrived, head.inputs.bucket);
+        let times = &state.devices[self.index].times;
+        let predict = |slots| times.predict(bucket, slots).unwrap_or_default();
+        let (mut wait, mut look_again) = (options.window, Duration::MAX);
+        if head.others.strong_count() > 0 {
+            // Alone, it would be done by then. One of them that is given up wakes nobody.
+            wait = wait.max(predict(options.rule.batches[0]));
+            look_again = RECONSIDER;
+        }
+        let mut close_at = arrived + wait;
+        if let Some(deadline) = head.deadline {
+            let latest = deadline.checked_sub(predict(mates) * 2);
+            close_at = close_at.min(latest.unwrap_or(arrived));
+        }
+        (close_at, look_again)
     }
 
     /// From here on, without a gap, the batch's requests are answered by this thread, by the

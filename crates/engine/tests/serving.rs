@@ -5,7 +5,9 @@ mod rig;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pirouette_engine::{Engine, EngineError, EngineOptions, Noise, NullDevice, NullTimes, Request};
+use pirouette_engine::{
+    Company, Engine, EngineError, EngineOptions, Noise, NullDevice, NullTimes, Request,
+};
 use pirouette_model::rtc::Settings;
 use pirouette_model::{
     BackendError, Config, Device, Executable, Family, PreviousChunk, Program, Rtc, WeightTable,
@@ -203,6 +205,35 @@ async fn a_window_waits_for_company_and_says_so() {
     assert!(together.batch_wait_ms < 300.0, "a full batch does not wait: {together:?}");
     let hurried = engine.submit(due(2, 100)).unwrap().await.unwrap().timing;
     assert!(hurried.batch_wait_ms < 300.0, "a deadline cuts the window short: {hurried:?}");
+}
+
+#[tokio::test]
+async fn those_who_come_together_wait_for_each_other_but_not_for_long() {
+    let engine = rig::engine(&[(1, 400.0), (4, 410.0)], rig::options(4));
+    engine.wait_ready().await.unwrap();
+    let with = |i, company: &Company| {
+        engine.submit(Request { company: Some(company.clone()), ..request(i) }).unwrap()
+    };
+    let company = Company::default();
+    let first = with(0, &company);
+    tokio::time::sleep(Duration::from_millis(30)).await;
+    let second = with(1, &company);
+    // The others are given up.
+    drop(company);
+    let timing = first.await.unwrap().timing;
+    assert_eq!((timing.batch, second.await.unwrap().timing.batch), (2, 2));
+    let waited_ms = timing.batch_wait_ms;
+    assert!((25.0..350.0).contains(&waited_ms), "no longer than it must: {timing:?}");
+
+    let company = Company::default();
+    let timing = with(2, &company).await.unwrap().timing;
+    assert_eq!(timing.batch, 1, "nobody came");
+    assert!(timing.batch_wait_ms > 300.0, "{timing:?}");
+    let four: Vec<_> = (0..4).map(|i| with(i, &company)).collect();
+    for pending in four {
+        let timing = pending.await.unwrap().timing;
+        assert!(timing.batch == 4 && timing.batch_wait_ms < 300.0, "a full one: {timing:?}");
+    }
 }
 
 #[tokio::test]

@@ -33,7 +33,7 @@ impl NullService {
     fn request(
         &self,
         observation: &Value,
-        context: &RequestContext,
+        context: &mut RequestContext,
     ) -> Result<Request, ServiceError> {
         let Value::Map(map) = observation else {
             return Err(ServiceError::exception("TypeError", "the observation must be a map"));
@@ -78,6 +78,7 @@ impl NullService {
             previous: None,
             steps: context.steps,
             deadline: context.deadline,
+            company: context.company.take(),
         })
     }
 }
@@ -98,12 +99,12 @@ impl Service for NullService {
     fn infer(
         &self,
         observation: Value,
-        context: RequestContext,
+        mut context: RequestContext,
     ) -> ServiceFuture<'_, Result<Reply, ServiceError>> {
         Box::pin(async move {
             let drawn = context.seed.is_none() && context.noise.is_none();
             let preparing = Instant::now();
-            let request = self.request(&observation, &context)?;
+            let request = self.request(&observation, &mut context)?;
             let prepare = preparing.elapsed();
             let answer = context.answer(self.engine.submit(request)?).await?;
             let rows = answer.actions.chunks(answer.action_dim);

@@ -4,7 +4,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Instant;
 
-use pirouette_engine::{Answer, BatchRecord, EngineError, Pending, StatsSnapshot, Timing};
+use pirouette_engine::{Answer, BatchRecord, Company, EngineError, Pending, StatsSnapshot, Timing};
 use pirouette_policy::{NdArray, PolicyConfig, Value};
 
 use crate::newest::Ticket;
@@ -130,6 +130,9 @@ pub struct RequestContext {
     pub rtc: RtcFields,
     /// What decoding the frame took.
     pub decode_ms: f64,
+    /// The other observations of its frame. Goes with the request to the engine, so that they run
+    /// together; whoever keeps it longer keeps them waiting.
+    pub company: Option<Company>,
 }
 
 impl RequestContext {
@@ -148,6 +151,7 @@ impl RequestContext {
             scene: false,
             rtc: RtcFields::default(),
             decode_ms: 0.0,
+            company: None,
         }
     }
 

@@ -125,6 +125,25 @@ async fn a_batch_is_answered_one_by_one_and_runs_as_one() {
 }
 
 #[tokio::test]
+async fn a_batch_that_meets_an_idle_device_runs_as_one() {
+    let served = Served::taking(300.0, "pi05_libero", ServeOptions::default()).await;
+    let mut client = served.client().await;
+    // From now on it is known what a run takes.
+    send(&mut client, observation(&served, &[])).await;
+    actions(&client.frame().await.map());
+    let good = Value::Map(observation(&served, &[]));
+    let bad = Value::Map(vec![("prompt".into(), text("no images"))]);
+    let five = vec![good.clone(), good.clone(), bad, good.clone(), good];
+    client.ask(&[("batch", Value::List(five)), ("explain", Value::Bool(true))]).await;
+    let answer = client.frame().await.map();
+    let Some(Value::List(results)) = get(&answer, "batch") else { panic!("{answer:?}") };
+    let together = |result: &Value| result.get("timing")?.get("batch").cloned();
+    let four = Some(Value::Int(4));
+    let batches: Vec<Option<Value>> = results.iter().map(together).collect();
+    assert_eq!(batches, [four.clone(), four.clone(), None, four.clone(), four]);
+}
+
+#[tokio::test]
 async fn explained_answers_hold_scalars_alone() {
     let served = libero().await;
     let mut client = served.client().await;

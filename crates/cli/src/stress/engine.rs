@@ -52,6 +52,7 @@ fn request(i: usize) -> Request {
         noise: Noise::Seed(i as u64),
         steps: None,
         deadline: None,
+        company: None,
     }
 }
 

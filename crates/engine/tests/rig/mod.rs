@@ -58,6 +58,7 @@ pub fn request(i: usize) -> Request {
         previous: None,
         steps: None,
         deadline: None,
+        company: None,
     }
 }
 

@@ -9,6 +9,7 @@ use std::time::Instant;
 use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::join_all;
+use pirouette_engine::Company;
 use pirouette_policy::Value;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tungstenite::protocol::frame::coding::Data;
@@ -182,8 +183,13 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
     /// result each, in their order.
     async fn infer(
         &mut self,
-        observations: Vec<Asked>,
+        mut observations: Vec<Asked>,
     ) -> Result<Vec<Result<Reply, ServiceError>>, End> {
+        if observations.len() > 1 {
+            let company = Company::default();
+            let contexts = observations.iter_mut().flatten().map(|(_, context)| context);
+            contexts.for_each(|context| context.company = Some(company.clone()));
+        }
         let service = self.shared.service.clone();
         let service = &service;
         let n = observations.len();

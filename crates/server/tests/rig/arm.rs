@@ -46,7 +46,7 @@ impl Service for Arm {
     fn infer(
         &self,
         observation: Value,
-        context: RequestContext,
+        mut context: RequestContext,
     ) -> ServiceFuture<'_, Result<Reply, ServiceError>> {
         Box::pin(async move {
             let (policy, scene) = (self.policy.clone(), context.scene);
@@ -67,6 +67,7 @@ impl Service for Arm {
                 noise,
                 steps: None,
                 deadline: context.deadline,
+                company: context.company.take(),
             })?;
             let answer = context.answer(pending).await?;
             let actions = self
@@ -100,6 +101,11 @@ pub struct Served {
 
 impl Served {
     pub async fn start(config: &str, options: ServeOptions) -> Served {
+        Served::taking(0.0, config, options).await
+    }
+
+    /// Every run takes these milliseconds.
+    pub async fn taking(ms: f64, config: &str, options: ServeOptions) -> Served {
         let testdata = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../testdata");
         let tokenizer = testdata.join("D_preprocess/tokenizer/tok_bpe.model");
         let tokenizer = Arc::new(Tokenizer::from_file(&tokenizer).unwrap());
@@ -114,7 +120,7 @@ impl Served {
         engine.watchdog = Duration::from_secs(60);
         let held = Arc::new(AtomicBool::new(false));
         let gate = held.clone();
-        let device = NullDevice::new(NullTimes::constant(0.0)).with_faults(move |_| {
+        let device = NullDevice::new(NullTimes::constant(ms)).with_faults(move |_| {
             while gate.load(SeqCst) {
                 std::thread::sleep(Duration::from_millis(1));
             }

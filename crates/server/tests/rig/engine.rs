@@ -87,7 +87,7 @@ impl Service for EngineService {
     fn infer(
         &self,
         observation: Value,
-        context: RequestContext,
+        mut context: RequestContext,
     ) -> ServiceFuture<'_, Result<Reply, ServiceError>> {
         Box::pin(async move {
             let Value::Map(map) = observation else { panic!("the server promised a map") };
@@ -107,6 +107,7 @@ impl Service for EngineService {
                     noise: context.seed.map_or(Noise::Drawn, Noise::Seed),
                     steps: None,
                     deadline: context.deadline,
+                    company: context.company.take(),
                 })?
                 .await?;
             let data: Vec<u8> =
