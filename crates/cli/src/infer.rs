@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use pirouette_engine::{BucketRule, draw_seed};
 use pirouette_engine::{Engine, EngineOptions, Noise, Request};
 use pirouette_model::WeightTable;
-use pirouette_policy::{NdArray, Value, sample_observation};
+use pirouette_policy::{NdArray, Value};
 use pirouette_server::RequestContext;
 
 use crate::args::{DeviceArgs, RopeArgs, WeightArgs, euler_steps};
@@ -79,7 +79,7 @@ pub fn run(args: &InferArgs) -> Result<()> {
         .for_each(|w| log::note(format_args!("note: {w}")));
     let observation = observation.unwrap_or_else(|| {
         log::note(format_args!("note: a random observation (give one with --observation)"));
-        sample_observation(policy.config(), 0)
+        policy.contract().sample(0)
     });
     let prepared = policy
         .prepare(&observation)

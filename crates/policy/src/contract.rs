@@ -14,6 +14,8 @@ pub use samples::Samples;
 
 /// Side of a sample's images: the one that needs no resizing.
 const SAMPLE_SIDE: usize = 224;
+/// Extent of a vector whose length nothing fixes.
+const ANY_LENGTH: &str = "n";
 /// Instruction of a sample for a policy without a prompt of its own.
 const SAMPLE_PROMPT: &str = "do something";
 
@@ -185,25 +187,55 @@ pub fn contract(config: &PolicyConfig) -> Contract {
     card
 }
 
-/// An observation that the policy accepts: random images of 224 × 224 pixels, a state of zeros,
-/// an instruction. The same seed gives the same one.
+/// [`Contract::sample`] of a policy whose statistics are not read. The same seed gives the same
+/// one.
 pub fn sample_observation(config: &PolicyConfig, seed: u64) -> Value {
-    let mut random = SplitMix(seed);
-    let mut root = Vec::new();
-    for field in observation_fields(&config.robot) {
-        let shape: Vec<usize> =
-            field.shape.iter().map(|extent| extent.parse().unwrap_or(SAMPLE_SIDE)).collect();
-        let count = shape.iter().product();
-        let array = match field.kind {
-            Kind::Image => NdArray::from_u8(shape, random.bytes(count)),
-            _ => NdArray::from_f64(shape, &vec![0.0; count]),
-        };
-        let Some(array) = array.map(Value::Array) else { continue };
-        insert(&mut root, &field.path, array);
+    contract(config).sample(seed)
+}
+
+impl Contract {
+    /// An observation that the policy accepts: random images of 224 × 224 pixels, a state of
+    /// zeros, an instruction. The same seed gives the same one.
+    pub fn sample(&self, seed: u64) -> Value {
+        let mut random = SplitMix(seed);
+        let mut root = Vec::new();
+        for field in &self.observation {
+            let shape = field.sample_shape();
+            let count = shape.iter().product();
+            let value = match field.kind {
+                Kind::Image => NdArray::from_u8(shape, random.bytes(count)).map(Value::Array),
+                Kind::Numbers => NdArray::from_f64(shape, &vec![0.0; count]).map(Value::Array),
+                Kind::Text => {
+                    let prompt = self.prompt.default.as_deref().unwrap_or(SAMPLE_PROMPT);
+                    Some(Value::Str(prompt.into()))
+                }
+            };
+            let Some(value) = value else { continue };
+            insert(&mut root, &field.path, value);
+        }
+        Value::Map(root)
     }
-    let prompt = config.default_prompt.clone().unwrap_or_else(|| SAMPLE_PROMPT.into());
-    root.push((config.robot.prompt_key().into(), Value::Str(prompt)));
-    Value::Map(root)
+
+    /// Where the statistics of the state are read and one key of it has any length, that length
+    /// follows: the two must agree.
+    pub(crate) fn measure_state(&mut self) {
+        let Some(covered) = self.normalisation.state_covered else { return };
+        let numbers = |field: &&mut Field| field.kind == Kind::Numbers;
+        let state = self.observation.iter_mut().filter(numbers).flat_map(|f| &mut f.shape);
+        let (mut free, fixed): (Vec<_>, Vec<_>) = state.partition(|e| *e == ANY_LENGTH);
+        let fixed: usize = fixed.iter().filter_map(|extent| extent.parse::<usize>().ok()).sum();
+        let ([free], Some(length)) = (&mut free[..], covered.checked_sub(fixed)) else { return };
+        **free = length.to_string();
+        self.samples = samples::samples(self);
+    }
+}
+
+impl Field {
+    /// Extents of a sample: where any size will do, the one that needs no resizing, and one number.
+    fn sample_shape(&self) -> Vec<usize> {
+        let any = if self.kind == Kind::Image { SAMPLE_SIDE } else { 1 };
+        self.shape.iter().map(|extent| extent.parse().unwrap_or(any)).collect()
+    }
 }
 
 fn insert(map: &mut Vec<(String, Value)>, path: &[String], value: Value) {
@@ -290,8 +322,7 @@ fn numbers(key: &str, dims: Option<usize>, meaning: &str) -> Field {
         path: vec![key.into()],
         kind: Kind::Numbers,
         dtype: "float64",
-        // A sample of unknown length gets one number.
-        shape: vec![dims.unwrap_or(1).to_string()],
+        shape: vec![dims.map_or_else(|| ANY_LENGTH.into(), |dims| dims.to_string())],
         required: true,
         meaning: meaning.into(),
     }

@@ -151,6 +151,7 @@ impl Policy {
         let norm = &mut card.normalisation;
         (norm.state, norm.state_covered) = (self.state.mode().name(), self.state.covered());
         (norm.actions, norm.actions_covered) = (self.actions.mode().name(), self.actions.covered());
+        card.measure_state();
         card
     }
 

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Contract, Field, Kind, SAMPLE_PROMPT, SAMPLE_SIDE};
+use super::{Contract, Field, Kind, SAMPLE_PROMPT};
 
 /// Complete programs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -64,7 +64,7 @@ fn write_python(map: &[(&str, Node<'_>)], prompt: &str, depth: usize) -> String 
             Node::Map(inner) => (write_python(inner, prompt, depth + 1), String::new()),
             Node::Leaf(field) if field.kind == Kind::Text => (quoted(prompt), comment(field)),
             Node::Leaf(field) => {
-                let extents = extents(field);
+                let extents = field.sample_shape();
                 let comma = if extents.len() == 1 { "," } else { "" };
                 let shape = format!("({}{comma})", join(&extents));
                 (format!("np.zeros({shape}, dtype=np.{})", field.dtype), comment(field))
@@ -91,7 +91,7 @@ fn write_cpp(map: &[(&str, Node<'_>)], prompt: &str, out: &mut String) {
                 let value = match field.kind {
                     Kind::Text => format!("request.text({});", quoted(prompt)),
                     _ => {
-                        let extents = extents(field);
+                        let extents = field.sample_shape();
                         let count: usize = extents.iter().product();
                         let (dtype, element) = match field.dtype {
                             "uint8" => ("|u1", "std::uint8_t"),
@@ -106,11 +106,6 @@ fn write_cpp(map: &[(&str, Node<'_>)], prompt: &str, out: &mut String) {
             }
         }
     }
-}
-
-/// Extents of a sample; where any size will do, the one that needs no resizing.
-fn extents(field: &Field) -> Vec<usize> {
-    field.shape.iter().map(|extent| extent.parse().unwrap_or(SAMPLE_SIDE)).collect()
 }
 
 fn join(extents: &[usize]) -> String {

@@ -298,6 +298,45 @@ fn what_the_statistics_leave_out_is_told_and_shown() {
     assert!(policy("pi0_droid").warnings().is_empty());
 }
 
+#[test]
+fn a_state_of_any_length_is_as_long_as_its_statistics() {
+    let robot = |state: &str| {
+        let text = format!(
+            "name = \"arm\"\nfamily = \"pi0\"\nhorizon = 10\nnorm = \"z_score\"\n\
+             asset_id = \"arm\"\n[robot]\nkind = \"generic\"\noutput_dims = 7\n\
+             [[robot.cameras]]\nkey = \"image\"\nlayout = \"hwc\"\n{state}"
+        );
+        pirouette_policy::config::from_toml(&text).unwrap()
+    };
+    let key = |name: &str, dims: &str| format!("[[robot.state]]\nkey = \"{name}\"\n{dims}\n");
+    let start = |state: &str, stats: &NormStats| {
+        Policy::new(robot(state), stats, crate::tokenizer(), 56).unwrap()
+    };
+    let mut stats = NormStats::default();
+    stats.set("state", z_score_of(6, 1.0));
+    let shapes = |policy: &Policy| {
+        let fields = policy.contract().observation.into_iter();
+        let shape = fields.skip(1).filter_map(|field| field.shape.into_iter().next());
+        shape.collect::<Vec<String>>()
+    };
+    for (state, want) in [(key("q", ""), "6"), (key("hand", "dims = 2") + &key("q", ""), "4")] {
+        let policy = start(&state, &stats);
+        let card = policy.contract();
+        assert_eq!(shapes(&policy).last().map(String::as_str), Some(want));
+        let line = format!("takes q float64 [{want}]: ");
+        assert!(card.lines().iter().any(|l| l.starts_with(&line)), "{:?}", card.lines());
+        assert!(card.samples.python.contains(&format!("\"q\": np.zeros(({want},), ")));
+        assert!(policy.prepare(&card.sample(1)).is_ok());
+    }
+    // Nothing says how long it is: any is accepted.
+    let free = start(&key("q", ""), &NormStats::default());
+    assert_eq!(shapes(&free), ["n"]);
+    assert!(free.prepare(&free.contract().sample(1)).is_ok());
+    assert!(free.contract().samples.python.contains("\"q\": np.zeros((1,), "));
+    // Two such keys may share the numbers as they like.
+    assert_eq!(shapes(&start(&(key("a", "") + &key("b", "")), &stats)), ["n", "n"]);
+}
+
 /// π0 has a column for each number of a state; π0.5 reads all of them as text, openpi's too.
 #[test]
 fn a_state_may_be_longer_than_the_actions_where_it_is_text() {

@@ -28,7 +28,8 @@ pub fn observation_of(
         let path = path.ok_or_else(|| wrong("a field has no path"))?;
         let extents = field["shape"].as_array().map(Vec::as_slice).unwrap_or_default();
         // An extent is a number or a name for any.
-        let extent = |e: &Json| e.as_str().and_then(|e| e.parse().ok()).unwrap_or(side);
+        let any = if field["kind"] == "numbers" { 1 } else { side };
+        let extent = |e: &Json| e.as_str().and_then(|e| e.parse().ok()).unwrap_or(any);
         let shape: Vec<usize> = extents.iter().map(extent).collect();
         let count = shape.iter().try_fold(1usize, |n, e| n.checked_mul(*e));
         let count = count.filter(|n| *n <= MAX_ELEMENTS).ok_or_else(|| wrong("a field is huge"))?;
@@ -85,6 +86,9 @@ mod tests {
                 Policy::new(config, &NormStats::default(), tokenizer.clone(), 224).unwrap();
             policy.prepare(&observation).unwrap_or_else(|e| panic!("{name}: {}", e.message()));
         }
+        let free = r#"{"observation": [{"path": ["q"], "kind": "numbers", "shape": ["n"]}]}"#;
+        let free = observation_of(free, 32, None).unwrap();
+        assert_eq!(free.get("q").and_then(Value::to_array).unwrap().shape, [1]);
         assert!(observation_of("{}", 32, None).is_err());
         let huge =
             r#"{"observation": [{"path": ["x"], "kind": "image", "shape": ["99999999999"]}]}"#;
