@@ -1,5 +1,6 @@
 //! The bytes of a JPEG or PNG file → RGB pixels. Sizes are checked before anything is allocated.
 
+use std::borrow::Cow;
 use std::io::Cursor;
 
 use zune_jpeg::JpegDecoder;
@@ -20,11 +21,19 @@ const PNG_EXTRA_BYTES: usize = 1 << 20;
 const JPEG_MAGIC: [u8; 3] = [0xFF, 0xD8, 0xFF];
 const PNG_MAGIC: [u8; 8] = [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1A, b'\n'];
 
+/// Markers of a Huffman table and of a scan.
+const DHT: u8 = 0xC4;
+const SOS: u8 = 0xDA;
+
+/// A segment that says Motion JPEG: the decoder then knows the tables that are left out.
+const MOTION_JPEG: [u8; 9] = [0xFF, 0xE0, 0, 7, b'A', b'V', b'I', b'1', 0];
+
 /// An encoding this server reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Encoding {
     /// Baseline or progressive; grey and CMYK become RGB. The orientation that a camera may have
-    /// noted is ignored, as Pillow ignores it.
+    /// noted is ignored, as Pillow ignores it. A frame of Motion JPEG may lack the usual Huffman
+    /// tables.
     Jpeg,
     /// Any PNG: grey and palettes become RGB, 16 bits lose the lower 8, transparency is dropped.
     Png,
@@ -90,13 +99,38 @@ fn jpeg(bytes: &[u8]) -> Result<Decoded, String> {
         .set_max_width(MAX_ENCODED_SIDE)
         .set_max_height(MAX_ENCODED_SIDE)
         .jpeg_set_out_colorspace(ColorSpace::RGB);
-    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
+    let bytes = match lacks_tables(bytes) {
+        true => Cow::Owned([&bytes[..2], &MOTION_JPEG[..], &bytes[2..]].concat()),
+        false => Cow::Borrowed(bytes),
+    };
+    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(&bytes[..]), options);
     let wrong = |error: zune_jpeg::errors::DecodeErrors| one_line(&error.to_string());
     decoder.decode_headers().map_err(wrong)?;
     let (width, height) = decoder.dimensions().ok_or("it has no size")?;
     sized(height, width)?;
     let rgb = decoder.decode().map_err(wrong)?;
     complete(height, width, rgb)
+}
+
+/// Whether no Huffman table stands before the first scan, as in the frames of many cameras.
+fn lacks_tables(bytes: &[u8]) -> bool {
+    let mut rest = bytes.get(2..).unwrap_or_default();
+    loop {
+        match rest {
+            [0xFF, DHT, ..] => return false,
+            [0xFF, SOS, ..] => return true,
+            // Markers may be filled up with 0xFF.
+            [0xFF, 0xFF, ..] => rest = &rest[1..],
+            [0xFF, _, length @ ..] => {
+                let Some(extent) = length.first_chunk::<2>().map(|b| u16::from_be_bytes(*b)) else {
+                    return false;
+                };
+                let Some(next) = length.get(usize::from(extent)..) else { return false };
+                rest = next;
+            }
+            _ => return false,
+        }
+    }
 }
 
 fn png(bytes: &[u8]) -> Result<Decoded, String> {
@@ -184,6 +218,23 @@ mod tests {
             let pillows = decode(&file(&format!("{name}.rgb.png"))).unwrap();
             let (worst, average) = difference(&ours, &pillows);
             assert!(worst <= most && average <= mean, "{name}: {worst}, {average}");
+        }
+    }
+
+    #[test]
+    fn frames_of_motion_jpeg_leave_the_usual_tables_out() {
+        for name in ["camera.jpg", "full_chroma.jpg", "gray.jpg"] {
+            let whole = file(name);
+            let mut bare = whole.clone();
+            assert!(!lacks_tables(&bare), "{name}");
+            while let Some(at) = bare.windows(2).position(|w| w == [0xFF, DHT]) {
+                let length = usize::from(u16::from_be_bytes([bare[at + 2], bare[at + 3]]));
+                bare.drain(at..at + 2 + length);
+            }
+            assert!(bare.len() < whole.len() && lacks_tables(&bare), "{name}");
+            assert_eq!(decode(&bare), decode(&whole), "{name}");
+            assert!(decode(&bare[..bare.len() / 2]).is_err(), "{name}");
+            assert!((0..30).all(|end| !lacks_tables(&bare[..end])), "{name}");
         }
     }
 
