@@ -58,15 +58,15 @@ pub(crate) fn number(value: &Value) -> Option<Value> {
         Value::Int(_) | Value::Float(_) => Some(value.clone()),
         Value::Scalar(_, inner) => number(inner),
         Value::Array(array) if array.shape.is_empty() => {
-            let d = &array.data[..];
+            let bytes = &array.data[..];
+            let value = *array.to_f64()?.first()?;
             Some(match array.dtype {
-                Scalar::I32 => Value::Int(i32::from_le_bytes(d.try_into().ok()?).into()),
-                Scalar::I64 => Value::Int(i64::from_le_bytes(d.try_into().ok()?).into()),
-                Scalar::U32 => Value::Int(u32::from_le_bytes(d.try_into().ok()?).into()),
-                Scalar::U64 => Value::Int(u64::from_le_bytes(d.try_into().ok()?).into()),
-                Scalar::F32 => Value::Float(f32::from_le_bytes(d.try_into().ok()?).into()),
-                Scalar::F64 => Value::Float(f64::from_le_bytes(d.try_into().ok()?)),
-                _ => return None,
+                Scalar::Bool => return None,
+                // Beyond 2⁵³ a float is another number.
+                Scalar::I64 => Value::Int(i64::from_le_bytes(bytes.try_into().ok()?).into()),
+                Scalar::U64 => Value::Int(u64::from_le_bytes(bytes.try_into().ok()?).into()),
+                dtype if dtype.is_float() => Value::Float(value),
+                _ => Value::Int(value as i128),
             })
         }
         _ => None,
@@ -80,7 +80,7 @@ pub(crate) fn integer(value: &Value, max: i128) -> Result<i128, String> {
     }
 }
 
-fn boolean(value: &Value) -> Result<bool, String> {
+pub(crate) fn boolean(value: &Value) -> Result<bool, String> {
     match value {
         Value::Bool(b) => Ok(*b),
         Value::Scalar(Scalar::Bool, inner) => boolean(inner),
@@ -91,13 +91,19 @@ fn boolean(value: &Value) -> Result<bool, String> {
     }
 }
 
-fn name(value: &Value) -> Result<String, String> {
-    let text = match value {
+/// A 0-d array or NumPy scalar counts as the text in it.
+pub(crate) fn text(value: &Value) -> Option<String> {
+    match value {
         Value::Str(text) => Some(text.clone()),
+        Value::Scalar(Scalar::Unicode(_), inner) => text(inner),
         Value::Array(array) if array.shape.is_empty() => array.to_text(),
         _ => None,
-    };
-    text.filter(|text| (1..=MAX_SESSION_BYTES).contains(&text.len()))
+    }
+}
+
+fn name(value: &Value) -> Result<String, String> {
+    text(value)
+        .filter(|text| (1..=MAX_SESSION_BYTES).contains(&text.len()))
         .ok_or_else(|| format!("a string of 1 to {MAX_SESSION_BYTES} bytes"))
 }
 
@@ -115,7 +121,7 @@ fn milliseconds(value: &Value) -> Result<Duration, String> {
 }
 
 fn noise(value: &Value) -> Result<GivenNoise, String> {
-    let want = || "an array of float32 or float64 [horizon, action_dim], all finite".to_string();
+    let want = || "an array of floats [horizon, action_dim], all finite".to_string();
     let Value::Array(array) = value else { return Err(want()) };
     let (shape, values) = matrix(array).ok_or_else(want)?;
     Ok(GivenNoise { shape, values: values.into_iter().map(|v| v as f32).collect() })
@@ -125,10 +131,7 @@ fn noise(value: &Value) -> Result<GivenNoise, String> {
 pub(crate) fn matrix(array: &NdArray) -> Option<([usize; 2], Vec<f64>)> {
     let [rows, cols] = array.shape[..] else { return None };
     rows.checked_mul(cols).filter(|n| (1..=MAX_MATRIX).contains(n))?;
-    let values = match array.dtype {
-        Scalar::F32 | Scalar::F64 => array.to_f64()?,
-        _ => return None,
-    };
+    let values = array.dtype.is_float().then(|| array.to_f64())??;
     values.iter().all(|v| (*v as f32).is_finite()).then_some(([rows, cols], values))
 }
 
@@ -156,12 +159,29 @@ mod tests {
         assert_eq!(with("seed", scalar).unwrap().seed, Some(7));
         let zero_d = array(Scalar::I32, &[], &9i32.to_le_bytes());
         assert_eq!(with("num_steps", zero_d).unwrap().steps, Some(9));
+        for (dtype, bytes) in [
+            (Scalar::I8, &[9][..]),
+            (Scalar::U8, &[9]),
+            (Scalar::I16, &[9, 0]),
+            (Scalar::U16, &[9, 0]),
+            (Scalar::U32, &[9, 0, 0, 0]),
+        ] {
+            let steps = with("num_steps", array(dtype, &[], bytes)).unwrap().steps;
+            assert_eq!(steps, Some(9), "{dtype:?}");
+        }
+        let last = array(Scalar::U64, &[], &u64::MAX.to_le_bytes());
+        assert_eq!(with("seed", last).unwrap().seed, Some(u64::MAX));
+        let half = array(Scalar::F16, &[], &0x5FD0u16.to_le_bytes());
+        let context = with("deadline_ms", half).unwrap();
+        assert_eq!(context.deadline.unwrap() - context.received, Duration::from_millis(500));
         let context = with("deadline_ms", Value::Float(12.5)).unwrap();
         let left = context.deadline.unwrap() - context.received;
         assert_eq!(left, Duration::from_micros(12_500));
         let pair = [1.5f32.to_le_bytes(), (-2.0f32).to_le_bytes()].concat();
         let given = with("noise", array(Scalar::F32, &[1, 2], &pair)).unwrap().noise.unwrap();
         assert_eq!((given.shape, given.values), ([1, 2], vec![1.5, -2.0]));
+        let half = array(Scalar::F16, &[1, 1], &0x3800u16.to_le_bytes());
+        assert_eq!(with("noise", half).unwrap().noise.unwrap().values, [0.5]);
         let double = array(Scalar::F64, &[1, 1], &0.25f64.to_le_bytes());
         assert_eq!(with("noise", double).unwrap().noise.unwrap().values, [0.25]);
         let absent = with("seed", Value::Nil).unwrap();
@@ -172,6 +192,8 @@ mod tests {
         assert!(!with("newest_wins", array(Scalar::Bool, &[], &[0])).unwrap().newest_wins);
         let named = with("session", Value::Str("left arm".into())).unwrap();
         assert_eq!(named.session.as_deref(), Some("left arm"));
+        let numpy = Value::Scalar(Scalar::Unicode(1), Box::new(Value::Str("a".into())));
+        assert_eq!(with("session", numpy).unwrap().session.as_deref(), Some("a"));
     }
 
     #[test]
@@ -184,6 +206,10 @@ mod tests {
             ("seed", Value::Str("1".into())),
             ("num_steps", Value::Int(1001)),
             ("num_steps", Value::Bool(true)),
+            ("num_steps", array(Scalar::Bool, &[], &[1])),
+            ("num_steps", array(Scalar::I16, &[], &(-1i16).to_le_bytes())),
+            ("num_steps", array(Scalar::I16, &[], &[1])),
+            ("num_steps", array(Scalar::I16, &[1], &[9, 0])),
             ("deadline_ms", Value::Int(0)),
             ("deadline_ms", Value::Float(f64::NAN)),
             ("deadline_ms", Value::Float(f64::INFINITY)),

@@ -3,7 +3,7 @@
 use pirouette_model::rtc::{Schedule, Settings};
 use pirouette_policy::Value;
 
-use crate::fields::{integer, matrix, number};
+use crate::fields::{boolean, integer, matrix, number, text};
 
 /// Most rows of a chunk, which delays and horizons count: the model's own limit.
 const MAX_ROWS: i128 = 1024;
@@ -61,15 +61,8 @@ impl RtcFields {
             "execution_horizon" => settings.execution_horizon = integer(value, MAX_ROWS)? as usize,
             "prefix_attention_schedule" => settings.schedule = schedule(value)?,
             "max_guidance_weight" => settings.limit = limit(value)?,
-            "rtc_mode" => match value {
-                Value::Str(mode) if mode.eq_ignore_ascii_case("guided") => self.trained = false,
-                Value::Str(mode) if mode.eq_ignore_ascii_case("trained") => self.trained = true,
-                _ => return Err("\"guided\" or \"trained\"".into()),
-            },
-            "return_model_actions" => match value {
-                Value::Bool(wanted) => self.return_model_actions = *wanted,
-                _ => return Err("true or false".into()),
-            },
+            "rtc_mode" => self.trained = trained(value)?,
+            "return_model_actions" => self.return_model_actions = boolean(value)?,
             _ => {
                 if is_empty(value) {
                     return Ok(());
@@ -86,9 +79,16 @@ impl RtcFields {
     }
 }
 
+fn trained(value: &Value) -> Result<bool, String> {
+    match text(value) {
+        Some(mode) if mode.eq_ignore_ascii_case("guided") => Ok(false),
+        Some(mode) if mode.eq_ignore_ascii_case("trained") => Ok(true),
+        _ => Err("\"guided\" or \"trained\"".into()),
+    }
+}
+
 fn schedule(value: &Value) -> Result<Schedule, String> {
-    let named = if let Value::Str(name) = value { Schedule::named(name) } else { None };
-    named.ok_or_else(|| {
+    text(value).and_then(|name| Schedule::named(&name)).ok_or_else(|| {
         let names = Schedule::ALL.map(|s| format!("\"{}\"", s.name()));
         format!("one of {}", names.join(", "))
     })
@@ -118,8 +118,7 @@ fn is_empty(value: &Value) -> bool {
 }
 
 fn left_over(value: &Value, space: Space) -> Result<LeftOver, String> {
-    let want =
-        || format!("an array of float32 or float64 [1 to {MAX_ROWS} actions, dims], all finite");
+    let want = || format!("an array of floats [1 to {MAX_ROWS} actions, dims], all finite");
     let Value::Array(array) = value else { return Err(want()) };
     let few = |m: &([usize; 2], Vec<f64>)| m.0[0] as i128 <= MAX_ROWS;
     let (shape, values) = matrix(array).filter(few).ok_or_else(want)?;
@@ -164,6 +163,31 @@ mod tests {
         assert!(take("rtc_mode", Value::Str("trained".into())).unwrap().trained);
         assert!(take("return_model_actions", Value::Bool(true)).unwrap().return_model_actions);
         assert_eq!(take("inference_delay", Value::Nil), Ok(RtcFields::default()));
+    }
+
+    #[test]
+    fn numpys_values_are_read_as_pythons() {
+        let zero_d = |dtype, data: &[u8]| {
+            Value::Array(NdArray { dtype, shape: vec![], data: data.to_vec().into() })
+        };
+        let text = |text: &str| {
+            let points: Vec<u8> = text.chars().flat_map(|c| u32::from(c).to_le_bytes()).collect();
+            zero_d(Scalar::Unicode(text.len()), &points)
+        };
+        let numpy = Value::Scalar(Scalar::Bool, Box::new(Value::Bool(true)));
+        for yes in [numpy, zero_d(Scalar::Bool, &[1])] {
+            assert!(take("return_model_actions", yes).unwrap().return_model_actions);
+        }
+        let exp = take("prefix_attention_schedule", text("exp")).unwrap();
+        assert_eq!(exp.settings.schedule, Schedule::Exp);
+        assert!(take("rtc_mode", text("trained")).unwrap().trained);
+        assert!(!take("rtc_mode", text("guided")).unwrap().trained);
+        let delay = zero_d(Scalar::I16, &3i16.to_le_bytes());
+        assert_eq!(take("inference_delay", delay).unwrap().settings.delay, 3);
+        let data = 0x3800u16.to_le_bytes().repeat(6).into();
+        let half = Value::Array(NdArray { dtype: Scalar::F16, shape: vec![2, 3], data });
+        let left = take("prev_chunk_left_over", half).unwrap().left_over.unwrap();
+        assert_eq!((left.shape, left.values), ([2, 3], vec![0.5; 6]));
     }
 
     #[test]
