@@ -3,7 +3,8 @@
     pirouette serve pi05_droid --checkpoint DIR --rtc
     python examples/rtc_client.py --hz 15
 
-`RtcPolicy.step` never waits for the model but for the first chunk. Needs numpy and openpi-client.
+`RtcPolicy.step` never waits for the model but for the first chunk. Needs
+`pip install openpi-client typing_extensions`: the client imports the latter without saying so.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""One request to a policy server with openpi's own client (pip install openpi-client)."""
+"""One request to a policy server with openpi's own client, which needs typing_extensions without
+saying so: pip install openpi-client typing_extensions
+"""
 
 import numpy as np
 from openpi_client import websocket_client_policy

@@ -150,6 +150,7 @@ mod tests {
         assert!(aloha.python.contains(image), "{}", aloha.python);
         assert!(aloha.python.contains("\"images\": {\n        \"cam_high\""), "{}", aloha.python);
         assert!(aloha.python.contains("\"state\": np.zeros((14,), dtype=np.float64),"));
+        assert!(aloha.python.contains("pip install openpi-client typing_extensions\n"));
         assert!(aloha.cpp.contains("    request.text(\"images\");\n    request.map(3);\n"));
         assert!(aloha.cpp.contains("{14}, \"<f8\", std::vector<double>(14)"), "{}", aloha.cpp);
         assert!(aloha.cpp.contains("const std::size_t dims = 14;"));
