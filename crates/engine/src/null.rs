@@ -51,18 +51,22 @@ impl FromStr for NullTimes {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = |part: &str| {
-            format!("`{part}` in `{text}`: give milliseconds, or batch:ms pairs as in 1:30,8:60")
-        };
+        let wrong = |part: &str, want: &str| Err(format!("`{part}` in `{text}`: {want}"));
+        let form = "give milliseconds, or batch:ms pairs as in 1:30,8:60";
         let mut table: Vec<(usize, f64)> = Vec::new();
         for part in text.split(',') {
             let (batch, ms) = part.split_once(':').unwrap_or(("1", part));
             let (Ok(batch), Ok(ms)) = (batch.parse::<usize>(), ms.parse::<f64>()) else {
-                return Err(wrong(part));
+                return wrong(part, form);
             };
-            let ascending = table.last().is_none_or(|(before, _)| *before < batch);
-            if batch == 0 || !ascending || !(0.0..=MAX_MS).contains(&ms) {
-                return Err(wrong(part));
+            if batch == 0 {
+                return wrong(part, "batches begin at 1, as in 1:30,8:60");
+            }
+            if !(0.0..=MAX_MS).contains(&ms) {
+                return wrong(part, &format!("give 0 to {MAX_MS} ms, as in 1:30,8:60"));
+            }
+            if table.last().is_some_and(|(before, _)| *before >= batch) {
+                return wrong(part, "name batches in ascending order, each once, as in 1:30,8:60");
             }
             table.push((batch, ms));
         }
@@ -250,6 +254,16 @@ mod tests {
         for wrong in ["", "x", "1:", "0:3", "8:1,1:2", "1:-1", "1:nan", "1:inf", "1:2,", "1:1e9"] {
             let error = wrong.parse::<NullTimes>().unwrap_err();
             assert!(error.contains("1:30,8:60"), "{wrong}: {error}");
+        }
+        for (wrong, want) in [
+            ("8:5,1:9", "`1:9` in `8:5,1:9`: name batches in ascending order"),
+            ("1:5,1:9", "each once"),
+            ("5,9", "`9` in `5,9`"),
+            ("0:3", "batches begin at 1"),
+            ("1:-1", "give 0 to"),
+        ] {
+            let error = wrong.parse::<NullTimes>().unwrap_err();
+            assert!(error.contains(want), "{wrong}: {error}");
         }
     }
 }
