@@ -84,6 +84,9 @@ pub struct ServeArgs {
     /// Write every request and answer, pictures included, into this folder, for `replay`.
     #[arg(long, value_name = "DIR", num_args = 0..=1, default_missing_value = RECORD_DIR)]
     pub record: Option<PathBuf>,
+    /// As without --record: openpi's command line says it so, too. Of the two the last counts.
+    #[arg(long, overrides_with = "record", hide = true)]
+    pub no_record: bool,
     /// Most MiB in that folder; above it the oldest requests go.
     #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u64).range(1..))]
     pub record_limit_mib: u64,
@@ -95,7 +98,7 @@ const RECORD_DIR: &str = "policy_records";
 /// The configuration and the folder to record into, as they were meant: openpi's `--record` takes
 /// no value, so a policy's name after it is that, and no folder.
 fn typed(args: &ServeArgs) -> (Option<&str>, Option<&Path>) {
-    let record = args.record.as_deref();
+    let record = args.record.as_deref().filter(|_| !args.no_record);
     let policy = record.and_then(Path::to_str).filter(|value| {
         value.starts_with("policy:") || value.ends_with(".toml") || names().any(|n| n == *value)
     });
@@ -362,6 +365,10 @@ mod tests {
             ("--record pi05_droid", Some("pi05_droid"), Some("policy_records")),
             ("--record robot.toml", Some("robot.toml"), Some("policy_records")),
             ("--env DROID --record --port 8000", None, Some("policy_records")),
+            ("--env DROID --no-record --port 8000", None, None),
+            ("pi05_droid --record my/dir --no-record", Some("pi05_droid"), None),
+            ("pi05_droid --no-record --record my/dir", Some("pi05_droid"), Some("my/dir")),
+            ("--no-record pi05_droid", Some("pi05_droid"), None),
             (
                 "--env DROID --record policy:checkpoint --policy.config=pi05_droid --policy.dir=d",
                 Some("policy:checkpoint"),
