@@ -16,7 +16,7 @@
 // tier: π0 3.85, 4.03, 4.27 %, here 3.91, 4.04, 4.40 %).
 //
 // Inside the replay, 788 rows, µs (bf16 beside it; H100, 2026-11-27, nvcc 13.0): up 67.9 (134), to
-// which came 3.7 for rows_e4m3 without a row's powers, down 44.1 (78). Predicted 77 and 40. Limit
+// which comes rows_e4m3, 4.2; down 44.1 (78). Predicted 77 and 40. Limit
 // at twice bf16's 790 TFLOP/s: 67 and 33. B = 64 (50432 rows), whole prefill at the power limit
 // 291 → 164.5 ms. No gain (H200, batches of 4, 16 and 64): 256 × 192 tiles for up (254 → 260 ms),
 // 256 × 200 for down; 128 × 184 for up is the same.

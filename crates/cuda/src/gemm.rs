@@ -146,7 +146,7 @@ impl Gemm {
     /// Normalised rows as E4M3.
     pub fn rows_e4m3(&self, p: RowsE4m3Params) -> Launch {
         let (function, grid) = (self.rows_e4m3.clone(), [p.rows.div_ceil(4), 1, 1]);
-        Launch { dependent: true, ..Launch::new(function, grid, 128, vec![Arg::of(&p)]) }
+        Launch { dependent: true, ..Launch::new(function, grid, 256, vec![Arg::of(&p)]) }
     }
 
     /// One product y = norm(x) · Wᵀ; `p.out` and friends are set by the caller. It leaves `spare`
