@@ -18,7 +18,7 @@ use crate::times::ServiceTimes;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A larger batch must promise this much more throughput, or requests would wait for nothing.
-const WORTHWHILE: f64 = 1.02;
+pub(crate) const WORTHWHILE: f64 = 1.02;
 
 /// Requests per second assumed of a batch size that never ran: above anything measured.
 const UNTRIED: f64 = 1e9;
@@ -93,6 +93,11 @@ impl Queue {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.jobs.is_empty()
+    }
+
+    /// Whether nobody else waits than these, who came together.
+    pub(crate) fn is_of(&self, company: &Weak<()>) -> bool {
+        self.jobs.values().all(|job| job.others.ptr_eq(company))
     }
 
     pub(crate) fn capacity(&self) -> usize {

@@ -226,21 +226,38 @@ impl Session {
     /// between looks at it.
     fn closes(&self, state: &State, head: &Job, mates: usize) -> (Instant, Duration) {
         let options = &self.shared.options;
-        let (arrived, bucket) = (head.reply.arrived, head.inputs.bucket);
-        let times = &state.devices[self.index].times;
-        let predict = |slots| times.predict(bucket, slots).unwrap_or_default();
+        let arrived = head.reply.arrived;
         let (mut wait, mut look_again) = (options.window, Duration::MAX);
-        if head.others.strong_count() > 0 {
-            // Alone, it would be done by then. One of them that is given up wakes nobody.
-            wait = wait.max(predict(options.rule.batches[0]));
-            look_again = RECONSIDER;
+        if let Some(company) = self.waits_for_company(state, head).filter(|c| *c > wait) {
+            // One of them that is given up wakes nobody.
+            (wait, look_again) = (company, RECONSIDER);
         }
         let mut close_at = arrived + wait;
         if let Some(deadline) = head.deadline {
-            let latest = deadline.checked_sub(predict(mates) * 2);
-            close_at = close_at.min(latest.unwrap_or(arrived));
+            let times = &state.devices[self.index].times;
+            let run = times.predict(head.inputs.bucket, mates).unwrap_or_default();
+            close_at = close_at.min(deadline.checked_sub(run * 2).unwrap_or(arrived));
         }
         (close_at, look_again)
+    }
+
+    /// How long the head waits for those of its frame that are on their way, at most: alone, it
+    /// would be done by then. It does only where that is nobody's loss: no one else waits, no other
+    /// device is idle, larger batches are faster, and one that misses the batch is in time still.
+    fn waits_for_company(&self, state: &State, head: &Job) -> Option<Duration> {
+        let rule = &self.shared.options.rule;
+        let (bucket, smallest) = (head.inputs.bucket, rule.batches[0]);
+        let times = &state.devices[self.index].times;
+        if head.others.strong_count() == 0 || !state.queue.is_of(&head.others) || state.idle() > 1 {
+            return None;
+        }
+        let alone = times.predict(bucket, smallest)?;
+        if head.deadline.is_some_and(|deadline| head.reply.arrived + 3 * alone > deadline) {
+            return None;
+        }
+        let larger = rule.batches.iter().filter(|s| (smallest + 1..=self.max_batch).contains(s));
+        let mut larger = larger.copied();
+        larger.any(|slots| times.is_worthwhile(bucket, smallest, slots)).then_some(alone)
     }
 
     /// From here on, without a gap, the batch's requests are answered by this thread, by the

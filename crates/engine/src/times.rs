@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::bucket::Bucket;
+use crate::queue::WORTHWHILE;
 
 /// Weight of a new measurement in the running mean and deviation.
 const GAIN: f64 = 0.125;
@@ -60,6 +61,13 @@ impl ServiceTimes {
     /// Mean time of exactly this bucket and batch size, if it ever ran.
     pub(crate) fn measured(&self, bucket: Bucket, batch: usize) -> Option<Duration> {
         self.estimates.get(&(bucket, batch)).map(|e| millis(e.mean_ms))
+    }
+
+    /// Whether full batches of a larger size are faster, or might be: it never ran.
+    pub(crate) fn is_worthwhile(&self, bucket: Bucket, size: usize, larger: usize) -> bool {
+        let rate = |n| self.measured(bucket, n).map(|took| n as f64 / took.as_secs_f64().max(1e-6));
+        let Some((rate, of_larger)) = rate(size).zip(rate(larger)) else { return true };
+        of_larger > rate * WORTHWHILE
     }
 
     /// The best of the last runs of exactly this bucket and batch size: what a request may hope for

@@ -236,6 +236,34 @@ async fn those_who_come_together_wait_for_each_other_but_not_for_long() {
     }
 }
 
+/// Waiting for company is nobody's loss, or it is not done.
+#[tokio::test]
+async fn nobody_pays_for_those_who_come_together() {
+    let company = Company::default();
+    let of_company = |i| Request { company: Some(company.clone()), ..request(i) };
+    let engine = rig::engine(&[(1, 400.0), (4, 410.0)], rig::options(4));
+    engine.wait_ready().await.unwrap();
+    let late = Instant::now() + Duration::from_millis(1000);
+    let hurried = engine.submit(Request { deadline: Some(late), ..of_company(0) }).unwrap();
+    let timing = hurried.await.unwrap().timing;
+    assert!(timing.batch_wait_ms < 200.0, "another after it would be too late: {timing:?}");
+    let head = engine.submit(of_company(0)).unwrap();
+    tokio::time::sleep(Duration::from_millis(30)).await;
+    let stranger = engine.submit(request(1)).unwrap();
+    let timing = head.await.unwrap().timing;
+    assert!(timing.batch_wait_ms < 300.0, "others wait: {timing:?}");
+    assert!(stranger.await.unwrap().timing.batch_wait_ms < 200.0);
+
+    let engine = rig::engine(&[(1, 400.0), (4, 1600.0)], rig::options(4));
+    engine.wait_ready().await.unwrap();
+    let four: Vec<_> = (0..4).map(|i| engine.submit(request(i)).unwrap()).collect();
+    for pending in four {
+        pending.await.unwrap();
+    }
+    let timing = engine.submit(of_company(0)).unwrap().await.unwrap().timing;
+    assert!(timing.batch_wait_ms < 200.0, "there is nothing to gain: {timing:?}");
+}
+
 #[tokio::test]
 async fn the_earliest_deadline_is_served_first() {
     let engine = rig::engine(&[(1, 10.0)], rig::options(1));
