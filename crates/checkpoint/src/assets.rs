@@ -93,7 +93,8 @@ fn folders(root: &Path) -> [PathBuf; 2] {
 /// once, as it would be found.
 ///
 /// # Errors
-/// A folder of assets can't be listed: what is in it must not be taken for absent.
+/// A folder of assets can't be listed: what is in it must not be taken for absent. A folder in it
+/// that can't be is taken for an asset of its name, whose file then says why it can't be read.
 pub fn asset_ids(root: &Path) -> Result<Vec<(String, PathBuf)>, CheckpointError> {
     let mut found: Vec<(String, PathBuf)> = Vec::new();
     for folder in folders(root) {
@@ -122,7 +123,14 @@ fn collect(
     depth: usize,
     out: &mut Vec<(String, PathBuf)>,
 ) -> Result<(), CheckpointError> {
-    for entry in std::fs::read_dir(folder).map_err(CheckpointError::io(folder))? {
+    let entries = match std::fs::read_dir(folder) {
+        Err(_) if depth > 0 => {
+            out.push((id, folder.join(FILE)));
+            return Ok(());
+        }
+        entries => entries.map_err(CheckpointError::io(folder))?,
+    };
+    for entry in entries {
         let entry = entry.map_err(CheckpointError::io(folder))?;
         let path = entry.path();
         let name = entry.file_name().to_string_lossy().into_owned();

@@ -139,6 +139,29 @@ fn report_of_a_torch_checkpoint() {
     assert!(report.to_string().contains("bad: not JSON"));
 }
 
+/// Somebody else's folder among the assets hides none of them.
+#[cfg(unix)]
+#[test]
+fn a_folder_that_cannot_be_read_hides_no_other() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = tempfile::tempdir().unwrap();
+    let root = dir.path().join("c");
+    tiny(&root);
+    put(&root.join("assets/a/norm_stats.json"), r#"{"norm_stats":{"state":{"mean":[1]}}}"#);
+    let locked = root.join("assets/lost+found");
+    std::fs::create_dir(&locked).unwrap();
+    let mode = |mode| std::fs::set_permissions(&locked, PermissionsExt::from_mode(mode)).unwrap();
+    mode(0);
+    if std::fs::read_dir(&locked).is_ok() {
+        return println!("skipped: whoever runs this may read everything");
+    }
+    let report = open(&root).unwrap().inspect();
+    mode(0o700);
+    let [a, lost] = &report.norm_stats[..] else { panic!("{:?}", report.norm_stats) };
+    assert_eq!((a.dims["state"], &a.problem), (1, &None));
+    assert!(lost.problem.as_ref().unwrap().contains("lost+found"), "{lost:?}");
+}
+
 /// A checkpoint in the current directory has its assets beside it in `..`.
 #[test]
 fn relative_paths_work() {

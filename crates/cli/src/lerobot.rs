@@ -67,10 +67,7 @@ pub fn policy_config(l: &LeRobot) -> Result<PolicyConfig> {
         action_norm: norm_mode(l.output_stats.action_mode()),
         robot: Robot::Generic(GenericRobot {
             cameras,
-            state: vec![StateKey {
-                key: renamed(l, &state.name),
-                dims: state.shape.first().copied(),
-            }],
+            state: vec![StateKey { key: renamed(l, &state.name), dims: state_dims(l, state) }],
             output_dims: dims,
             prompt_key: "task".into(),
             state_units: "as recorded in the dataset".into(),
@@ -82,6 +79,17 @@ pub fn policy_config(l: &LeRobot) -> Result<PolicyConfig> {
         metadata: vec![],
         processing: Processing::Lerobot,
     })
+}
+
+/// Numbers of the robot's state. LeRobot does not look at the shape in `config.json`: a checkpoint
+/// that was fine-tuned from a base may have the base's, which is the model's width, beside its own
+/// statistics.
+fn state_dims(l: &LeRobot, state: &Feature) -> Option<usize> {
+    let normalised = l.input_stats.observation_mode(state) != Stored::Identity;
+    let statistics = l.input_stats.stats.get(&state.name).filter(|_| normalised);
+    let covered = statistics.and_then(|s| s.values().next()).map(Vec::len);
+    let of_robot = state.shape.first().copied().filter(|&dims| dims != l.max_state_dim);
+    covered.filter(|_| of_robot.is_none()).or(of_robot)
 }
 
 /// Height and width of a camera's images in training, if they are plausible.

@@ -441,6 +441,27 @@ mod tests {
         assert!(with(&["a", "b", "c", "d"]).unwrap_err().contains("names 4 cameras"));
     }
 
+    /// A fine-tuned checkpoint may have its base's shape, which is the model's width.
+    #[test]
+    fn a_lerobot_state_is_as_long_as_its_statistics_where_its_shape_is_the_models() {
+        let mut lerobot = lerobot_directory_read();
+        let mut dims = |shape: usize, covered: Option<usize>| {
+            let state = lerobot.input_features.iter_mut().find(|f| f.kind == FeatureKind::State);
+            let state = state.unwrap();
+            state.shape = vec![shape];
+            let mean = covered.map(|len| ("mean".to_string(), vec![0.0; len]));
+            lerobot.input_stats.stats.insert(state.name.clone(), mean.into_iter().collect());
+            let Robot::Generic(robot) = lerobot::policy_config(&lerobot).unwrap().robot else {
+                panic!("generic")
+            };
+            robot.state[0].dims
+        };
+        assert_eq!(dims(6, Some(6)), Some(6));
+        assert_eq!(dims(6, Some(7)), Some(6), "refused later");
+        assert_eq!(dims(32, Some(6)), Some(6));
+        assert_eq!(dims(32, None), None);
+    }
+
     #[test]
     fn the_files_of_a_lerobot_checkpoints_statistics_are_named() {
         let mut lerobot = lerobot_directory_read();

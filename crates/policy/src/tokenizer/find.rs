@@ -86,16 +86,16 @@ pub fn tokenizers(checkpoint: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Whether something of that name is there, a link to nowhere too: it was meant, so whoever reads
-/// it says what is wrong. Of what may not be looked at only `own`, what the user named, counts;
-/// caches are often somebody else's.
+/// Whether something of that name is there. In `own`, what the user named, a link to nowhere counts,
+/// too, and what may not be looked at: it was meant, so whoever reads it says what is wrong. Caches
+/// are often pruned, or somebody else's.
 fn is_there(path: &Path, own: Option<&Path>) -> bool {
     use std::io::ErrorKind::{NotADirectory, NotFound};
-    match std::fs::symlink_metadata(path) {
-        Ok(_) => true,
-        Err(e) if matches!(e.kind(), NotFound | NotADirectory) => false,
-        Err(_) => own.is_some_and(|own| path.starts_with(own)),
+    if !own.is_some_and(|own| path.starts_with(own)) {
+        return path.is_file();
     }
+    let found = std::fs::symlink_metadata(path);
+    found.map_or_else(|e| !matches!(e.kind(), NotFound | NotADirectory), |_| true)
 }
 
 /// Tokenizers of a checkpoint in Hugging Face's format, which is not read.
