@@ -86,9 +86,9 @@ pub fn tokenizers(checkpoint: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Whether something of that name is there. In `own`, what the user named, a link to nowhere counts,
-/// too, and what may not be looked at: it was meant, so whoever reads it says what is wrong. Caches
-/// are often pruned, or somebody else's.
+/// Whether something of that name is there. In `own`, what the user named, a link to nowhere and
+/// what may not be looked at count, too: it was meant, so whoever reads it says what is wrong.
+/// Caches are often pruned, or somebody else's.
 fn is_there(path: &Path, own: Option<&Path>) -> bool {
     use std::io::ErrorKind::{NotADirectory, NotFound};
     if !own.is_some_and(|own| path.starts_with(own)) {
