@@ -130,15 +130,13 @@ fn hint(path: &Path) -> String {
     let steps = std::fs::read_dir(path).into_iter().flatten().flatten().filter_map(|entry| {
         let step: u64 = entry.file_name().to_str()?.parse().ok()?;
         let path = entry.path();
-        let files = [WEIGHTS, INDEX].iter().any(|name| path.join(name).is_file());
-        (files || path.join("params").is_dir()).then_some(step)
+        let folders = [path.clone(), path.join("pretrained_model")];
+        let mut files = folders.iter().flat_map(|f| [WEIGHTS, INDEX].map(|name| f.join(name)));
+        (files.any(|file| file.is_file()) || path.join("params").is_dir()).then_some((step, path))
     });
     match steps.max() {
-        Some(step) => {
-            format!(
-                "; it is a training run, open one of its steps: {}",
-                path.join(step.to_string()).display()
-            )
+        Some((_, path)) => {
+            format!("; it is a training run, open one of its steps: {}", path.display())
         }
         None => String::new(),
     }

@@ -133,6 +133,20 @@ fn shards_of_an_index_are_one_checkpoint() {
 }
 
 #[test]
+fn of_a_training_run_the_last_step_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    for step in ["000900", "001000"] {
+        let folder = dir.path().join(step).join("pretrained_model");
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::copy(fixture("A_tiny/pi0/model.safetensors"), folder.join("model.safetensors"))
+            .unwrap();
+    }
+    let error = error(open(dir.path()));
+    assert!(error.ends_with(&dir.path().join("001000").display().to_string()), "{error}");
+    assert!(open(&dir.path().join("001000")).is_ok());
+}
+
+#[test]
 fn f16_and_bf16_are_served_as_stored() {
     let mut tensors = read(&fixture("A_tiny/pi0/model.safetensors"));
     let name = "action_in_proj.weight";
