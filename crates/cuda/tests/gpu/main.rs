@@ -15,6 +15,7 @@ mod fault;
 mod golden_full;
 mod golden_tiny;
 mod limits;
+mod soak;
 mod tiers;
 mod trace;
 

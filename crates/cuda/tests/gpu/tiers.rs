@@ -67,7 +67,7 @@ fn tiers_agree_step_by_step() {
             }
             let shape = Shape { batch, cameras, prompt_tokens, horizon, steps: 2, rtc };
             let program = Arc::new(record_with(table.clone(), shape).unwrap());
-            compare(&mut device, program, &mut ran);
+            compare(&mut device, program, &spread(shape), &mut ran);
         }
     }
     let never = never(&ran, |file| !is_e4m3(file));
@@ -107,7 +107,7 @@ fn tiers_agree_at_fp8() {
     for &(batch, cameras, prompt_tokens) in shapes {
         let shape = Shape { batch, cameras, prompt_tokens, horizon: 10, steps: 1, rtc: Rtc::Off };
         let program = Arc::new(record_with(table.clone(), shape).unwrap());
-        compare(&mut device, program, &mut ran);
+        compare(&mut device, program, &spread(shape), &mut ran);
     }
     let all = !quick() && is_measured_gpu(&device);
     let never = never(&ran, is_e4m3);
@@ -134,7 +134,21 @@ fn never(ran: &BTreeSet<String>, of: impl Fn(&str) -> bool) -> Vec<String> {
         .collect()
 }
 
-fn compare(device: &mut CudaDevice, program: Arc<Program>, ran: &mut BTreeSet<String>) {
+/// Real cameras and real prompt tokens of every sample.
+pub type Lengths = [[usize; 2]];
+
+/// Samples with every number of cameras, and prompts of three lengths.
+fn spread(shape: Shape) -> Vec<[usize; 2]> {
+    (0..shape.batch).map(|b| [b % shape.cameras + 1, shape.prompt_tokens - b % 3]).collect()
+}
+
+/// Every step of the Hopper tier against the portable one's, from the same values.
+pub fn compare(
+    device: &mut CudaDevice,
+    program: Arc<Program>,
+    lengths: &Lengths,
+    ran: &mut BTreeSet<String>,
+) {
     let shape = program.shape;
     device.set_tier(Tier::Portable);
     let mut portable = device.compile_cuda(program.clone()).unwrap();
@@ -147,11 +161,7 @@ fn compare(device: &mut CudaDevice, program: Arc<Program>, ran: &mut BTreeSet<St
         let values: Vec<f32> = match buffer.name.as_str() {
             "images" => (0..count).map(|_| random.below(256) as f32).collect(),
             "tokens" => (0..count).map(|_| random.below(1000) as f32).collect(),
-            "lengths" => (0..shape.batch)
-                .flat_map(|b| {
-                    [(b % shape.cameras + 1) as f32, (shape.prompt_tokens - b % 3) as f32]
-                })
-                .collect(),
+            "lengths" => lengths.iter().flatten().map(|&n| n as f32).collect(),
             "state" | "actions" | "previous.chunk" => (0..count).map(|_| random.value()).collect(),
             "previous.weights" => (0..count).map(|i| (i % 4) as f32 / 3.0).collect(),
             "previous.limits" => vec![5.0; count],
@@ -173,7 +183,7 @@ fn compare(device: &mut CudaDevice, program: Arc<Program>, ran: &mut BTreeSet<St
             let want = portable.read_buffer(name).unwrap().unwrap();
             let got = auto.read_buffer(name).unwrap().unwrap();
             auto.write_buffer(name, &want).unwrap();
-            let (got, want) = real_rows(&program, step.stage(), name, got, want);
+            let (got, want) = real_rows(&program, step.stage(), name, lengths, got, want);
             let error = relative_error(&got, &want);
             let tolerance = if auto.is_e4m3(name) { E4M3_TOLERANCE } else { TOLERANCE };
             assert!(
@@ -195,6 +205,7 @@ fn real_rows(
     program: &Program,
     stage: Stage,
     name: &str,
+    lengths: &Lengths,
     got: Vec<f32>,
     want: Vec<f32>,
 ) -> (Vec<f32>, Vec<f32>) {
@@ -209,8 +220,8 @@ fn real_rows(
     }
     let keep = |at: usize| {
         let (sample, row) = (at / rows, at % rows);
-        let prompt = if stage == Stage::Vision { 0 } else { shape.prompt_tokens - sample % 3 };
-        let real = (sample % shape.cameras + 1) * tokens + prompt;
+        let [cameras, prompt] = lengths[sample];
+        let real = cameras * tokens + if stage == Stage::Vision { 0 } else { prompt };
         row < real || (row >= prefix && stage == Stage::Denoise)
     };
     let pick = |values: Vec<f32>| {
