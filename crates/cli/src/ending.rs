@@ -1,16 +1,17 @@
-//! The end of `serve`, after its connections: what was recorded is written, devices stop. Each has
-//! a limit, so that all of it fits a grace of 30 s; what has not come back by then (a long run, a
-//! model that loads or warms, a swap) ends with the process.
+//! The end of `serve`: at once before it listens; after its connections what was recorded is
+//! written, and devices stop. Each has a limit, so that all of it fits a grace of 30 s; what has
+//! not come back by then (a long run, a model that loads or warms, a swap) ends with the process.
 
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
-use pirouette_server::Recorder;
+use pirouette_server::{Recorder, Termination};
 use tokio::runtime::Runtime;
-use tokio::task::spawn_blocking;
+use tokio::task::{JoinHandle, spawn_blocking};
 use tokio::time::timeout;
 
+use crate::log;
 use crate::service::PolicyService;
 
 /// For the recorder, whose queue may hold 256 MiB.
@@ -24,6 +25,20 @@ const TASKS: Duration = Duration::from_secs(1);
 
 /// For devices to give their memory back.
 const DEVICES: Duration = Duration::from_secs(3);
+
+/// Ends the process at SIGTERM or Ctrl-C while there is nothing to drain: until it is aborted.
+///
+/// # Panics
+/// Outside a Tokio runtime.
+pub fn at_once() -> JoinHandle<()> {
+    let mut termination = Termination::new();
+    tokio::spawn(async move {
+        termination.told().await;
+        log::note("pirouette: ended before anything was served");
+        log::flush();
+        std::process::exit(0);
+    })
+}
 
 /// Writes what was recorded, and lets running batches end.
 pub async fn settle(service: &Arc<PolicyService>, recorder: Option<Arc<Recorder>>) {

@@ -12,6 +12,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 
 /// Most bytes that wait to be written. What must not be lost, panics and the last word, may take as
 /// many again.
@@ -22,6 +25,9 @@ const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Of this process, once its log has been started.
 static QUEUE: OnceLock<Arc<Queue>> = OnceLock::new();
+
+/// Of the log, once it has been started.
+static FORMAT: OnceLock<LogFormat> = OnceLock::new();
 
 /// The form of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
@@ -43,7 +49,9 @@ pub fn start(format: LogFormat) -> io::Result<()> {
     let thread = std::thread::Builder::new().name("log".into());
     thread.spawn(move || writer.write(io::stderr(), tell_lost))?;
     QUEUE.get_or_init(|| queue);
-    let filter = filter(std::env::var("PIROUETTE_LOG").ok().as_deref());
+    FORMAT.get_or_init(|| format);
+    let wanted = std::env::var("PIROUETTE_LOG").ok();
+    let filter = filter(wanted.as_deref());
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(move || Line(Arc::clone(&lines)))
@@ -53,6 +61,9 @@ pub fn start(format: LogFormat) -> io::Result<()> {
     match format {
         LogFormat::Text => lines.init(),
         LogFormat::Json => lines.json().flatten_event(true).init(),
+    }
+    if let Some(mistake) = wanted.as_deref().and_then(mistake) {
+        tell(&format!("{mistake}\n"));
     }
     Ok(())
 }
@@ -70,6 +81,22 @@ fn filter(wanted: Option<&str>) -> EnvFilter {
     }
 }
 
+/// What is odd about a filter: a word that is no level names a module, and nothing else is told.
+fn mistake(wanted: &str) -> Option<String> {
+    const REMEDY: &str = "levels are off, error, warn, info, debug and trace, as in \
+                          `info,pirouette::request=debug`";
+    if let Err(error) = wanted.parse::<EnvFilter>() {
+        return Some(format!(
+            "PIROUETTE_LOG is not understood, `info` is told ({error}): {REMEDY}"
+        ));
+    }
+    let known = |word: &str| word.parse::<LevelFilter>().is_ok() || word.starts_with("pirouette");
+    let bare = |word: &&str| !word.is_empty() && !word.contains(['=', '[', ':']);
+    let mut words = wanted.split(',').map(str::trim).filter(bare);
+    let odd = words.find(|word| !known(word))?;
+    Some(format!("PIROUETTE_LOG: `{odd}` is no level, and tells nothing of the server: {REMEDY}"))
+}
+
 fn tell_lost(lines: u64) {
     tracing::warn!(lines, "lines of the log are lost: standard error was full");
 }
@@ -77,10 +104,24 @@ fn tell_lost(lines: u64) {
 /// Tells what must not be lost, also where no log was started.
 pub fn tell(text: &str) {
     match QUEUE.get() {
+        Some(queue) if FORMAT.get() == Some(&LogFormat::Json) => {
+            queue.push(object(text).as_bytes(), true);
+        }
         Some(queue) => queue.push(text.as_bytes(), true),
         // There is nowhere else to say that it can't be said.
         None => drop(io::stderr().write_all(text.as_bytes())),
     }
+}
+
+/// A text as a line of a log in JSON.
+fn object(text: &str) -> String {
+    let mut timestamp = String::new();
+    // A clock that can't be written leaves the line without its time.
+    let _ = SystemTime.format_time(&mut Writer::new(&mut timestamp));
+    let line = serde_json::json!({
+        "timestamp": timestamp, "level": "ERROR", "message": text.trim(), "target": "pirouette",
+    });
+    line.to_string() + "\n"
 }
 
 /// Tells one line beside the results. Nobody may be there to read it: that costs no result.
@@ -260,6 +301,32 @@ mod tests {
             let debug = wanted == Some("pirouette::log");
             assert_eq!(told.contains("not asked for"), debug, "{wanted:?}: {told}");
         }
+    }
+
+    #[test]
+    fn a_filter_that_tells_nothing_is_told() {
+        for good in ["", "info", "off", "WARN", "info,pirouette::request=debug", "pirouette::log"] {
+            assert_eq!(mistake(good), None, "{good}");
+        }
+        for (wrong, named) in [
+            ("warning", "`warning`"),
+            ("trce", "`trce`"),
+            ("info,pirouette::request=dbug", "is not understood"),
+            ("no=such=filter", "is not understood"),
+        ] {
+            let told = mistake(wrong).unwrap();
+            assert!(told.contains(named) && told.contains("debug and trace"), "{wrong}: {told}");
+        }
+    }
+
+    #[test]
+    fn a_last_word_is_an_object_too() {
+        let line = object("pirouette: no key:\n  is there\n");
+        assert_eq!(line.matches('\n').count(), 1, "{line}");
+        let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(line["message"], "pirouette: no key:\n  is there");
+        assert_eq!(line["level"], "ERROR");
+        assert!(line["timestamp"].as_str().unwrap().ends_with('Z'), "{line}");
     }
 
     #[test]

@@ -12,8 +12,8 @@ use pirouette_policy::config::names;
 use pirouette_policy::robots::Robot;
 use pirouette_policy::{Policy, PolicyConfig};
 use pirouette_server::{
-    ApiKeys, Dialect, Doors, Listener as _, RecordOptions, Recorder, ServeOptions, Service, Tls,
-    check_admin_exposure, check_exposure, check_lerobot_exposure,
+    ApiKeys, Dialect, Doors, Listener as _, RecordOptions, Recorder, ServeOptions, Service,
+    Termination, Tls, check_admin_exposure, check_exposure, check_lerobot_exposure,
 };
 
 use crate::args::{at_least_one, host};
@@ -118,11 +118,14 @@ fn rate(text: &str) -> Result<f64, String> {
 pub fn run(args: &ServeArgs) -> Result<()> {
     log::start(args.open.log_format)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let context = runtime.enter();
     if args.api_key_file.is_some() || args.admin_key_file.is_some() || args.tls_cert.is_some() {
         // A reload while the model is still being opened must not be the server's end.
-        let _context = runtime.enter();
         pirouette_server::expect_hangup();
     }
+    let termination = Termination::new();
+    let opening = ending::at_once();
+    drop(context);
     let doors = doors(args);
     let serve = serve_options(args, &doors)?;
     let record = typed(args).1.map(|dir| RecordOptions {
@@ -135,7 +138,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     descriptors::raise((serve.max_connections + handshakes + 256) as u64);
     let service = load(&args.open, typed(args).0, |policy| check_clients(args, policy))?;
     let service = Arc::new(service);
-    let served = runtime.block_on(listen(doors, &service, serve, record));
+    opening.abort();
+    let served = runtime.block_on(listen(doors, &service, serve, record, termination));
     ending::leave(runtime, service);
     served
 }
@@ -210,6 +214,7 @@ async fn listen(
     service: &Arc<PolicyService>,
     mut options: ServeOptions,
     record: Option<RecordOptions>,
+    mut termination: Termination,
 ) -> Result<()> {
     let bind = async |address: SocketAddr, flag: &str| {
         pirouette_server::bind(address).await.with_context(|| {
@@ -257,7 +262,7 @@ async fn listen(
     let mut cause = None;
     let shutdown = async {
         tokio::select! {
-            () = pirouette_server::termination() => {}
+            () = termination.told() => {}
             Ok(why) = failure => cause = Some(why),
         }
     };
@@ -267,7 +272,7 @@ async fn listen(
     match cause {
         Some(why) => bail!("the model could not be loaded: {why}"),
         None if served.drained => tracing::info!("drained"),
-        None => tracing::warn!("some connections did not end in time"),
+        None => tracing::warn!("the time to drain was too short for some requests"),
     }
     Ok(())
 }
@@ -353,6 +358,22 @@ mod tests {
         }
         assert!(serve("pi05_droid --host localhost").host.is_loopback());
         assert_eq!(serve("pi05_droid --host ::1").host.to_string(), "::1");
+    }
+
+    /// What docs/operations.md starts services with: a service's user has no cache that a
+    /// tokenizer could be in.
+    #[test]
+    fn the_services_of_the_documentation_are_understood_and_name_a_tokenizer() {
+        let page = include_str!("../../../docs/operations.md");
+        let unit = page.split("ExecStart=/usr/local/bin/pirouette serve ").nth(1).unwrap();
+        let unit = unit.split("\n[").next().unwrap().replace("\\\n", " ");
+        let unit = unit.lines().next().unwrap().split_whitespace().collect::<Vec<_>>().join(" ");
+        let args = page.split("            - serve\n").nth(1).unwrap();
+        let args = args.lines().map_while(|line| line.strip_prefix("            - "));
+        for line in [unit, args.collect::<Vec<_>>().join(" ")] {
+            let args = serve(&line);
+            assert!(args.open.policy.tokenizer.is_some() && args.admin_port.is_some(), "{line}");
+        }
     }
 
     #[test]

@@ -142,8 +142,29 @@ impl PolicyService {
             extras.extend(rtc::model_actions(&model.policy, &answer));
         }
         let (model_ms, timing) = (answer.timing.run.total_ms, Some(answer.timing));
-        Ok(Reply { actions, model_ms, timing, extras })
+        let identity = context.identify.then(|| identity(&model));
+        Ok(Reply { actions, model_ms, timing, extras, identity })
     }
+}
+
+/// What a model computes with: its configuration, and the fingerprints of its devices.
+fn identity(model: &Model) -> serde_json::Value {
+    let devices = model.engine.stats().devices.into_iter().map(|device| {
+        let fingerprint = device.fingerprint.map(|f| format!("{f:016x}"));
+        serde_json::json!({ "name": device.name, "fingerprint": fingerprint })
+    });
+    let (c, table) = (model.policy.config(), &model.engine.options().tables[0]);
+    let mut identity = serde_json::json!({
+        "config": c.name,
+        "family": c.family.name(),
+        "horizon": c.horizon,
+        "steps": table.steps,
+        "devices": devices.collect::<Vec<_>>(),
+    });
+    if table.config.rope_bf16 {
+        identity["rope"] = "bf16".into();
+    }
+    identity
 }
 
 /// The noise a request asks for.
@@ -237,23 +258,7 @@ impl Service for PolicyService {
     }
 
     fn identity(&self) -> serde_json::Value {
-        let devices = self.model().engine.stats().devices.into_iter().map(|device| {
-            let fingerprint = device.fingerprint.map(|f| format!("{f:016x}"));
-            serde_json::json!({ "name": device.name, "fingerprint": fingerprint })
-        });
-        let model = self.model();
-        let (c, table) = (model.policy.config(), &model.engine.options().tables[0]);
-        let mut identity = serde_json::json!({
-            "config": c.name,
-            "family": c.family.name(),
-            "horizon": c.horizon,
-            "steps": table.steps,
-            "devices": devices.collect::<Vec<_>>(),
-        });
-        if table.config.rope_bf16 {
-            identity["rope"] = "bf16".into();
-        }
-        identity
+        identity(&self.model())
     }
 
     fn stats(&self) -> Option<StatsSnapshot> {

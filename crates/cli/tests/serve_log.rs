@@ -43,6 +43,30 @@ fn ask(port: u16, requests: usize, observation: Value) -> LoadReport {
     report.unwrap()
 }
 
+/// The server's own limits are above what these files allow.
+#[cfg(unix)]
+#[test]
+fn connections_that_find_no_file_are_told() {
+    use std::net::TcpStream;
+    let port = port::Port::free().unwrap();
+    let number = port.number.to_string();
+    let binary = env!("CARGO_BIN_EXE_pirouette");
+    let mut child = Command::new("sh")
+        .args(["-c", "ulimit -n 48; exec \"$0\" \"$@\"", binary, "serve", "pi0_libero"])
+        .args(["--device", "null", "--port", &number])
+        .env_remove("PIROUETTE_LOG")
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut log = BufReader::new(child.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let _served = Served(child);
+    assert!(log.any(|line| line.contains("ready after")));
+    let _held: Vec<_> =
+        (0..60).map(|_| TcpStream::connect(("127.0.0.1", port.number)).unwrap()).collect();
+    assert!(log.any(|line| line.contains("none can be accepted") && line.contains("ulimit -n")));
+}
+
 #[test]
 fn the_port_is_told_that_the_system_chose_and_long_prompts_do_not_fill_the_log() {
     let mut child = Command::new(env!("CARGO_BIN_EXE_pirouette"))

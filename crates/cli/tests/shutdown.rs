@@ -106,6 +106,20 @@ fn a_model_that_warms_up_holds_neither_its_clients_nor_the_process() {
     }
 }
 
+/// A container's first process ignores signals that it has no handler for.
+#[test]
+fn a_server_that_is_still_being_opened_ends_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let keys = folder.path().join("keys");
+    assert!(Command::new("mkfifo").arg(&keys).status().unwrap().success());
+    let flags = ["--device", "null:1:1", "--api-key-file", keys.to_str().unwrap()];
+    let mut served = Served::start(&flags);
+    // Opens once the server reads it, which waits for what is written.
+    let _writer = std::fs::File::options().write(true).open(&keys).unwrap();
+    served.terminate();
+    assert_eq!(served.ended().code(), Some(0), "by its own handler, not by the signal");
+}
+
 /// A reload (systemd's ExecReload) while files are still being read, which systemd would take for
 /// a clean end, after which it restarts nothing.
 #[test]

@@ -279,7 +279,19 @@ impl Engine {
             }
             let max_age = self.shared.options.canary.max_age;
             for device in state.devices.iter_mut().filter(|d| d.phase == Phase::Ready) {
-                if device.last_canary.is_some_and(|at| at.elapsed() <= max_age) {
+                let age = device.last_canary.map(|at| at.elapsed());
+                if age.is_some_and(|age| age <= max_age) {
+                    return Ok(());
+                }
+                // A canary waits for the run in hand, which the watchdog bounds. A probe need not,
+                // if the last one was young enough when that began: the next comes right after it.
+                let running = device.running.as_ref().map(|running| running.started.elapsed());
+                if let (Some(age), Some(running)) = (age, running)
+                    && age <= max_age + running
+                {
+                    if device.canary_waiters.is_empty() {
+                        device.canary_waiters.push(oneshot::channel().0);
+                    }
                     return Ok(());
                 }
                 let (sender, receiver) = oneshot::channel();

@@ -206,6 +206,23 @@ async fn the_canary_finds_a_changed_bit_and_a_reopened_device_is_checked_against
     assert!(engine.submit(request(1)).unwrap().await.is_ok());
 }
 
+/// On a CPU a run takes longer than a probe has.
+#[tokio::test]
+async fn a_probe_does_not_wait_for_a_run_that_began_when_the_canary_was_young() {
+    let mut options = rig::options(1);
+    options.canary.max_age = Duration::from_millis(100);
+    let engine = rig::engine(&[(1, 400.0)], options);
+    engine.wait_ready().await.unwrap();
+    let canaries = engine.stats().canaries;
+    let pending = engine.submit(request(1)).unwrap();
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let asked = Instant::now();
+    engine.readiness().await.unwrap();
+    assert!(asked.elapsed() < Duration::from_millis(100), "{:?}", asked.elapsed());
+    pending.await.unwrap();
+    eventually("the canary ran", || engine.stats().canaries == canaries + 1).await;
+}
+
 #[tokio::test]
 async fn a_fresh_canary_is_not_repeated() {
     let engine = rig::engine(&[(1, 0.1)], rig::options(1));

@@ -120,6 +120,7 @@ impl Service for NullService {
                 model_ms: answer.timing.run.total_ms,
                 timing: Some(answer.timing),
                 extras: seed.into_iter().chain(explained).collect(),
+                identity: None,
             })
         })
     }
@@ -236,13 +237,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let service = Arc::new(NullService { engine: engine(&arguments)?, dims });
     let listener = pirouette_server::bind(arguments.address).await?;
     println!("listening on {}", axum::serve::Listener::local_addr(&listener)?);
-    let served = pirouette_server::serve(
-        listener,
-        service,
-        arguments.serve,
-        pirouette_server::termination(),
-    )
-    .await;
+    let mut termination = pirouette_server::Termination::new();
+    let served =
+        pirouette_server::serve(listener, service, arguments.serve, termination.told()).await;
     println!("{}", if served.drained { "drained" } else { "gave up draining" });
     Ok(())
 }

@@ -11,12 +11,13 @@ use axum::http::{Method as HttpMethod, StatusCode, header};
 use axum::response::Response;
 use axum::serve::Listener;
 use bytes::Bytes;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::dashboard;
 use crate::http::{liveness, page_request, plain, readiness, rendered, unauthorized};
 use crate::pages::{self, Method, Page};
+use crate::places::Places;
 use crate::quota::Pass;
 use crate::serve::{Door, Shared, converse};
 
@@ -32,16 +33,16 @@ pub(crate) async fn listen<L: Listener>(
     shared: Arc<Shared>,
     draining: watch::Receiver<bool>,
 ) {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let mut places = Places::new(MAX_CONNECTIONS);
     let mut tasks = JoinSet::new();
     loop {
         tokio::select! {
             (io, _) = listener.accept() => {
-                let Ok(permit) = places.clone().try_acquire_owned() else {
+                let (own, draining) = (shared.clone(), draining.clone());
+                let converse = |place| converse(io, own, draining, Door::Admin, place);
+                if !places.spawn(&mut tasks, converse) {
                     shared.metrics.refused("admin_connections");
-                    continue;
-                };
-                tasks.spawn(converse(io, shared.clone(), draining.clone(), Door::Admin, permit));
+                }
             }
             Some(_) = tasks.join_next() => {}
         }

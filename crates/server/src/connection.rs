@@ -156,20 +156,23 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
             let mut record = RequestRecord::begin(self.number, message.len(), received, turn);
             let decoding = if waited { 0.0 } else { decode_ms };
             record.decoded = Some(turn + Duration::from_secs_f64(decoding / 1e3));
-            let mut exchange = Exchange { record, outcome: "", reply: Bytes::new() };
+            let mut exchange =
+                Exchange { record, outcome: "", reply: Bytes::new(), identity: None };
             let running = Running::begin(self.shared.clone());
             let busy = self.place.as_ref().map(Place::busy);
             let ended = match request {
-                Request::Openpi(request) => self.answer(request, &mut exchange, previous_ms).await,
+                Request::Openpi(request) => {
+                    self.answer(request, &mut exchange, decode_ms, previous_ms).await
+                }
                 Request::VlaEval(envelope) => self.act(envelope, &mut exchange, decode_ms).await,
             };
-            let Exchange { mut record, outcome, reply } = exchange;
+            let Exchange { mut record, outcome, reply, identity } = exchange;
             (record.sent, record.outcome) = (Instant::now(), outcome);
             drop((running, busy));
             previous_ms = Some(ms(began));
             carry::hand_back().await;
             if !outcome.is_empty() {
-                self.shared.finished(record, message, reply);
+                self.shared.finished(record, [message, reply], identity);
             }
             ended?;
         }

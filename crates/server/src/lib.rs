@@ -28,6 +28,7 @@ mod newest;
 mod options;
 mod pages;
 pub mod pickle;
+mod places;
 mod preparation;
 mod quota;
 mod recent;
@@ -39,6 +40,7 @@ mod seldom;
 mod serve;
 mod service;
 mod socket;
+mod termination;
 mod tls;
 mod trace;
 mod validity;
@@ -59,8 +61,9 @@ pub use reload::expect_hangup;
 pub use render::render_engine;
 pub use rtc::{LeftOver, RtcFields, Space};
 pub use seldom::Seldom;
-pub use serve::{Doors, Served, bind, serve, serve_doors, termination};
+pub use serve::{Doors, Served, bind, serve, serve_doors};
 pub use service::{
     Failure, GivenNoise, GpuReading, Reply, RequestContext, Service, ServiceError, ServiceFuture,
 };
+pub use termination::Termination;
 pub use tls::{Tls, TlsError};

@@ -48,6 +48,8 @@ pub(crate) struct Entry {
     pub(crate) request: Bytes,
     /// The answer's frame; of an error its text.
     pub(crate) reply: Bytes,
+    /// Of what answered; an error has none, and goes wherever is written.
+    pub(crate) identity: Option<Value>,
 }
 
 /// What answers requests, as JSON: configuration, steps, devices and the fingerprints of what

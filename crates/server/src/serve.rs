@@ -3,19 +3,22 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::extract::Request;
 use axum::http::{HeaderValue, header};
-use axum::serve::{Listener, ListenerExt};
+use axum::serve::Listener;
 use bytes::Bytes;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use pirouette_engine::EngineError;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::admin;
@@ -25,11 +28,13 @@ use crate::lerobot;
 use crate::metrics::Metrics;
 use crate::newest::Sessions;
 use crate::options::ServeOptions;
+use crate::places::{Place, Places};
 use crate::preparation::Preparation;
 use crate::recent::{Recent, RequestRecord};
 use crate::record;
 use crate::reload;
-use crate::service::Service;
+use crate::seldom::Seldom;
+use crate::service::{Service, ServiceError};
 
 /// What all connections share.
 pub(crate) struct Shared {
@@ -49,14 +54,49 @@ pub(crate) struct Shared {
     pub(crate) sessions: Sessions,
     /// Images of LeRobot clients that are stretched first.
     pub(crate) stretching: Preparation,
+    draining_since: OnceLock<Instant>,
+    /// Whether the drain left a request without its answer.
+    cut: AtomicBool,
 }
 
+/// What is left of the drain when requests that still run are given up.
+const FAREWELL: Duration = Duration::from_millis(500);
+
 impl Shared {
-    /// Remembers a request that is over; queues it with its frames where requests are recorded.
-    pub(crate) fn finished(&self, record: RequestRecord, request: Bytes, reply: Bytes) {
+    /// Remembers a request that is over; queues it with its frames where requests are recorded and
+    /// somebody was answered.
+    pub(crate) fn finished(
+        &self,
+        record: RequestRecord,
+        [request, reply]: [Bytes; 2],
+        identity: Option<serde_json::Value>,
+    ) {
         let record = self.recent.finished(record);
-        if let Some(recorder) = &self.options.recorder {
-            recorder.offer(record::Entry { record, request, reply });
+        if let Some(recorder) = self.options.recorder.as_ref().filter(|_| !reply.is_empty()) {
+            recorder.offer(record::Entry { record, request, reply, identity });
+        }
+    }
+
+    /// Awaits a service until just before the drain gives up: time is left to say so, and to close.
+    pub(crate) async fn before_the_end<T>(
+        &self,
+        mut draining: watch::Receiver<bool>,
+        work: impl Future<Output = T>,
+    ) -> Result<T, ServiceError> {
+        let end = async {
+            // The channel closes only when the server is dropped.
+            let _ = draining.wait_for(|draining| *draining).await;
+            let began = self.draining_since.get().copied().unwrap_or_else(Instant::now);
+            let time = self.options.drain_timeout;
+            sleep_until(began + time - FAREWELL.min(time / 4)).await;
+        };
+        tokio::select! {
+            biased;
+            done = work => Ok(done),
+            () = end => {
+                self.cut.store(true, Relaxed);
+                Err(EngineError::Draining.into())
+            }
         }
     }
 
@@ -92,7 +132,7 @@ pub(crate) enum Door {
 /// How serving ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Served {
-    /// Whether all connections ended by themselves within the drain time.
+    /// Whether all requests were answered and all connections ended within the drain time.
     pub drained: bool,
 }
 
@@ -103,34 +143,47 @@ pub struct Served {
 pub async fn bind(
     address: SocketAddr,
 ) -> std::io::Result<impl Listener<Io = TcpStream, Addr = SocketAddr>> {
-    let listener = TcpListener::bind(address).await?;
-    Ok(listener.tap_io(|stream| {
-        // Answers are one small packet: waiting for more would cost up to 40 ms. A socket that
-        // refuses is served all the same.
-        let _ = stream.set_nodelay(true);
-    }))
+    Ok(Bound(TcpListener::bind(address).await?))
 }
 
-/// Resolves at SIGTERM or Ctrl-C, for [`serve`]'s `shutdown`.
-pub async fn termination() {
-    let interrupt = tokio::signal::ctrl_c();
-    #[cfg(unix)]
-    {
-        use tokio::signal::unix::{SignalKind, signal};
-        match signal(SignalKind::terminate()) {
-            Ok(mut terminate) => {
-                tokio::select! {
-                    _ = interrupt => {}
-                    _ = terminate.recv() => {}
+/// How long a listener that can't accept waits: for another connection to give its file back.
+const NO_FILES: Duration = Duration::from_millis(200);
+
+struct Bound(TcpListener);
+
+impl Listener for Bound {
+    type Io = TcpStream;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (TcpStream, SocketAddr) {
+        use std::io::ErrorKind::{ConnectionAborted, ConnectionReset};
+        loop {
+            match self.0.accept().await {
+                Ok((stream, address)) => {
+                    // Answers are one small packet: waiting for more would cost up to 40 ms. A
+                    // socket that refuses is served all the same.
+                    let _ = stream.set_nodelay(true);
+                    return (stream, address);
                 }
-                return;
+                Err(error) if matches!(error.kind(), ConnectionAborted | ConnectionReset) => {}
+                Err(error) => {
+                    static LINE: Seldom = Seldom::new();
+                    if let Some(unsaid) = LINE.pass() {
+                        tracing::error!(
+                            %error,
+                            unsaid,
+                            "connections wait, since none can be accepted: if open files are too \
+                             many, raise their limit (`ulimit -n`, systemd's LimitNOFILE)"
+                        );
+                    }
+                    tokio::time::sleep(NO_FILES).await;
+                }
             }
-            Err(error) => tracing::warn!(%error, "SIGTERM is not handled, Ctrl-C is"),
         }
     }
-    // Without a handler nothing can ask us to stop gracefully.
-    if interrupt.await.is_err() {
-        std::future::pending::<()>().await;
+
+    fn local_addr(&self) -> std::io::Result<SocketAddr> {
+        self.0.local_addr()
     }
 }
 
@@ -146,8 +199,8 @@ pub async fn serve<L: Listener>(
 }
 
 /// Serves until `shutdown` resolves, then drains: not ready, no new websockets, requests in
-/// flight are answered, every connection is closed with 1001. Connections that do not end within
-/// `drain_timeout` are dropped.
+/// flight are answered, every connection is closed with 1001. What still runs shortly before
+/// `drain_timeout` is refused; connections that do not end within it are dropped.
 pub async fn serve_doors<L: Listener>(
     doors: Doors<L>,
     service: Arc<dyn Service>,
@@ -156,7 +209,7 @@ pub async fn serve_doors<L: Listener>(
 ) -> Served {
     let Doors { public: mut listener, admin, lerobot } = doors;
     let slots = Arc::new(Semaphore::new(options.max_connections.min(Semaphore::MAX_PERMITS)));
-    let handshakes = Arc::new(Semaphore::new(options.max_handshakes.min(Semaphore::MAX_PERMITS)));
+    let mut handshakes = Places::new(options.max_handshakes);
     // The thread ends with this function.
     let (_thread, busy) = match options.busy_poll {
         Duration::ZERO => (None, None),
@@ -179,6 +232,8 @@ pub async fn serve_doors<L: Listener>(
         busy,
         sessions: Sessions::default(),
         stretching: Preparation::per_core(),
+        draining_since: OnceLock::new(),
+        cut: AtomicBool::new(false),
     });
     let (drain, draining) = watch::channel(false);
     let (life, mut lives) = mpsc::channel::<()>(1);
@@ -200,20 +255,23 @@ pub async fn serve_doors<L: Listener>(
     loop {
         tokio::select! {
             () = &mut shutdown, if life.is_some() => {
+                let now = *shared.draining_since.get_or_init(Instant::now);
                 drain.send_replace(true);
-                give_up = Some(Instant::now() + shared.options.drain_timeout);
+                give_up = Some(now + shared.options.drain_timeout);
                 life = None;
             }
             // All senders gone: every websocket has ended.
-            _ = lives.recv(), if life.is_none() => return Served { drained: true },
+            _ = lives.recv(), if life.is_none() => {
+                return Served { drained: !shared.cut.load(Relaxed) };
+            }
             () = at(give_up) => return Served { drained: false },
             (io, _) = listener.accept() => {
-                let Ok(permit) = handshakes.clone().try_acquire_owned() else {
-                    shared.metrics.refused("handshakes");
-                    continue;
-                };
                 let door = Door::Public(weak.clone());
-                tasks.spawn(converse(io, shared.clone(), draining.clone(), door, permit));
+                let (own, draining) = (shared.clone(), draining.clone());
+                let converse = |place| converse(io, own, draining, door, place);
+                if !handshakes.spawn(&mut tasks, converse) {
+                    shared.metrics.refused("handshakes");
+                }
             }
             Some(_) = tasks.join_next() => {}
         }
@@ -234,16 +292,16 @@ pub(crate) async fn converse<Io>(
     shared: Arc<Shared>,
     draining: watch::Receiver<bool>,
     door: Door,
-    _permit: OwnedSemaphorePermit,
+    place: Place,
 ) where
     Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let until = Instant::now() + shared.options.handshake_timeout;
     let Some(tls) = shared.options.tls.clone() else {
-        return request(io, shared, draining, door, until).await;
+        return request(io, shared, draining, door, place, until).await;
     };
     match timeout_at(until, tls.accept(io)).await {
-        Ok(Ok(stream)) => request(stream, shared, draining, door, until).await,
+        Ok(Ok(stream)) => request(stream, shared, draining, door, place, until).await,
         Ok(Err(error)) => {
             shared.metrics.refused("tls");
             tracing::debug!(%error, "TLS handshake failed");
@@ -258,6 +316,7 @@ async fn request<Io>(
     shared: Arc<Shared>,
     draining: watch::Receiver<bool>,
     door: Door,
+    place: Place,
     until: Instant,
 ) where
     Io: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -272,6 +331,7 @@ async fn request<Io>(
         }
     };
     let answer = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+        place.asked();
         let (shared, draining, door) = (shared.clone(), draining.clone(), door.clone());
         let answered = answered.clone();
         async move {

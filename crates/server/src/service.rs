@@ -133,6 +133,8 @@ pub struct RequestContext {
     /// The other observations of its frame. Goes with the request to the engine, so that they run
     /// together; whoever keeps it longer keeps them waiting.
     pub company: Option<Company>,
+    /// The answer is recorded: [`Reply::identity`] is wanted.
+    pub identify: bool,
 }
 
 impl RequestContext {
@@ -152,6 +154,7 @@ impl RequestContext {
             rtc: RtcFields::default(),
             decode_ms: 0.0,
             company: None,
+            identify: false,
         }
     }
 
@@ -216,6 +219,9 @@ pub struct Reply {
     /// Further keys, after openpi's own. Only scalars, strings and lists of them: openpi's chunk
     /// broker slices every array it finds (right for a chunk alone, one row an action).
     pub extras: Vec<(String, Value)>,
+    /// [`Service::identity`] of what answered, where the request asked for it: by the time it is
+    /// written down, another checkpoint may serve.
+    pub identity: Option<serde_json::Value>,
 }
 
 impl Reply {

@@ -162,18 +162,27 @@ async fn half_open_connections_end_and_do_not_hurt_the_others() {
 }
 
 #[tokio::test]
-async fn too_many_half_open_connections_are_dropped() {
+async fn too_many_half_open_connections_are_dropped_and_keep_nobody_out() {
     let server = Server::plain(ServeOptions { max_handshakes: 3, ..defaults() }).await;
+    let mut robot = server.client().await;
     let mut held = Vec::new();
     for _ in 0..3 {
-        held.push(server.tcp().await);
+        held.push(Raw(server.tcp().await));
     }
     tokio::time::sleep(Duration::from_millis(50)).await;
-    Raw(server.tcp().await).closed().await;
-    drop(held);
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    let (status, _, _) = server.get(&get("/healthz", "")).await;
-    assert_eq!(status, "HTTP/1.1 200 OK");
+    for oldest in 0..3 {
+        let (status, _, _) = server.get(&get("/livez", "")).await;
+        assert_eq!(status, "HTTP/1.1 200 OK", "the oldest made room");
+        if oldest == 0 {
+            held.remove(0).closed().await;
+            held.push(Raw(server.tcp().await));
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+    robot.ask(&[state(1.0)]).await;
+    assert_eq!(first_action(&robot.frame().await.map()), 1.0);
+    let (_, _, metrics) = server.get(&get("/metrics", "")).await;
+    assert!(metrics.contains("refused_total{reason=\"handshakes\"} "), "{metrics}");
 }
 
 #[tokio::test]
@@ -332,14 +341,51 @@ async fn a_drain_that_takes_too_long_is_given_up() {
     let options = ServeOptions { drain_timeout: Duration::from_millis(200), ..defaults() };
     let mut server = Server::plain(options).await;
     let mut busy = server.client().await;
-    busy.ask(&[state(1.0), ("sleep_ms", Value::Int(60_000))]).await;
+    for _ in 0..2 {
+        busy.ask(&[state(1.0), ("sleep_ms", Value::Int(60_000))]).await;
+    }
     eventually("running", || server.script.running.load(SeqCst) == 1).await;
     // A half-open connection does not hold up anything.
     let _half_open = server.tcp().await;
     server.shut_down();
     let started = Instant::now();
+    // The one that runs, and the one that was read ahead, are told before the connection ends.
+    for _ in 0..2 {
+        let frame = busy.frame().await;
+        let told = frame.text();
+        assert!(told.ends_with("RuntimeError: the server is shutting down\n"), "{told}");
+    }
+    assert_eq!(busy.frame().await.close(), (1001, "server is shutting down"));
+    busy.send(8, &1001u16.to_be_bytes()).await;
     let served = tokio::time::timeout(rig::PATIENCE, &mut server.task).await.unwrap().unwrap();
     assert!(!served.drained && started.elapsed() < Duration::from_secs(2));
+}
+
+#[tokio::test]
+async fn stages_are_counted_of_what_is_answered_and_requests_of_what_was_asked() {
+    let server = Server::plain(defaults()).await;
+    let mut client = server.client().await;
+    let one = Value::Map(vec![("state".into(), Value::Float(1.0))]);
+    client.ask(&[state(1.0)]).await;
+    client.frame().await.map();
+    client.ask(&[("batch", Value::List(vec![one; 3]))]).await;
+    client.frame().await.map();
+    client.ask(&[("prompt", text("busy"))]).await;
+    client.frame().await.text();
+    let asked = [state(1.0), ("sleep_ms", Value::Int(60_000))];
+    client.ask(&asked).await;
+    eventually("running", || server.script.running.load(SeqCst) == 1).await;
+    drop(client);
+    eventually("withdrawn", || server.script.running.load(SeqCst) == 0).await;
+    let (_, _, metrics) = server.get(&get("/metrics", "")).await;
+    for stage in ["decode", "infer", "encode", "total"] {
+        let count = format!("pirouette_request_seconds_count{{stage=\"{stage}\"}} 2\n");
+        assert!(metrics.contains(&count), "{count}{metrics}");
+    }
+    for (outcome, count) in [("ok", 4), ("overloaded", 1), ("gone", 1)] {
+        let line = format!("pirouette_requests_total{{outcome=\"{outcome}\"}} {count}\n");
+        assert!(metrics.contains(&line), "{line}{metrics}");
+    }
 }
 
 #[tokio::test]

@@ -30,7 +30,13 @@ impl Service for InTurn {
             match turn {
                 0 => {
                     let actions = NdArray::from_f64(vec![1, 1], &[0.5]).unwrap();
-                    Ok(Reply { actions, model_ms: 1.0, timing: None, extras: vec![] })
+                    Ok(Reply {
+                        actions,
+                        model_ms: 1.0,
+                        timing: None,
+                        extras: vec![],
+                        identity: None,
+                    })
                 }
                 1 => Err(ServiceError::exception("KeyError", "'state'")),
                 _ => Err(ServiceError::refusal("overloaded", "the queue is full")),

@@ -5,6 +5,7 @@ mod rig;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
 
 use pirouette_policy::Value;
 use pirouette_server::{
@@ -111,6 +112,33 @@ async fn requests_are_written_as_they_came_and_run_again() {
         let mode = entry.unwrap().metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "for the owner alone");
     }
+}
+
+#[tokio::test]
+async fn an_answer_is_recorded_as_that_of_the_weights_that_made_it() {
+    let temporary = tempfile::tempdir().unwrap();
+    let dir = temporary.path().join("records");
+    let recorder = recorder(&dir, 1 << 30);
+    let options = ServeOptions { recorder: Some(recorder.clone()), ..ServeOptions::default() };
+    let server = Server::plain(options).await;
+    // The script's note stands for its weights: they are swapped while a request runs.
+    *server.script.note.lock().unwrap() = "old".into();
+    let (mut slow, mut quick) = (server.client().await, server.client().await);
+    slow.ask(&[state(1.0), ("sleep_ms", Value::Int(300))]).await;
+    rig::eventually("running", || server.script.running.load(SeqCst) == 1).await;
+    *server.script.note.lock().unwrap() = "new".into();
+    quick.ask(&[state(2.0)]).await;
+    quick.frame().await.map();
+    quick.ask(&[("prompt", text("busy"))]).await;
+    quick.frame().await.text();
+    slow.frame().await.map();
+    quiet(&server).await;
+    recorder.finish();
+    let mut of: Vec<_> = all(&dir).into_iter().map(|one| (one.outcome, one.identity)).collect();
+    of.sort_by_key(|(outcome, identity)| (outcome.clone(), identity.to_string()));
+    let (old, new) = (json!({ "note": "old" }), json!({ "note": "new" }));
+    let ok = || "ok".to_owned();
+    assert_eq!(of, [(ok(), new.clone()), (ok(), old), ("overloaded".into(), new)]);
 }
 
 #[tokio::test]

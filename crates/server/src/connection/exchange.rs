@@ -31,6 +31,8 @@ pub(super) struct Exchange {
     pub(super) outcome: &'static str,
     /// The frame or the text that it was answered with.
     pub(super) reply: Bytes,
+    /// Of what answered, where it is recorded.
+    pub(super) identity: Option<serde_json::Value>,
 }
 
 impl Exchange {
@@ -39,6 +41,7 @@ impl Exchange {
         self.record.inferred = Some(Instant::now());
         self.record.timing = reply.timing;
         self.record.seed = seed.or(reply.seed());
+        self.identity.clone_from(&reply.identity);
     }
 }
 
@@ -64,6 +67,7 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
         &mut self,
         request: Result<openpi::Request, ServiceError>,
         exchange: &mut Exchange,
+        decode_ms: f64,
         previous_ms: Option<f64>,
     ) -> Result<(), End> {
         let asked = Instant::now();
@@ -75,9 +79,8 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
                 return self.send(kind, &payload).await;
             }
             Ok(openpi::Request::Infer(one)) => {
-                self.shared.metrics.stage("decode").record_ms(one.1.decode_ms);
                 let seed = one.1.seed;
-                match self.infer(vec![Ok(*one)]).await?.remove(0) {
+                match self.infer(vec![Ok(*one)], exchange).await?.remove(0) {
                     Ok(reply) => {
                         exchange.inferred(&reply, seed);
                         self.done("ok", exchange);
@@ -87,7 +90,7 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
                 }
             }
             Ok(openpi::Request::Batch(observations)) => {
-                let results = self.infer(observations).await?;
+                let results = self.infer(observations, exchange).await?;
                 if let Some(reply) = results.iter().flatten().next() {
                     exchange.inferred(reply, None);
                 }
@@ -100,6 +103,7 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
                 openpi::batch_response(results, ms(asked), previous_ms)
             }
         };
+        self.shared.metrics.stage("decode").record_ms(decode_ms);
         self.shared.metrics.stage("infer").record_ms(ms(asked));
         match self.encode(&response) {
             Ok(bytes) => self.reply(bytes, exchange).await?,
@@ -161,13 +165,13 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
         }
         let received = exchange.record.received;
         let context = vla_eval::context(received, decode_ms);
-        self.shared.metrics.stage("decode").record_ms(decode_ms);
         let asked = Instant::now();
-        let reply = match self.infer(vec![Ok((Value::Map(observation), context))]).await?.remove(0)
-        {
+        let observations = vec![Ok((Value::Map(observation), context))];
+        let reply = match self.infer(observations, exchange).await?.remove(0) {
             Ok(reply) => reply,
             Err(error) => return Ok(Err(error)),
         };
+        self.shared.metrics.stage("decode").record_ms(decode_ms);
         self.shared.metrics.stage("infer").record_ms(ms(asked));
         exchange.inferred(&reply, None);
         if let Err(error) = self.chunk.fill(&reply.actions, self.shared.options.vla_eval_actions) {
@@ -180,18 +184,21 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
     }
 
     /// Asks the service for every observation at once: the engine makes batches of them. One
-    /// result each, in their order.
+    /// result each, in their order. Where the connection ends before, all are counted as gone.
     async fn infer(
         &mut self,
         mut observations: Vec<Asked>,
+        exchange: &mut Exchange,
     ) -> Result<Vec<Result<Reply, ServiceError>>, End> {
+        let recorded = self.shared.options.recorder.is_some();
+        observations.iter_mut().flatten().for_each(|(_, context)| context.identify = recorded);
         if observations.len() > 1 {
             let company = Company::default();
             let contexts = observations.iter_mut().flatten().map(|(_, context)| context);
             contexts.for_each(|context| context.company = Some(company.clone()));
         }
-        let service = self.shared.service.clone();
-        let service = &service;
+        let (shared, draining) = (self.shared.clone(), self.draining.clone());
+        let service = &shared.service;
         let n = observations.len();
         let pass = self.pass.as_ref();
         let _admission = match pass.map(|pass| pass.admit(Instant::now(), n)).transpose() {
@@ -211,7 +218,12 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
                 Err(failure)
             })
         };
-        self.while_listening(join_all(observations.into_iter().map(one))).await
+        let all = join_all(observations.into_iter().map(one));
+        let answered = self.while_listening(shared.before_the_end(draining, all)).await;
+        if answered.is_err() {
+            (0..n).for_each(|_| self.done("gone", exchange));
+        }
+        Ok(answered?.unwrap_or_else(|error| vec![Err(error); n]))
     }
 
     /// Counts a request by what became of it, and adds a line to the request log: never what was

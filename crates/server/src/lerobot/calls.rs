@@ -231,6 +231,7 @@ impl Robot {
         record.decoded = Some(record.began);
         let mut context = RequestContext::new(received);
         context.decode_ms = observed.decode_ms;
+        context.identify = self.shared.options.recorder.is_some();
         let observation = self.stretched(&observed, &context).await;
         let request = self.recorded(|| observation.clone().ok());
         let answer = match observation {
@@ -238,8 +239,10 @@ impl Robot {
             Err(error) => Err(error),
         };
         let metrics = &self.shared.metrics;
+        let mut identity = None;
         let (outcome, reply) = match &answer {
             Ok(reply) => {
+                identity.clone_from(&reply.identity);
                 record.inferred = Some(Instant::now());
                 (record.timing, record.seed) = (reply.timing, reply.seed());
                 ("ok", self.recorded(|| Some(openpi::response(reply.clone(), 0.0, None))))
@@ -264,7 +267,7 @@ impl Robot {
             ms = (ms(received) * 1e3).round() / 1e3,
         );
         let record = RequestRecord { sent: Instant::now(), outcome, ..record };
-        self.shared.finished(record, request, reply);
+        self.shared.finished(record, [request, reply], identity);
         let pickle = pickle?;
         taken.answered();
         Ok(wire::actions(&pickle))
@@ -297,15 +300,16 @@ impl Robot {
         context: RequestContext,
     ) -> Result<Reply, ServiceError> {
         let metrics = &self.shared.metrics;
-        metrics.stage("decode").record_ms(context.decode_ms);
-        let asked = Instant::now();
+        let (asked, decode_ms) = (Instant::now(), context.decode_ms);
         // A bug in a service must end like any exception, not with a vanished connection.
         let work = AssertUnwindSafe(self.shared.service.infer(observation, context));
-        let reply = work.catch_unwind().await.unwrap_or_else(|_| {
+        let work = self.shared.before_the_end(self.draining.clone(), work.catch_unwind());
+        let reply = work.await?.unwrap_or_else(|_| {
             let mut failure = ServiceError::exception("RuntimeError", "internal error");
             failure.reason = "internal";
             Err(failure)
         })?;
+        metrics.stage("decode").record_ms(decode_ms);
         metrics.stage("infer").record_ms(ms(asked));
         Ok(reply)
     }

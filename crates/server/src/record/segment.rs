@@ -90,7 +90,10 @@ impl Folder {
         if self.paused.is_some_and(|until| Instant::now() < until) {
             return Err(std::io::Error::other("the disk failed a moment ago"));
         }
-        let written = self.try_write(entry, identity());
+        // A checkpoint may be swapped while an answer is made: its own segment says which it was.
+        let open = self.open.as_ref().map(|segment| &segment.identity);
+        let identity = entry.identity.as_ref().or(open).cloned().unwrap_or_else(identity);
+        let written = self.try_write(entry, identity);
         self.paused = written.is_err().then(|| Instant::now() + PAUSE);
         written
     }
@@ -273,7 +276,7 @@ mod tests {
     fn entry() -> Entry {
         let now = Instant::now();
         let record = RequestRecord::begin(1, 4, now, now);
-        Entry { record, request: "asks".into(), reply: "told".into() }
+        Entry { record, request: "asks".into(), reply: "told".into(), identity: None }
     }
 
     fn folder(dir: &Path, limit_bytes: u64) -> Folder {

@@ -89,7 +89,7 @@ impl Service for Counting {
             let state = observation.get("observation.state").unwrap().to_array().unwrap();
             let actions = actions(&state.to_f64().unwrap());
             let actions = NdArray::from_f64(vec![5, 6], &actions).unwrap();
-            Ok(Reply { actions, model_ms: 1.0, timing: None, extras: vec![] })
+            Ok(Reply { actions, model_ms: 1.0, timing: None, extras: vec![], identity: None })
         })
     }
 

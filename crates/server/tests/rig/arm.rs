@@ -79,7 +79,13 @@ impl Service for Arm {
             let explained = context.explain.then(|| timing(&context, &spans, &answer.timing));
             let model_ms = answer.timing.run.total_ms;
             let timing = Some(answer.timing);
-            Ok(Reply { actions, model_ms, timing, extras: explained.into_iter().collect() })
+            Ok(Reply {
+                actions,
+                model_ms,
+                timing,
+                extras: explained.into_iter().collect(),
+                identity: None,
+            })
         })
     }
 

@@ -119,6 +119,7 @@ impl Service for EngineService {
                 model_ms: answer.timing.run.total_ms,
                 timing: Some(answer.timing),
                 extras: seed.into_iter().collect(),
+                identity: None,
             })
         })
     }

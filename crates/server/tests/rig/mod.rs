@@ -68,6 +68,8 @@ impl Service for Script {
             let mut guard = Withdrawal(self, false);
             let Value::Map(map) = observation else { panic!("the server promised a map") };
             let get = |key: &str| map.iter().find(|(k, _)| k == key).map(|(_, v)| v.clone());
+            let note = String::from_utf8_lossy(&self.note.lock().unwrap()).into_owned();
+            let identity = context.identify.then(|| serde_json::json!({ "note": note }));
             if let Some(Value::Int(ms)) = get("sleep_ms") {
                 tokio::time::sleep(Duration::from_millis(ms as u64)).await;
             }
@@ -102,7 +104,7 @@ impl Service for Script {
             let actions = NdArray { dtype: Scalar::F64, shape: vec![rows, 7], data: data.into() };
             let extras = context.seed.map(|s| ("seed".to_string(), Value::Int(s.into())));
             let extras = extras.into_iter().collect();
-            Ok(Reply { actions, model_ms: 1.25, timing: None, extras })
+            Ok(Reply { actions, model_ms: 1.25, timing: None, extras, identity })
         })
     }
 
