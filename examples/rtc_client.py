@@ -17,12 +17,15 @@ from openpi_client import websocket_client_policy
 
 
 class RtcPolicy:
-    """One action per call; a new chunk is asked for once `refill` actions or fewer are left."""
+    """One action per call; a new chunk is asked for once `refill` actions or fewer are left, half
+    of the chunk unless told otherwise."""
 
-    def __init__(self, policy, hz: float, refill: int = 30, execution_horizon: int = 10):
+    def __init__(
+        self, policy, hz: float, refill: int | None = None, execution_horizon: int = 10
+    ):
         self.policy, self.hz = policy, hz
         self.refill, self.execution_horizon = refill, execution_horizon
-        self.actions = self.model_actions = None  # the chunk in execution, for robot and model
+        self.actions = None  # the chunk in execution
         self.next = 0  # its first action that was not yet executed
         self.executed = 0  # actions executed in all
         self.slowest = 0.0  # seconds of the slowest answer so far
@@ -39,7 +42,8 @@ class RtcPolicy:
                 raise self.error
         with self.lock:
             left = len(self.actions) - self.next
-            if left <= self.refill and not (self.running and self.running.is_alive()):
+            refill = len(self.actions) // 2 if self.refill is None else self.refill
+            if left <= refill and not (self.running and self.running.is_alive()):
                 work = threading.Thread(target=self._replace, args=(observation,), daemon=True)
                 self.running = work
                 work.start()
@@ -49,12 +53,14 @@ class RtcPolicy:
         return action
 
     def _replace(self, observation: dict):
-        request = observation | {"return_model_actions": True}
+        request = dict(observation)
         with self.lock:
             asked_at = self.executed
-            if self.model_actions is not None:
+            if self.actions is not None:
+                # As the robot takes them: only so can the server read those that are relative to
+                # the state of then against the state of now.
                 request |= {
-                    "prev_chunk_left_over": self.model_actions[self.next :],
+                    "prev_chunk_left_over_actions": self.actions[self.next :],
                     "inference_delay": math.ceil(self.slowest * self.hz),
                     "execution_horizon": self.execution_horizon,
                 }
@@ -66,7 +72,7 @@ class RtcPolicy:
             return
         with self.lock:
             self.slowest = max(self.slowest, time.monotonic() - started)
-            self.actions, self.model_actions = answer["actions"], answer["model_actions"]
+            self.actions = answer["actions"]
             self.next = self.executed - asked_at  # what was executed meanwhile is past
             self.chunks += 1
 
