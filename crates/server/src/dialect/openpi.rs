@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use pirouette_policy::Value;
+use pirouette_policy::{Value, reserved};
 
 use crate::fields;
 use crate::service::{Reply, RequestContext, ServiceError};
@@ -21,9 +21,8 @@ pub(crate) enum Request {
     Reset,
 }
 
-/// Optional keys that may stand beside `batch`, for all of its observations.
-const SHARED_KEYS: [&str; 6] =
-    ["seed", "deadline_ms", "num_steps", "explain", "newest_wins", "session"];
+/// Optional keys of an observation that no other can share.
+const OWN_KEYS: [&str; 3] = ["noise", "prev_chunk_left_over", "prev_chunk_left_over_actions"];
 
 /// RoboArena counts external cameras from 0 or from 1; DROID's policies read the one called 1.
 const CAMERA_0: &str = "observation/exterior_image_0_left";
@@ -36,11 +35,16 @@ pub(crate) fn read(
     most: usize,
     endpoints: bool,
 ) -> Result<Request, ServiceError> {
-    if endpoints && endpoint(&mut map)? {
-        return Ok(Request::Reset);
+    if endpoints {
+        if endpoint(&mut map)? {
+            return Ok(Request::Reset);
+        }
+        camera_1(&mut map);
     }
     // nil counts as absent, as it does for the keys that `fields` reads.
-    map.retain(|(key, value)| *value != Value::Nil || !["batch", "noise"].contains(&&**key));
+    map.retain(|(key, value)| {
+        *value != Value::Nil || (key != "batch" && !OWN_KEYS.contains(&&**key))
+    });
     let Some(at) = map.iter().position(|(key, _)| key == "batch") else {
         let context = fields::take(&mut map, received)?;
         return Ok(Request::Infer(Box::new((Value::Map(map), context))));
@@ -52,14 +56,19 @@ pub(crate) fn read(
         let n = observations.len();
         return Err(wrong(format!("`batch` holds {n} observations: 1 to {most} are accepted")));
     }
-    if map.iter().any(|(key, _)| key == "noise") {
-        return Err(wrong("`noise` belongs into each observation of `batch`".into()));
+    if let Some((key, _)) = map.iter().find(|(key, _)| OWN_KEYS.contains(&&**key)) {
+        return Err(wrong(format!("`{key}` belongs into each observation of `batch`")));
     }
     // Whatever else stands there is ignored, as openpi ignores keys it doesn't know.
-    map.retain(|(key, _)| SHARED_KEYS.contains(&key.as_str()));
+    map.retain(|(key, _)| reserved::REQUEST.iter().chain(&reserved::RTC).any(|known| known == key));
     // What is wrong with a shared key is wrong with the whole frame.
     fields::take(&mut map.clone(), received)?;
-    let each = |(i, observation)| one_of_batch(i, observation, &map, received);
+    let each = |(i, mut observation)| {
+        if let (true, Value::Map(own)) = (endpoints, &mut observation) {
+            camera_1(own);
+        }
+        one_of_batch(i, observation, &map, received)
+    };
     Ok(Request::Batch(observations.into_iter().enumerate().map(each).collect()))
 }
 
@@ -80,7 +89,9 @@ fn one_of_batch(
         return Err(wrong(format!("`{key}` belongs beside `batch`, not into an observation")));
     }
     for (key, value) in shared {
-        if !own.iter().any(|(known, value)| known == key && *value != Value::Nil) {
+        // A seed is of the noise: who brings that has none drawn.
+        let instead = |known: &str| known == key || (known == "noise" && key == "seed");
+        if !own.iter().any(|(known, value)| instead(known) && *value != Value::Nil) {
             own.push((key.clone(), value.clone()));
         }
     }
@@ -88,13 +99,17 @@ fn one_of_batch(
     Ok((Value::Map(own), context))
 }
 
-/// Takes `endpoint` out; whether it is a reset.
-fn endpoint(map: &mut Vec<(String, Value)>) -> Result<bool, ServiceError> {
-    if !map.iter().any(|(key, _)| key == CAMERA_1)
-        && let Some((key, _)) = map.iter_mut().find(|(key, _)| key == CAMERA_0)
+/// Calls the external camera 1 where there is none of that name.
+fn camera_1(observation: &mut [(String, Value)]) {
+    if !observation.iter().any(|(key, _)| key == CAMERA_1)
+        && let Some((key, _)) = observation.iter_mut().find(|(key, _)| key == CAMERA_0)
     {
         *key = CAMERA_1.into();
     }
+}
+
+/// Takes `endpoint` out; whether it is a reset.
+fn endpoint(map: &mut Vec<(String, Value)>) -> Result<bool, ServiceError> {
     let Some(at) = map.iter().position(|(key, _)| key == "endpoint") else { return Ok(false) };
     match map.remove(at).1 {
         Value::Nil => Ok(false),
@@ -200,6 +215,44 @@ mod tests {
     }
 
     #[test]
+    fn keys_of_real_time_chunking_beside_a_batch_count_as_inside() {
+        let keys = [
+            entry("inference_delay", Value::Int(3)),
+            entry("execution_horizon", Value::Int(7)),
+            entry("prefix_attention_schedule", text("exp")),
+            entry("max_guidance_weight", Value::Float(2.5)),
+            entry("rtc_mode", text("trained")),
+            entry("return_model_actions", Value::Bool(true)),
+        ];
+        let asked = |own: &[(String, Value)], beside: &[(String, Value)]| {
+            let batch = entry("batch", Value::List(vec![Value::Map(own.to_vec())]));
+            let map = beside.iter().cloned().chain([batch]).collect();
+            let Request::Batch(mut asked) = read_one(map, false).unwrap() else { panic!("batch") };
+            let (observation, context) = asked.remove(0).unwrap();
+            assert_eq!(observation, Value::Map(vec![]));
+            context.rtc
+        };
+        assert_eq!(asked(&[], &keys), asked(&keys, &[]));
+        assert_eq!(asked(&[], &keys).settings.delay, 3);
+        let other = [entry("inference_delay", Value::Int(1))];
+        assert_eq!(asked(&other, &keys).settings.delay, 1, "its own comes first");
+    }
+
+    #[test]
+    fn an_observation_with_noise_needs_no_shared_seed() {
+        let noise = Value::Array(pirouette_policy::NdArray::from_f64(vec![1, 1], &[0.5]).unwrap());
+        let own = |noise| Value::Map(vec![entry("noise", noise)]);
+        let both = vec![
+            entry("seed", Value::Int(9)),
+            entry("batch", Value::List(vec![own(noise), own(Value::Nil)])),
+        ];
+        let Request::Batch(asked) = read_one(both, false).unwrap() else { panic!("a batch") };
+        let contexts: Vec<_> = asked.iter().map(|asked| &asked.as_ref().unwrap().1).collect();
+        assert_eq!((contexts[0].seed, contexts[0].noise.is_some()), (None, true));
+        assert_eq!((contexts[1].seed, contexts[1].noise.is_some()), (Some(9), false));
+    }
+
+    #[test]
     fn nil_counts_as_absent() {
         let nil = |key| entry(key, Value::Nil);
         let alone = vec![entry("state", Value::Int(1)), nil("batch"), nil("noise"), nil("seed")];
@@ -209,6 +262,7 @@ mod tests {
         let batch = vec![
             entry("batch", Value::List(vec![own])),
             nil("noise"),
+            nil("prev_chunk_left_over"),
             nil("session"),
             entry("seed", Value::Int(9)),
         ];
@@ -224,7 +278,22 @@ mod tests {
             (Value::List(vec![]), None, "`batch` holds 0 observations: 1 to 3"),
             (Value::List(vec![empty(); 4]), None, "`batch` holds 4 observations"),
             (Value::List(vec![empty()]), Some(("seed", Value::Int(-1))), "`seed` must be"),
+            (
+                Value::List(vec![empty()]),
+                Some(("rtc_mode", Value::Int(1))),
+                "`rtc_mode` must be \"guided\"",
+            ),
             (Value::List(vec![empty()]), Some(("noise", Value::Int(1))), "`noise` belongs into"),
+            (
+                Value::List(vec![empty()]),
+                Some(("prev_chunk_left_over", Value::Int(1))),
+                "`prev_chunk_left_over` belongs into",
+            ),
+            (
+                Value::List(vec![empty()]),
+                Some(("prev_chunk_left_over_actions", Value::Int(1))),
+                "`prev_chunk_left_over_actions` belongs into",
+            ),
         ] {
             let map = [entry("batch", batch)].into_iter();
             let map = map.chain(beside.map(|(key, value)| entry(key, value))).collect();
@@ -255,6 +324,15 @@ mod tests {
         assert_eq!(observation(reset(), false), reset(), "openpi ignores it");
         let infer = vec![entry("endpoint", text("infer")), entry(CAMERA_0, Value::Nil)];
         assert_eq!(observation(infer, true), [entry(CAMERA_1, Value::Nil)]);
+        for (endpoints, want) in [(true, CAMERA_1), (false, CAMERA_0)] {
+            let own = Value::Map(vec![entry(CAMERA_0, Value::Int(1))]);
+            let batch = vec![entry("batch", Value::List(vec![own]))];
+            let Request::Batch(asked) = read_one(batch, endpoints).unwrap() else {
+                panic!("a batch")
+            };
+            let read = &asked[0].as_ref().unwrap().0;
+            assert_eq!(*read, Value::Map(vec![entry(want, Value::Int(1))]));
+        }
         let both = vec![entry(CAMERA_0, Value::Int(0)), entry(CAMERA_1, Value::Int(1))];
         assert_eq!(observation(both.clone(), true), both);
         let error = read_one(vec![entry("endpoint", text("stop"))], true).unwrap_err();
