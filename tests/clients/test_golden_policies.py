@@ -200,7 +200,8 @@ class GoldenPolicies(unittest.TestCase):
             (good | {"observation/joint_position": np.full(7, np.nan)}, "ValueError"),
             (good | {"observation/wrist_image_left": np.zeros((2, 2), np.uint8)}, "Error"),
             ({k: v for k, v in good.items() if k != "prompt"}, "ValueError: Prompt is required"),
-            (good | {"prev_chunk_left_over": np.zeros((16, 8))}, "ValueError: the previous chunk"),
+            (good | {"prev_chunk_left_over": np.zeros((16, 8))},
+             "ValueError: `prev_chunk_left_over` has shape [16, 8]; it must be [actions, 8]"),
             (good | {"inference_delay": -1}, "ValueError: `inference_delay` must be"),
         ]
         with Served("pi05_droid", "pi05_droid") as server:

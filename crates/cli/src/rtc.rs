@@ -2,6 +2,7 @@
 //! which the new one is tied; the model's chunk → the array a client cuts its next left-over from.
 
 use pirouette_engine::Answer;
+use pirouette_model::rtc::RtcError;
 use pirouette_model::{Config, PreviousChunk};
 use pirouette_policy::{NdArray, Policy, Prepared, Value};
 use pirouette_server::{RtcFields, ServiceError, Space};
@@ -22,27 +23,37 @@ pub fn previous_chunk(
     };
     let config = policy.config();
     let wrong = |message: String| ServiceError::exception("ValueError", message);
+    let (key, [rows, cols]) = (left.space.key(), left.shape);
+    let (dims, sizes) = (config.output_dims(), [config.horizon, config.action_dim]);
+    // Fewer columns would be drawn towards 0 in the missing ones.
+    let padded = left.space == Space::Model && cols == config.action_dim;
+    if rows > config.horizon || (cols != dims && !padded) {
+        let or = match left.space {
+            Space::Model => format!(" or [actions, {}]", config.action_dim),
+            Space::Robot => String::new(),
+        };
+        return Err(wrong(format!(
+            "`{key}` has shape [{rows}, {cols}]; it must be [actions, {dims}]{or} with at most {} \
+             actions",
+            config.horizon
+        )));
+    }
     let values = match left.space {
         Space::Model => left.values.iter().map(|v| *v as f32).collect(),
-        Space::Robot if left.shape[1] != config.output_dims() => {
-            return Err(wrong(format!(
-                "prev_chunk_left_over_actions has shape {:?}, the robot takes [actions, {}]",
-                left.shape,
-                config.output_dims()
-            )));
-        }
         Space::Robot => {
             policy.model_actions(prepared, &left.values).map_err(crate::service::refused)?
         }
     };
-    let sizes = [config.horizon, config.action_dim];
     let (settings, trained) = (&fields.settings, model.rtc_max_delay);
     let previous = match (fields.trained, settings.delay) {
         (false, _) => PreviousChunk::new(&values, left.shape, settings, sizes),
         (true, 0) => return Ok(None),
         (true, delay) => PreviousChunk::given(&values, left.shape, delay, trained, sizes),
     };
-    previous.map(Some).map_err(|e| wrong(e.to_string()))
+    previous.map(Some).map_err(|error| {
+        let delay = matches!(error, RtcError::Delay { .. });
+        wrong(format!("`{}`: {error}", if delay { "inference_delay" } else { key }))
+    })
 }
 
 /// The chunk before un-normalisation, cut to the robot's columns as LeRobot's left-overs are.
@@ -220,18 +231,27 @@ mod tests {
             ..Default::default()
         };
         for (fields, want) in [
-            (with([16, 8], Space::Model), "[16, 8], the model takes at most [15, 32]"),
-            (with([2, 33], Space::Model), "[2, 33], the model takes at most [15, 32]"),
-            (with([2, 7], Space::Robot), "[2, 7], the robot takes [actions, 8]"),
+            (with([16, 8], Space::Model), "`prev_chunk_left_over` has shape [16, 8]; it must be"),
+            (with([2, 33], Space::Model), "[2, 33]; it must be [actions, 8] or [actions, 32] with"),
+            (with([2, 9], Space::Model), "[2, 9]; it must be [actions, 8] or [actions, 32] with"),
+            (with([2, 7], Space::Model), "[actions, 32] with at most 15 actions"),
+            (with([2, 1], Space::Model), "`prev_chunk_left_over` has shape [2, 1]; it must be"),
+            (with([2, 7], Space::Robot), "`prev_chunk_left_over_actions` has shape [2, 7]; it"),
+            (with([2, 32], Space::Robot), "[2, 32]; it must be [actions, 8] with at most 15"),
+            (with([16, 8], Space::Robot), "`prev_chunk_left_over_actions` has shape [16, 8]; it"),
         ] {
             let error = served.infer(1, fields).unwrap_err();
             assert_eq!(error.python_type, "ValueError");
             assert!(error.message.contains(want), "{}", error.message);
         }
+        for whole in [with([15, 8], Space::Model), with([2, 32], Space::Model)] {
+            served.infer(1, whole).unwrap();
+        }
         let mut untrained = RtcFields { trained: true, ..with([2, 8], Space::Model) };
         untrained.settings.delay = 1;
         let error = served.infer(1, untrained).unwrap_err();
-        assert!(error.message.contains("the model was trained for 0 at most"), "{error}");
+        let want = "`inference_delay`: 1 actions can't be given: the model was trained for 0 at";
+        assert!(error.message.starts_with(want), "{error}");
         let empty = served.infer(1, with([0, 8], Space::Model)).unwrap();
         assert_eq!(empty.actions, served.infer(1, RtcFields::default()).unwrap().actions);
     }

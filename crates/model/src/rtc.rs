@@ -136,7 +136,7 @@ pub enum RtcError {
     /// Rows or columns.
     #[error(
         "the previous chunk has shape [{rows}, {cols}], the model takes at most \
-         [{horizon}, {action_dim}]: send the actions that were not yet executed, in model space"
+         [{horizon}, {action_dim}]"
     )]
     Shape {
         /// Rows given.

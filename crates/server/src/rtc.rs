@@ -42,6 +42,16 @@ pub enum Space {
     Robot,
 }
 
+impl Space {
+    /// The key of a request.
+    pub fn key(self) -> &'static str {
+        match self {
+            Space::Model => "prev_chunk_left_over",
+            Space::Robot => "prev_chunk_left_over_actions",
+        }
+    }
+}
+
 impl RtcFields {
     /// Takes one key; `None` if it is not one of these, else what its value must be if it isn't.
     pub(crate) fn take(&mut self, key: &str, value: &Value) -> Option<Result<(), String>> {
@@ -67,7 +77,7 @@ impl RtcFields {
                 if is_empty(value) {
                     return Ok(());
                 }
-                let robot = key == "prev_chunk_left_over_actions";
+                let robot = key == Space::Robot.key();
                 let space = if robot { Space::Robot } else { Space::Model };
                 if self.left_over.as_ref().is_some_and(|l| l.space != space) {
                     return Err("sent in model space or in the robot's, not in both".into());
