@@ -91,9 +91,12 @@ impl PolicyConfig {
         if dims == 0 || dims > columns {
             return wrong("robot.output_dims", format!("is {dims}; it must be 1 to {columns}"));
         }
-        if self.absolute_mask.len() > columns {
-            let n = self.absolute_mask.len();
-            return wrong("absolute", format!("covers {n} columns of only {columns}"));
+        self.robot.check().or_else(|problem| wrong("robot", problem))?;
+        let covered = self.absolute_mask.len();
+        if covered > dims {
+            let problem =
+                format!("covers {covered} columns, the robot receives {dims} (`output_dims`)");
+            return wrong("absolute", problem);
         }
         self.check_relative().or_else(|problem| wrong("absolute", problem))?;
         if self.discrete_state && self.family == Family::Pi0 {
@@ -106,19 +109,26 @@ impl PolicyConfig {
         if asset.starts_with('/') || asset.split(['/', '\\']).any(|part| part == "..") {
             return wrong("asset_id", format!("is `{asset}`; it must be a path below assets/"));
         }
-        self.robot.check().or_else(|problem| wrong("robot", problem))
+        let numbers = self.robot.exact_state_dims().unwrap_or(0);
+        if self.family == Family::Pi0 && numbers > columns {
+            let problem = format!(
+                "has {numbers} numbers, of which pi0 reads `action_dim`, {columns}, at most"
+            );
+            return wrong("robot.state", problem);
+        }
+        Ok(())
     }
 
     /// A difference must not reach a robot as a target. openpi pads the state to the model's
     /// width, LeRobot adds it as it is.
     fn check_relative(&self) -> Result<(), String> {
-        let mut sent = self.absolute_mask.iter().take(self.output_dims());
-        let last = sent.rposition(|&relative| relative);
-        let Some(last) = last.filter(|_| self.processing == Processing::Lerobot) else {
+        let Some(last) = self.absolute_mask.iter().rposition(|&relative| relative) else {
             return Ok(());
         };
         match self.robot.state_dims() {
             Some(dims) if last < dims => Ok(()),
+            // The statistics say how long it is.
+            None if self.processing == Processing::Openpi => Ok(()),
             Some(dims) => Err(format!(
                 "makes action column {last} relative to the state, which has {dims} numbers; leave \
                  the column out (in a LeRobot checkpoint: name the columns in `action_names` and \

@@ -84,8 +84,9 @@ enum RobotForm {
         #[serde(default = "yes")]
         adapt_to_pi: bool,
     },
-    Droid,
-    Libero,
+    // With braces: of a variant without them serde ignores every field.
+    Droid {},
+    Libero {},
     Generic {
         cameras: Vec<CameraForm>,
         state: Vec<StateForm>,
@@ -176,8 +177,8 @@ pub fn from_toml(text: &str) -> Result<PolicyConfig, ConfigError> {
 fn robot(form: RobotForm) -> Robot {
     match form {
         RobotForm::Aloha { adapt_to_pi } => Robot::Aloha { adapt_to_pi },
-        RobotForm::Droid => Robot::Droid,
-        RobotForm::Libero => Robot::Libero,
+        RobotForm::Droid {} => Robot::Droid,
+        RobotForm::Libero {} => Robot::Libero,
         RobotForm::Generic {
             cameras,
             state,
@@ -259,6 +260,20 @@ mod tests {
     }
 
     #[test]
+    fn every_kind_of_robot_refuses_fields_it_does_not_have() {
+        for kind in ["aloha", "droid", "libero", "generic"] {
+            let own = match kind {
+                "generic" => "output_dims=6\ncameras=[{key='c'}]\nstate=[{key='s'}]\n",
+                _ => "",
+            };
+            let text = format!("name='x'\nfamily='pi0'\nhorizon=50\n[robot]\nkind='{kind}'\n{own}");
+            from_toml(&text).unwrap_or_else(|e| panic!("{kind}: {e}"));
+            let error = from_toml(&(text + "state_unit='rad'\n")).unwrap_err().to_string();
+            assert!(error.contains("unknown field `state_unit`"), "{kind}: {error}");
+        }
+    }
+
+    #[test]
     fn what_would_fail_at_every_request_is_refused() {
         for key in ["noise", "session", "inference_delay", "batch"] {
             for own in ["observation/image", "observation/gripper_position"] {
@@ -271,6 +286,51 @@ mod tests {
         assert_eq!(from_toml(&more).unwrap().robot.cameras(), 3);
         let error = from_toml(&(more + &camera(4))).unwrap_err().to_string();
         assert!(error.contains("has 4 entries in `cameras`; it must be 1 to 3"), "{error}");
+    }
+
+    #[test]
+    fn sizes_that_can_not_work_together_are_refused_by_field() {
+        let changed = |changes: &[(&str, &str)]| {
+            changes.iter().fold(EXAMPLE.to_string(), |text, (from, to)| {
+                assert!(text.contains(from), "{from}");
+                text.replace(from, to)
+            })
+        };
+        let pi0 = ("family = \"pi05\"", "family = \"pi0\"");
+        let (norm, no_norm) = (("norm = \"quantile\"", ""), ("discrete_state = true", ""));
+        let (five, absolute) = ("dims = 5 ", "absolute = [5, -1]");
+        // The state beside the model's columns, which π0.5 reads as text.
+        let wide = (five, "dims = 32 ");
+        assert!(from_toml(&changed(&[wide])).is_ok());
+        for (changes, says) in [
+            (
+                &[pi0, norm, no_norm, wide][..],
+                "`robot.state` has 33 numbers, of which pi0 reads `action_dim`, 32",
+            ),
+            (&[(absolute, "absolute = [6]"), ("dims = 1\n", "")], ""),
+            (&[(absolute, "absolute = [6]")], ""),
+            (
+                &[(absolute, "absolute = [6]"), (five, "dims = 4 ")],
+                "`absolute` makes action column 5 relative to the state, which has 5 numbers",
+            ),
+            (
+                &[(absolute, "absolute = [5, -2]")],
+                "`absolute` covers 7 columns, the robot receives 6 (`output_dims`)",
+            ),
+            (&[(five, "dims = 0 ")], "the key `observation/joint_position` with `dims` 0; it must"),
+            (&[(five, "dims = 9999999 ")], "with `dims` 9999999; it must be 1 to 4096"),
+            (&[("\"observation/image\"", "\"a\\nb\"")], "key \"a\\nb\", which holds a control"),
+            (&[("\"observation/gripper_position\"", "\"\\u007f\"")], "which holds a control"),
+            (&[("prompt_key = \"prompt\"", "prompt_key = \"a\\tb\"")], "\"a\\tb\", which holds"),
+        ] {
+            match from_toml(&changed(changes)) {
+                Ok(_) => assert_eq!(says, "", "{changes:?}"),
+                Err(error) => {
+                    let error = error.to_string();
+                    assert!(!says.is_empty() && error.contains(says), "{changes:?}: {error}");
+                }
+            }
+        }
     }
 
     /// The model gets the cameras in the file's order, whatever they are called.

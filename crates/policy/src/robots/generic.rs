@@ -7,6 +7,8 @@ use crate::reserved;
 
 /// Most state keys of one robot.
 const MAX_KEYS: usize = 16;
+/// Most numbers of one state key.
+const MAX_DIMS: usize = 4096;
 
 /// A lab's own robot.
 #[derive(Clone, Debug, PartialEq)]
@@ -64,6 +66,17 @@ impl GenericRobot {
         }
         if keys.contains(&"") {
             return Err("has an empty key".into());
+        }
+        if let Some(key) = keys.iter().find(|key| key.contains(char::is_control)) {
+            return Err(format!("uses the key {key:?}, which holds a control character"));
+        }
+        let wrong = |dims: &usize| !(1..=MAX_DIMS).contains(dims);
+        if let Some((key, dims)) =
+            self.state.iter().find_map(|part| Some((&part.key, part.dims.filter(wrong)?)))
+        {
+            return Err(format!(
+                "has the key `{key}` with `dims` {dims}; it must be 1 to {MAX_DIMS}, or left out"
+            ));
         }
         if let Some(key) = keys.iter().find(|key| reserved::is(key)) {
             return Err(format!(

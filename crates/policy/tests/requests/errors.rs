@@ -340,12 +340,12 @@ fn a_state_of_any_length_is_as_long_as_its_statistics() {
 /// π0 has a column for each number of a state; π0.5 reads all of them as text, openpi's too.
 #[test]
 fn a_state_may_be_longer_than_the_actions_where_it_is_text() {
-    let robot = |family: &str, norm: &str| {
+    let robot = |family: &str, norm: &str, dims: &str| {
         let text = format!(
             "name = \"wide\"\nfamily = \"{family}\"\nhorizon = 10\nnorm = \"{norm}\"\n\
              asset_id = \"wide\"\n[robot]\nkind = \"generic\"\noutput_dims = 7\n\
              [[robot.cameras]]\nkey = \"image\"\nslot = \"base_0_rgb\"\nlayout = \"hwc\"\n\
-             [[robot.state]]\nkey = \"state\"\ndims = 40\n"
+             [[robot.state]]\nkey = \"state\"\n{dims}\n"
         );
         pirouette_policy::config::from_toml(&text).unwrap()
     };
@@ -354,7 +354,8 @@ fn a_state_may_be_longer_than_the_actions_where_it_is_text() {
     quantiles.set("q01", vec![-1.0; 40]);
     quantiles.set("q99", vec![1.0; 40]);
     stats.set("state", quantiles);
-    let policy = Policy::new(robot("pi05", "quantile"), &stats, crate::tokenizer(), 56).unwrap();
+    let wide = robot("pi05", "quantile", "dims = 40");
+    let policy = Policy::new(wide, &stats, crate::tokenizer(), 56).unwrap();
     let sample = sample_observation(policy.config(), 1);
     let long = policy.prepare(&sample).unwrap();
     assert_eq!(long.input.state.len(), 32, "the model's columns");
@@ -370,10 +371,11 @@ fn a_state_may_be_longer_than_the_actions_where_it_is_text() {
 
     let mut stats = NormStats::default();
     stats.set("state", z_score_of(40, 1.0));
-    let error = Policy::new(robot("pi0", "z_score"), &stats, crate::tokenizer(), 56).unwrap_err();
+    // Where the description does not say how long it is, the statistics or a request do.
+    let any = |norm: &str| robot("pi0", norm, "");
+    let error = Policy::new(any("z_score"), &stats, crate::tokenizer(), 56).unwrap_err();
     assert!(error.to_string().contains("covers 40 dimensions"), "{error}");
-    let plain =
-        Policy::new(robot("pi0", "identity"), &NormStats::default(), crate::tokenizer(), 56);
+    let plain = Policy::new(any("identity"), &NormStats::default(), crate::tokenizer(), 56);
     let error = plain.unwrap().prepare(&sample).unwrap_err().to_string();
     assert!(error.contains("40 numbers, the model reads 32"), "{error}");
 }
