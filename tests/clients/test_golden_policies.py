@@ -148,6 +148,42 @@ class GoldenPolicies(unittest.TestCase):
             run = subprocess.run(command, capture_output=True, text=True)
             self.assertEqual([len(row.split()) for row in run.stdout.splitlines()], [14] * 50)
 
+    def test_the_cpp_sample_answers_pings_and_outlives_its_server(self):
+        compiler = shutil.which("g++") or shutil.which("clang++")
+        if compiler is None:
+            self.skipTest("the C++ sample: no g++ or clang++")
+        with Served("pi0_aloha", "pi0_aloha") as server:
+            url = f"http://127.0.0.1:{server.port}/contract"
+            source = json.load(urllib.request.urlopen(url))["samples"]["cpp"]
+        with tempfile.TemporaryDirectory() as folder, socket.socket() as listener:
+            client = f"{folder}/client"
+            subprocess.run([compiler, "-std=c++17", "-o", client, "-x", "c++", "-"],
+                           input=source, text=True, check=True)
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            port = str(listener.getsockname()[1])
+            process = subprocess.Popen([client, "127.0.0.1", port], stderr=subprocess.PIPE)
+            connection = listener.accept()[0]
+            connection.settimeout(20)
+            receive = lambda n: connection.recv(n, socket.MSG_WAITALL)
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                head += receive(1)
+            connection.sendall(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+            for payload in [b"", b"x" * 125]:
+                connection.sendall(bytes([0x89, len(payload)]) + payload)
+                # The mask is zeros. Control frames have no longer form of their length.
+                pong = bytes([0x8A, 0x80 | len(payload), 0, 0, 0, 0]) + payload
+                self.assertEqual(receive(len(pong)), pong)
+            # The server goes away while the client is about to send.
+            process.send_signal(signal.SIGSTOP)
+            connection.sendall(bytes([0x82, 1, 0x80]))
+            connection.close()
+            process.send_signal(signal.SIGCONT)
+            errors = process.communicate(timeout=20)[1]
+            self.assertNotEqual(process.returncode, -signal.SIGPIPE)
+            self.assertIn(b"the connection broke", errors)
+
     def test_real_time_chunking_with_the_example(self):
         case = read(CASES / "pi05_droid" / "case.safetensors")
         request = observation(case, "pick up the cup") | {"seed": 5}

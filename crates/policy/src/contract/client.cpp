@@ -11,6 +11,10 @@
 #include <string>
 #include <vector>
 
+#ifndef MSG_NOSIGNAL  // macOS has an option of the socket instead
+#define MSG_NOSIGNAL 0
+#endif
+
 // msgpack, as much of it as a request needs; arrays as openpi's msgpack-numpy writes them.
 struct Packer {
     std::string out;
@@ -50,6 +54,10 @@ struct Socket {
         }
         freeaddrinfo(found);
         if (fd < 0) throw std::runtime_error("nobody listens there");
+#ifdef SO_NOSIGPIPE
+        int on = 1;
+        setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on);
+#endif
         write("GET / HTTP/1.1\r\nHost: " + std::string(host) +
               "\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
               "Sec-WebSocket-Key: c2FtcGxlIGNsaWVudCEhIQ==\r\n\r\n");
@@ -61,7 +69,8 @@ struct Socket {
     ~Socket() { close(fd); }
     void write(const std::string& s) {
         for (std::size_t at = 0; at < s.size();) {
-            auto n = ::write(fd, s.data() + at, s.size() - at);
+            // A server that is gone is an error here, not the end of the process by SIGPIPE.
+            auto n = ::send(fd, s.data() + at, s.size() - at, MSG_NOSIGNAL);
             if (n <= 0) throw std::runtime_error("the connection broke");
             at += n;
         }
@@ -77,7 +86,11 @@ struct Socket {
     }
     void send(int opcode, const std::string& payload) {
         Packer head;
-        head.byte(0x80 | opcode), head.byte(0x80 | 127), head.big_endian(payload.size(), 8);
+        auto n = payload.size();
+        int extended = n < 126 ? 0 : n < 65536 ? 2 : 8;  // no other form is allowed
+        head.byte(0x80 | opcode);
+        head.byte(0x80 | (extended == 0 ? static_cast<int>(n) : extended == 2 ? 126 : 127));
+        head.big_endian(n, extended);
         head.big_endian(0, 4);  // a mask of zeros leaves the payload as it is
         write(head.out + payload);
     }
