@@ -14,12 +14,14 @@ use crate::error::{PolicyError, python_tuple};
 use crate::value::{NdArray, Scalar, Value};
 use bytes::Bytes;
 use half::f16;
+use std::ops::RangeInclusive;
 
 /// Longest side of an image accepted; keeps Pillow's fixed-point sums inside 32 bits.
 pub const MAX_SIDE: usize = 1 << 16;
-/// A float image is meant to be within [0, 1]. Resizing filters overshoot a little, an image on
-/// the 0–255 scale far more.
-const FLOAT_LIMIT: f64 = 2.0;
+/// A float image is meant to be within [0, 1]. Resizing filters overshoot: OpenCV's bicubic one by
+/// 0.45 at most, whatever the picture. On other scales, [-1, 1] or 0 to 255, only pictures without
+/// dark pixels stay within this.
+const FLOAT_RANGE: RangeInclusive<f64> = -0.5..=1.5;
 
 /// Where the channel axis of an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -225,7 +227,7 @@ fn cannot_handle(key: &str, array: &NdArray, channels: usize, expected: &str) ->
 /// The floats of an image array, refused if they can't be colours.
 fn checked_floats(array: &NdArray, key: &str) -> Result<Vec<f64>, PolicyError> {
     let floats = array.to_f64().unwrap_or_default();
-    match floats.iter().find(|x| x.is_nan() || x.abs() > FLOAT_LIMIT) {
+    match floats.iter().find(|x| !FLOAT_RANGE.contains(x)) {
         None => Ok(floats),
         Some(x) => Err(PolicyError::value(
             format!("'{key}' contains the pixel value {x}"),
@@ -306,10 +308,16 @@ mod tests {
         assert!(parse(&Value::Nil, Layout::Auto).unwrap_err().message().contains("NoneType"));
         let empty = array(Scalar::U8, &[0, 5, 3], vec![]);
         assert!(parse(&empty, Layout::Auto).is_err());
-        for bad in [f32::NAN, f32::INFINITY, 200.0] {
-            let data = [0.0, bad, 1.0].iter().flat_map(|x: &f32| x.to_le_bytes()).collect();
-            let error = parse(&array(Scalar::F32, &[1, 1, 3], data), Layout::Auto).unwrap_err();
-            assert!(error.message().contains("'cam'"), "{error}");
+        let floats = |x: f32| {
+            let data = [0.0, x, 1.0].iter().flat_map(|x| x.to_le_bytes()).collect();
+            parse(&array(Scalar::F32, &[1, 1, 3], data), Layout::Auto)
+        };
+        for bad in [f32::NAN, f32::INFINITY, 200.0, 1.51, -0.51, -1.0] {
+            let error = floats(bad).unwrap_err();
+            assert!(error.message().contains("'cam' contains the pixel value"), "{error}");
+        }
+        for overshoot in [-0.45, 1.45] {
+            assert!(floats(overshoot).is_ok(), "{overshoot}");
         }
     }
 
