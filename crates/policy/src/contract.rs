@@ -156,9 +156,9 @@ pub fn contract(config: &PolicyConfig) -> Contract {
         ],
         prompt: PromptCard {
             format: match (config.discrete_state, lerobot) {
-                (true, _) => "Task: {instruction}, State: {digits};\\nAction: ",
-                (false, false) => "{instruction}\\n",
-                (false, true) => "{instruction as it is}\\n",
+                (true, _) => "Task: {instruction}, State: {digits};\nAction: ",
+                (false, false) => "{instruction}\n",
+                (false, true) => "{instruction as it is}\n",
             },
             default: config.default_prompt.clone(),
             max_tokens: config.max_token_len,
@@ -385,6 +385,7 @@ mod tests {
         let json = serde_json::to_value(&card).unwrap();
         assert_eq!(json["response"][0]["shape"], serde_json::json!(["10", "7"]));
         assert_eq!(json["prompt"]["state_reaches_model"], false);
+        assert_eq!(json["prompt"]["format"], "{instruction}\n");
         let card = contract(&named("pi0_aloha").unwrap());
         assert_eq!(card.normalisation.relative_columns.len(), 12);
         assert_eq!(card.observation[1].path, ["images", "cam_high"]);

@@ -90,7 +90,10 @@ fn sized(height: usize, width: usize) -> Result<(), String> {
     {
         return Ok(());
     }
-    Err(format!("it is {height} × {width} pixels; 1 to {MAX_PIXELS} in all are accepted"))
+    Err(format!(
+        "it is {height} × {width} pixels; at most {MAX_ENCODED_SIDE} a side and {MAX_PIXELS} in \
+         all are accepted"
+    ))
 }
 
 fn jpeg(bytes: &[u8]) -> Result<Decoded, String> {
@@ -266,11 +269,17 @@ mod tests {
     fn claimed_sizes_are_refused_before_memory_is_taken() {
         let mut png = file("camera.png");
         // IHDR: width and height after signature, length and type; a wrong checksum says so first.
-        png[16..24].copy_from_slice(&[0, 0, 0xFF, 0xFF, 0, 0, 0xFF, 0xFF]);
-        let sum = crc(&png[12..29]);
-        png[29..33].copy_from_slice(&sum.to_be_bytes());
-        let error = decode(&png).unwrap_err();
-        assert!(error.contains("65535 × 65535 pixels"), "{error}");
+        for (width, height) in [(0xFFFF_u32, 0xFFFF_u32), (0x1_0000, 1)] {
+            png[16..20].copy_from_slice(&width.to_be_bytes());
+            png[20..24].copy_from_slice(&height.to_be_bytes());
+            let sum = crc(&png[12..29]);
+            png[29..33].copy_from_slice(&sum.to_be_bytes());
+            let error = decode(&png).unwrap_err();
+            assert!(
+                error.contains(&format!("{height} × {width} pixels; at most 65535")),
+                "{error}"
+            );
+        }
         let mut jpeg = file("camera.jpg");
         let frame = jpeg.windows(2).position(|w| w == [0xFF, 0xC0]).unwrap();
         jpeg[frame + 5..frame + 9].copy_from_slice(&[0xFF, 0xF0, 0xFF, 0xF0]);
