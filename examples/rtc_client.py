@@ -59,9 +59,10 @@ class RtcPolicy:
             if self.actions is not None:
                 # As the robot takes them: only so can the server read those that are relative to
                 # the state of then against the state of now.
+                left = self.actions[self.next :]
                 request |= {
-                    "prev_chunk_left_over_actions": self.actions[self.next :],
-                    "inference_delay": math.ceil(self.slowest * self.hz),
+                    "prev_chunk_left_over_actions": left,
+                    "inference_delay": min(math.ceil(self.slowest * self.hz), len(left)),
                     "execution_horizon": self.execution_horizon,
                 }
         started = time.monotonic()
