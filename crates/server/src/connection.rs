@@ -331,10 +331,18 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
         }
     }
 
+    /// How long a ping may stay unanswered.
+    fn keepalive_timeout(&self) -> Duration {
+        match self.dialect {
+            Dialect::VlaEval => self.shared.options.vla_eval_keepalive_timeout,
+            _ => self.shared.options.keepalive_timeout,
+        }
+    }
+
     fn wake_at(&self) -> Instant {
         let options = &self.shared.options;
         let alive = match self.pinged {
-            Some(pinged) => pinged + options.keepalive_timeout,
+            Some(pinged) => pinged + self.keepalive_timeout(),
             None => self.last_heard + options.keepalive_interval,
         };
         match options.idle_timeout {
@@ -355,7 +363,7 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
             return Ok(());
         }
         match self.pinged {
-            Some(pinged) if now >= pinged + options.keepalive_timeout => {
+            Some(pinged) if now >= pinged + self.keepalive_timeout() => {
                 Err(End::Close(INTERNAL_ERROR, "keepalive ping timeout"))
             }
             Some(_) => Ok(()),

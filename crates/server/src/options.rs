@@ -28,6 +28,9 @@ pub struct ServeOptions {
     pub keepalive_interval: Duration,
     /// Silence after a ping that ends the connection (default 20 s).
     pub keepalive_timeout: Duration,
+    /// The same for vla-eval's clients (default 1 h): their simulators answer no ping while they
+    /// reset or step, which may take minutes, and their own server sends none.
+    pub vla_eval_keepalive_timeout: Duration,
     /// Time without a request that ends the connection, pings or not (default none: a robot may
     /// stand still for a day).
     pub idle_timeout: Option<Duration>,
@@ -79,6 +82,7 @@ impl Default for ServeOptions {
             handshake_timeout: Duration::from_secs(10),
             keepalive_interval: Duration::from_secs(20),
             keepalive_timeout: Duration::from_secs(20),
+            vla_eval_keepalive_timeout: Duration::from_secs(3600),
             idle_timeout: None,
             write_timeout: Duration::from_secs(10),
             read_ahead: 4,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use pirouette_policy::Value;
 use pirouette_server::load::{LoadOptions, run, sample_observation};
 use pirouette_server::{
-    ApiKeys, Reply, RequestContext, ServeOptions, Service, ServiceError, ServiceFuture,
+    ApiKeys, Dialect, Reply, RequestContext, ServeOptions, Service, ServiceError, ServiceFuture,
 };
 use rig::{Raw, Server, eventually, first_action, state, text};
 use tokio::io::AsyncWriteExt;
@@ -244,6 +244,38 @@ async fn silence_is_pinged_and_then_ended() {
     let unanswered = Instant::now();
     assert_eq!(client.frame().await.close(), (1011, "keepalive ping timeout"));
     assert!(unanswered.elapsed() > Duration::from_millis(100), "{:?}", unanswered.elapsed());
+}
+
+/// A simulator that steps for minutes answers no ping meanwhile, and no message waits for it.
+#[tokio::test]
+async fn silence_of_vla_evals_clients_is_ended_much_later() {
+    let options = ServeOptions {
+        dialect: Dialect::VlaEval,
+        keepalive_interval: Duration::from_millis(50),
+        keepalive_timeout: Duration::from_millis(50),
+        vla_eval_keepalive_timeout: Duration::from_millis(700),
+        ..defaults()
+    };
+    let server = Server::plain(options).await;
+    let mut client = server.websocket().await;
+    let say = |kind: &str, payload: Vec<(String, Value)>| {
+        [
+            ("type", text(kind)),
+            ("payload", Value::Map(payload)),
+            ("seq", Value::Int(1)),
+            ("timestamp", Value::Float(0.0)),
+        ]
+    };
+    client.ask(&say("hello", vec![])).await;
+    assert_eq!(client.frame().await.map()[0].1, text("hello"));
+    assert_eq!(client.frame().await.opcode, 9);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    client.ask(&say("observation", vec![("state".into(), Value::Float(1.0))])).await;
+    assert_eq!(client.frame().await.map()[0].1, text("action"), "not ended, and pinged once");
+    assert_eq!(client.frame().await.opcode, 9);
+    let pinged = Instant::now();
+    assert_eq!(client.frame().await.close(), (1011, "keepalive ping timeout"));
+    assert!(pinged.elapsed() > Duration::from_millis(600), "{:?}", pinged.elapsed());
 }
 
 #[tokio::test]
