@@ -19,7 +19,8 @@ const JOINTS: usize = 7;
 
 impl Policy {
     /// A vla-eval observation in this policy's own keys. A camera of the robot takes the image of
-    /// its name, or else the one at its place; further images are left out.
+    /// its name, or else the first that bears no camera's name and that no other camera took;
+    /// further images are left out.
     ///
     /// # Errors
     /// `images` is no map, or a state that has to be divided is no vector of numbers.
@@ -45,11 +46,13 @@ impl Policy {
         if let Some(prompt) = take("task_description") {
             own.push((robot.prompt_key().to_string(), prompt));
         }
+        let keys = robot.camera_keys();
+        let mut free = images.iter().filter(|(name, _)| !keys.iter().any(|(key, _)| key == name));
         let mut cameras = Vec::new();
-        for (i, (key, layout)) in robot.camera_keys().into_iter().enumerate() {
-            let named = images.iter().find(|(name, _)| *name == key);
-            if let Some((_, image)) = named.or_else(|| images.get(i)) {
-                cameras.push((key, laid_out(image, layout)));
+        for (key, layout) in &keys {
+            let named = images.iter().find(|(name, _)| name == key);
+            if let Some((_, image)) = named.or_else(|| free.next()) {
+                cameras.push((key.clone(), laid_out(image, *layout)));
             }
         }
         match robot {

@@ -51,6 +51,33 @@ fn aloha_finds_cameras_by_name_and_gets_channels_first() {
     assert!(aloha.prepare(&own).is_ok());
 }
 
+/// First bytes of what ALOHA's cameras see of images that are told apart by their first byte.
+fn seen_by_aloha(names: &[&str]) -> Vec<(String, u8)> {
+    let images: Vec<(&str, Value)> =
+        names.iter().enumerate().map(|(i, name)| (*name, image(10 * i as u8))).collect();
+    let own = policy("pi0_aloha").observation_of(scene(&images, &[0.1; 14])).unwrap();
+    let Some(Value::Map(cameras)) = own.get("images") else { panic!("cameras") };
+    let first = |image: &Value| match image {
+        Value::Array(array) => array.data[0],
+        other => panic!("{other:?}"),
+    };
+    cameras.iter().map(|(key, image)| (key.clone(), first(image))).collect()
+}
+
+#[test]
+fn no_camera_takes_what_another_is_named_by() {
+    let is = |key: &str, first| (key.to_string(), first);
+    assert_eq!(
+        seen_by_aloha(&["cam_left_wrist", "cam_right_wrist", "cam_head"]),
+        [is("cam_high", 20), is("cam_left_wrist", 0), is("cam_right_wrist", 10)]
+    );
+    let without_left = [is("cam_high", 0), is("cam_right_wrist", 10)];
+    assert_eq!(seen_by_aloha(&["cam_high", "cam_right_wrist"]), without_left);
+    // Nor is one taken twice.
+    let in_order = [is("cam_high", 10), is("cam_left_wrist", 0), is("cam_right_wrist", 20)];
+    assert_eq!(seen_by_aloha(&["cam_left_wrist", "front", "side"]), in_order);
+}
+
 #[test]
 fn what_a_scene_lacks_is_named() {
     let libero = policy("pi05_libero");
