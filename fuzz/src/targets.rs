@@ -146,9 +146,7 @@ fn vla_eval(input: &[u8]) {
     let Ok(envelope) = dialect::vla_eval::read(map) else { return };
     if let dialect::vla_eval::Kind::Observation(scene) = envelope.kind {
         for policy in policies() {
-            if let Ok(own) = policy.observation_of(Value::Map(scene.clone())) {
-                let _ = policy.prepare(&own);
-            }
+            let _ = policy.prepare_scene(Value::Map(scene.clone()));
         }
     }
 }

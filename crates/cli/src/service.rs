@@ -92,7 +92,7 @@ impl PolicyService {
         let work = move || {
             let policy = &preparing.policy;
             match scene {
-                true => policy.observation_of(observation).and_then(|own| policy.prepare(&own)),
+                true => policy.prepare_scene(observation),
                 false => policy.prepare(&observation),
             }
         };

@@ -5,22 +5,50 @@
 //! actions it gives.
 
 use crate::array::element_count;
-use crate::error::{PolicyError, wrong_shape};
+use crate::error::{PolicyError, python_repr, wrong_shape};
 use crate::image::Layout;
-use crate::policy::Policy;
+use crate::policy::{Policy, Prepared};
 use crate::robots::Robot;
 use crate::value::{NdArray, Scalar, Value};
 
 const SCHEMA: &str = "a vla-eval observation is {'images': {camera: image, the main one first}, \
     'task_description': str, 'states' or 'state': numbers}";
 
+/// Most names of images in a message, and most characters of each.
+const MAX_NAMES: usize = 16;
+const MAX_NAME: usize = 64;
+
 /// DROID's state: joints first, then the gripper.
 const JOINTS: usize = 7;
 
 impl Policy {
+    /// [`Policy::prepare`] of a vla-eval observation; what it lacks is told in the words of such
+    /// an observation, whose sender never heard of the robot's keys.
+    ///
+    /// # Errors
+    /// Those of [`Policy::observation_of`] and [`Policy::prepare`].
+    pub fn prepare_scene(&self, scene: Value) -> Result<Prepared, PolicyError> {
+        let names = shown_names(scene.get("images"));
+        let own = self.observation_of(scene)?;
+        self.prepare(&own).map_err(|error| {
+            let PolicyError::Key { key, .. } = &error else { return error };
+            let robot = &self.config().robot;
+            if robot.camera_keys().iter().any(|(camera, _)| camera == key) {
+                let camera = python_repr(key);
+                let message = format!("camera {camera} is missing: `images` holds [{names}]");
+                return PolicyError::value(message, SCHEMA);
+            }
+            if robot.state_parts().iter().any(|(part, _)| part == key) {
+                let message = "the state is missing: send its numbers as `states` or `state`";
+                return PolicyError::value(message, SCHEMA);
+            }
+            error
+        })
+    }
+
     /// A vla-eval observation in this policy's own keys. A camera of the robot takes the image of
     /// its name, or else the first that bears no camera's name and that no other camera took;
-    /// further images are left out.
+    /// further images are left out. nil counts as absent.
     ///
     /// # Errors
     /// `images` is no map, or a state that has to be divided is no vector of numbers.
@@ -29,10 +57,11 @@ impl Policy {
             return Err(PolicyError::wrong_type("an observation must be a dict", SCHEMA));
         };
         let mut take = |key: &str| {
-            let at = entries.iter().position(|(known, _)| known == key)?;
+            let there = |(known, value): &(String, Value)| known == key && *value != Value::Nil;
+            let at = entries.iter().position(there)?;
             Some(entries.swap_remove(at).1)
         };
-        let images = match take("images") {
+        let mut images = match take("images") {
             Some(Value::Map(images)) => images,
             Some(other) => {
                 let message = format!("'images' must be a dict, not {}", other.python_type());
@@ -40,6 +69,7 @@ impl Policy {
             }
             None => return Err(PolicyError::Key { key: "images".into(), remedy: SCHEMA.into() }),
         };
+        images.retain(|(_, image)| *image != Value::Nil);
         let state = take("states").or_else(|| take("state"));
         let robot = &self.config().robot;
         let mut own = Vec::new();
@@ -117,6 +147,16 @@ impl Robot {
             Robot::Generic(robot) => robot.state.iter().map(|p| (p.key.clone(), p.dims)).collect(),
         }
     }
+}
+
+/// The names of images that came, as Python would list them.
+fn shown_names(images: Option<&Value>) -> String {
+    let Some(Value::Map(images)) = images else { return String::new() };
+    let there = images.iter().filter(|(_, image)| *image != Value::Nil);
+    let shown = |(name, _): &(String, Value)| {
+        python_repr(&name.chars().take(MAX_NAME).collect::<String>())
+    };
+    there.take(MAX_NAMES).map(shown).collect::<Vec<_>>().join(", ")
 }
 
 /// vla-eval's image arrays have their channels last; one for a robot that wants them first is

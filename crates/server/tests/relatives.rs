@@ -181,6 +181,11 @@ async fn vla_eval_errors_leave_the_connection_open() {
     let (kind, seq, payload) = envelope(&mut client).await;
     assert_eq!((kind.as_str(), seq), ("error", 9));
     assert_eq!(*get(&payload, "error"), text("observation_failed: KeyError: 'images'"));
+    ask(&mut client, &message(vec![("images".into(), Value::Map(vec![]))])).await;
+    let missing = "camera 'observation/image' is missing: `images` holds []";
+    let (_, _, payload) = envelope(&mut client).await;
+    let told = text(&format!("observation_failed: ValueError: {missing}"));
+    assert_eq!(*get(&payload, "error"), told);
     client.send(2, &recorded("observation_png")).await;
     action(&mut client, 3).await;
     ask(&mut client, &sample_observation(served.arm.policy.config(), 1)).await;

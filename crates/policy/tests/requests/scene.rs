@@ -5,13 +5,18 @@ use pirouette_policy::config::{from_toml, named};
 use pirouette_policy::{NdArray, Value};
 
 fn scene(images: &[(&str, Value)], state: &[f64]) -> Value {
-    let images = images.iter().map(|(k, v)| (k.to_string(), v.clone())).collect();
     let state = NdArray::from_f64(vec![state.len()], state).unwrap();
-    Value::Map(vec![
-        ("images".into(), Value::Map(images)),
-        ("task_description".into(), Value::Str("stack the cups".into())),
-        ("states".into(), Value::Array(state)),
-    ])
+    states(images, &[("states", Value::Array(state))])
+}
+
+fn states(images: &[(&str, Value)], states: &[(&str, Value)]) -> Value {
+    let map = |entries: &[(&str, Value)]| -> Vec<(String, Value)> {
+        entries.iter().map(|(k, v)| (k.to_string(), v.clone())).collect()
+    };
+    let mut scene = map(&[("task_description", Value::Str("stack the cups".into()))]);
+    scene.push(("images".into(), Value::Map(map(images))));
+    scene.extend(map(states));
+    Value::Map(scene)
 }
 
 /// Height 2, width 4, each pixel its own colour.
@@ -85,9 +90,31 @@ fn what_a_scene_lacks_is_named() {
     assert_eq!((error.exception(), error.message()), ("KeyError", "'images'".into()));
     let flat = Value::Map(vec![("images".into(), image(0))]);
     assert!(libero.observation_of(flat).unwrap_err().message().contains("must be a dict"));
-    let one_camera = libero.observation_of(scene(&[("agentview", image(0))], &[0.5; 8])).unwrap();
-    let error = libero.prepare(&one_camera).unwrap_err();
-    assert_eq!(error.message(), "'observation/wrist_image'");
+    let said = |name: &str, scene: Value| policy(name).prepare_scene(scene).unwrap_err().message();
+    let one_camera = scene(&[("agentview", image(0)), ("wrist", Value::Nil)], &[0.5; 8]);
+    assert_eq!(
+        said("pi05_libero", one_camera),
+        "camera 'observation/wrist_image' is missing: `images` holds ['agentview']"
+    );
+    let none = "camera 'cam_high' is missing: `images` holds []";
+    assert_eq!(said("pi0_aloha", scene(&[], &[0.1; 14])), none);
+    let two = [("a", image(0)), ("b", image(1))];
+    for name in ["pi05_libero", "pi05_droid", "pi0_aloha"] {
+        let told = said(name, states(&two, &[("states", Value::Nil)]));
+        assert_eq!(told, "the state is missing: send its numbers as `states` or `state`");
+    }
+    let long = "x".repeat(1000);
+    assert!(said("pi05_libero", scene(&[(long.as_str(), image(0))], &[0.5; 8])).len() < 200);
+}
+
+#[test]
+fn nil_counts_as_absent_in_a_scene() {
+    let state = NdArray::from_f64(vec![8], &[0.5; 8]).unwrap();
+    let either = [("states", Value::Nil), ("state", Value::Array(state))];
+    let two = [("none", Value::Nil), ("a", image(0)), ("b", image(100))];
+    let own = policy("pi05_libero").observation_of(states(&two, &either)).unwrap();
+    assert_eq!(own.get("observation/state").unwrap().to_array().unwrap().shape, [8]);
+    assert_eq!(own.get("observation/wrist_image"), Some(&image(100)));
 }
 
 #[test]

@@ -51,7 +51,7 @@ impl Service for Arm {
         Box::pin(async move {
             let (policy, scene) = (self.policy.clone(), context.scene);
             let work = move || match scene {
-                true => policy.observation_of(observation).and_then(|own| policy.prepare(&own)),
+                true => policy.prepare_scene(observation),
                 false => policy.prepare(&observation),
             };
             let preparing = self.preparation.run(&context, work).await?;
