@@ -153,9 +153,8 @@ impl Robot {
 fn shown_names(images: Option<&Value>) -> String {
     let Some(Value::Map(images)) = images else { return String::new() };
     let there = images.iter().filter(|(_, image)| *image != Value::Nil);
-    let shown = |(name, _): &(String, Value)| {
-        python_repr(&name.chars().take(MAX_NAME).collect::<String>())
-    };
+    let shown =
+        |(name, _): &(String, Value)| python_repr(&name.chars().take(MAX_NAME).collect::<String>());
     there.take(MAX_NAMES).map(shown).collect::<Vec<_>>().join(", ")
 }
 

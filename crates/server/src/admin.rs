@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::dashboard;
-use crate::http::{liveness, page_request, plain, readiness, rendered, unauthorized};
+use crate::http::{page_request, plain, probe, rendered, unauthorized};
 use crate::pages::{self, Method, Page};
 use crate::places::Places;
 use crate::quota::Pass;
@@ -61,11 +61,13 @@ pub(crate) async fn answer(
         HttpMethod::POST => Method::Post,
         _ => return plain(StatusCode::METHOD_NOT_ALLOWED, "GET and POST are known here\n"),
     };
-    match (method, parts.uri.path()) {
-        (Method::Get, "/healthz") => return plain(StatusCode::OK, "OK\n"),
-        (Method::Get, "/livez") => return liveness(shared),
-        (Method::Get, "/readyz") => return readiness(shared, draining).await,
-        _ => {}
+    if method == Method::Get {
+        if parts.uri.path() == "/healthz" {
+            return plain(StatusCode::OK, "OK\n");
+        }
+        if let Some(response) = probe(parts.uri.path(), shared, draining).await {
+            return response;
+        }
     }
     if method == Method::Get && parts.uri.path() == dashboard::PATH {
         return rendered(Page::html(dashboard::PAGE));

@@ -42,12 +42,10 @@ pub(crate) async fn answer(
         return plain(StatusCode::OK, "OK\n");
     }
     let fault = handshake_fault(&parts.headers);
-    if fault.is_some() {
-        match path.as_str() {
-            "/livez" => return liveness(&shared),
-            "/readyz" => return readiness(&shared, &draining).await,
-            _ => {}
-        }
+    if fault.is_some()
+        && let Some(response) = probe(&path, &shared, &draining).await
+    {
+        return response;
     }
     // The page itself says nothing of this server; what fills it is asked for with a key. Whoever
     // does not ask for HTML gets openpi's answer on this path.
@@ -82,7 +80,28 @@ pub(crate) fn page_request(method: Method, uri: &Uri, body: Bytes) -> PageReques
     PageRequest { method, path: uri.path().to_owned(), query, body }
 }
 
-pub(crate) fn liveness(shared: &Shared) -> Response {
+/// Answers a probe; `None` if the path is none.
+pub(crate) async fn probe(
+    path: &str,
+    shared: &Shared,
+    draining: &watch::Receiver<bool>,
+) -> Option<Response> {
+    match path {
+        "/livez" => Some(liveness(shared)),
+        "/readyz" => Some(match readiness(shared, draining).await {
+            Ok(()) => plain(StatusCode::OK, "ready\n"),
+            Err(why) => plain(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")),
+        }),
+        // The same as vla-eval's servers say it.
+        "/health" => Some(rendered(match readiness(shared, draining).await {
+            Ok(()) => Page::json(200, r#"{"status": "ok"}"#),
+            Err(why) => Page::json(503, format!(r#"{{"status": "not ready: {why}"}}"#)),
+        })),
+        _ => None,
+    }
+}
+
+fn liveness(shared: &Shared) -> Response {
     match shared.service.alive() {
         Ok(()) => plain(StatusCode::OK, "alive\n"),
         Err(why) => {
@@ -92,20 +111,20 @@ pub(crate) fn liveness(shared: &Shared) -> Response {
     }
 }
 
-pub(crate) async fn readiness(shared: &Shared, draining: &watch::Receiver<bool>) -> Response {
-    let no = |why: &str| plain(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n"));
+/// Whether requests would be answered; if not, why.
+async fn readiness(shared: &Shared, draining: &watch::Receiver<bool>) -> Result<(), &'static str> {
     if *draining.borrow() {
-        return no("shutting down");
+        return Err("shutting down");
     }
     let probe = shared.service.readiness();
     match tokio::time::timeout(shared.options.readiness_timeout, probe).await {
-        Ok(Ok(())) => plain(StatusCode::OK, "ready\n"),
+        Ok(Ok(())) => Ok(()),
         Ok(Err(why)) => {
             // Device errors may name files; the log has them, the network does not.
             tracing::warn!(%why, "readiness probe");
-            no("no device is ready")
+            Err("no device is ready")
         }
-        Err(_) => no("the canary forward takes too long"),
+        Err(_) => Err("the canary forward takes too long"),
     }
 }
 

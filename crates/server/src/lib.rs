@@ -4,8 +4,9 @@
 //! actions of that, and they go back in the bytes openpi's own server would send. [`serve`] runs
 //! it over any listener; [`load`] is the other side of the wire, for measurements.
 //!
-//! Plain HTTP on the same port: `/healthz` (as openpi's), `/livez`, `/readyz`, and the pages of
-//! [`Page`] unless they have a listener of their own; everything else asks for an upgrade.
+//! Plain HTTP on the same port: `/healthz` (as openpi's), `/livez`, `/readyz`, `/health` (as
+//! vla-eval's), and the pages of [`Page`] unless they have a listener of their own; everything
+//! else asks for an upgrade.
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
 

@@ -23,7 +23,7 @@ fn get(path: &str) -> String {
 #[tokio::test]
 async fn the_public_port_keeps_to_websockets_and_health() {
     let server = Server::with_admin(ServeOptions::default()).await;
-    for path in ["/healthz", "/livez", "/readyz"] {
+    for path in ["/healthz", "/livez", "/readyz", "/health"] {
         assert!(server.get(&get(path)).await.0.contains(" 200 "), "{path}");
         assert!(server.admin(&get(path)).await.0.contains(" 200 "), "{path}");
     }

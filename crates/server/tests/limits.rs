@@ -35,6 +35,7 @@ async fn keys_guard_everything_but_health() {
         ("/healthz", "", 200),
         ("/livez", "", 200),
         ("/readyz", "", 200),
+        ("/health", "", 200),
         ("/metrics", "", 401),
         ("/metrics", bad, 401),
         ("/metrics", &good, 200),
@@ -61,6 +62,9 @@ async fn plain_paths() {
     let server = Server::plain(defaults()).await;
     let (status, headers, body) = server.get(&get("/contract", "")).await;
     assert_eq!((status.as_str(), body.as_str()), ("HTTP/1.1 200 OK", r#"{"config":"script"}"#));
+    assert!(headers.contains(&"Content-Type: application/json".to_string()), "{headers:?}");
+    let (status, headers, body) = server.get(&get("/health", "")).await;
+    assert_eq!((status.as_str(), body.as_str()), ("HTTP/1.1 200 OK", r#"{"status": "ok"}"#));
     assert!(headers.contains(&"Content-Type: application/json".to_string()), "{headers:?}");
     for path in ["/healthz?x", "/healthz/", "/nothing", "/metricsx"] {
         let (status, headers, body) = server.get(&get(path, "")).await;
@@ -323,6 +327,12 @@ async fn a_process_that_can_not_answer_again_says_that_it_should_be_restarted() 
     assert_eq!(status, "HTTP/1.1 503 Service Unavailable");
     assert_eq!(body, "it does not recover by itself: see the log\n", "the reason is the log's");
     assert!(server.admin(&get("/livez", "")).await.0.contains(" 503 "));
+    for (status, _, body) in
+        [server.get(&get("/health", "")).await, server.admin(&get("/health", "")).await]
+    {
+        assert_eq!(status, "HTTP/1.1 503 Service Unavailable");
+        assert_eq!(body, r#"{"status": "not ready: no device is ready"}"#);
+    }
     assert!(server.get(&get("/healthz", "")).await.0.contains(" 200 "));
 }
 
@@ -340,6 +350,9 @@ async fn shutdown_answers_what_runs_then_says_goodbye() {
     let (status, _, body) = server.get(&get("/readyz", "")).await;
     assert_eq!(status, "HTTP/1.1 503 Service Unavailable");
     assert_eq!(body, "not ready: shutting down\n");
+    let (status, _, body) = server.get(&get("/health", "")).await;
+    assert_eq!(status, "HTTP/1.1 503 Service Unavailable");
+    assert_eq!(body, r#"{"status": "not ready: shutting down"}"#);
     assert!(server.get(&get("/livez", "")).await.0.contains("200"));
     let upgrade = "Upgrade: websocket\r\nConnection: Upgrade\r\n\
         Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n";
