@@ -2,7 +2,7 @@
 
 vla-eval: the PyPI package's own connection and episode runners, with an environment of ours.
 RoboArena publishes no package: `RoboArena` below is a client of our own that speaks its protocol.
-vLLM-Omni's path: openpi's own client.
+vLLM-Omni's path: openpi's own client, and what vLLM-Omni's example clients make of its answers.
 """
 
 import dataclasses
@@ -205,10 +205,28 @@ class VllmOmniPath(unittest.TestCase):
             client = websocket_client_policy.WebsocketClientPolicy(host=url, port=None)
             self.assertEqual(client.get_server_metadata()["n_external_cameras"], 1)
             for i in range(3):
-                answer = client.infer(observation(i) | {"session_id": "a", "endpoint": "infer"})
+                answer = client.infer(observation(i))
                 self.assertEqual(answer["actions"].shape, (HORIZON, DIMS))
             done = client.infer({"endpoint": "reset"})
             self.assertEqual(done, {"status": "reset successful"})
+
+    def test_vllm_omnis_clients(self):
+        def actions(sent: dict) -> np.ndarray:
+            answer = client.infer(sent | {"session_id": "3f2a"})
+            if isinstance(answer, dict) and answer.get("type") == "error":
+                raise RuntimeError(answer["message"])
+            return np.asarray(answer, dtype=np.float32)
+
+        with Server("--times", "1") as server:
+            url = f"ws://127.0.0.1:{server.port}/v1/realtime/robot/openpi"
+            client = websocket_client_policy.WebsocketClientPolicy(host=url, port=None)
+            for i in range(3):
+                chunk = actions(observation(i) | {"seed": i})
+                self.assertEqual((chunk.shape, chunk.dtype), ((HORIZON, DIMS), np.float32))
+                want = client.infer(observation(i) | {"seed": i})["actions"]
+                np.testing.assert_array_equal(chunk, want.astype(np.float32))
+                with self.assertRaisesRegex(RuntimeError, "^KeyError: 'observation/state'$"):
+                    actions({"prompt": "no state"})
 
 
 def encoded(image: np.ndarray, form: str) -> bytes:

@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
-use pirouette_policy::NdArray;
+use pirouette_policy::{NdArray, Scalar};
 use pirouette_server::{LeftOut, Recorded, Recording, Service};
 use serde::Serialize;
 use serde_json::Value;
@@ -171,8 +171,11 @@ impl Report {
     }
 }
 
-/// What differs, in words, and by how much at most; `None` when every bit is the same.
+/// What differs, in words, and by how much at most; `None` when every bit is the same, or of
+/// actions that were answered as float32, every bit of that.
 fn compare(want: &NdArray, got: &NdArray) -> Option<(String, f64)> {
+    let rounded = if want.dtype == Scalar::F32 { got.to_f32() } else { None };
+    let got = rounded.as_ref().unwrap_or(got);
     if want == got {
         return None;
     }
@@ -209,6 +212,10 @@ mod tests {
         assert_eq!(max_abs, bit - 3.0);
         let (what, _) = compare(&array(&[0.0; 4]), &array(&[-0.0, 0.0, 0.0, 0.0])).unwrap();
         assert!(what.starts_with("1 of 4"), "signs of zeros count: {what}");
+        let third = array(&[1.0, 2.0, 3.0, 1.0 / 3.0]);
+        let answered = third.to_f32().unwrap();
+        assert_eq!(compare(&answered, &third), None, "sent as float32");
+        assert!(compare(&answered, &want).is_some());
         let other = NdArray::from_f64(vec![4, 1], &[1.0, 2.0, 3.0, 4.0]).unwrap();
         assert_eq!(compare(&want, &other).unwrap().0, "[4, 1] actions, [2, 2] recorded");
     }

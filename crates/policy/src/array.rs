@@ -113,6 +113,12 @@ impl NdArray {
         })
     }
 
+    /// The elements rounded to float32, in the same shape. `None` where [`NdArray::to_f64`] is.
+    pub fn to_f32(&self) -> Option<NdArray> {
+        let values: Vec<f32> = self.to_f64()?.into_iter().map(|x| x as f32).collect();
+        NdArray::from_f32(self.shape.clone(), &values)
+    }
+
     /// The text of a one-element unicode array, without NumPy's zero padding. `None` for other
     /// types and sizes, and for code points that are no characters.
     pub fn to_text(&self) -> Option<String> {

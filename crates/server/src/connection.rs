@@ -24,7 +24,7 @@ use self::exchange::Exchange;
 use crate::busy::Place;
 use crate::carry;
 use crate::dialect::openpi;
-use crate::dialect::{self, Dialect, Frame, vla_eval};
+use crate::dialect::{self, Dialect, Frame, vla_eval, vllm_omni};
 use crate::msgpack;
 use crate::newest::Session;
 use crate::quota::Pass;
@@ -64,6 +64,8 @@ struct Incoming {
     request: Request,
     received: Instant,
     decode_ms: f64,
+    /// Answered as vLLM-Omni answers.
+    bare: bool,
     /// The message as it came; arrays of the request lie in the same bytes.
     message: Bytes,
 }
@@ -149,15 +151,15 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
             let incoming = self.next_request().await?;
             self.last_request = incoming.received;
             self.messages += 1;
-            let Incoming { request, received, decode_ms, message } = incoming;
+            let Incoming { request, received, decode_ms, bare, message } = incoming;
             // What waited behind an earlier request was decoded meanwhile.
             let waited = received < began;
             let turn = if waited { Instant::now() } else { received };
             let mut record = RequestRecord::begin(self.number, message.len(), received, turn);
             let decoding = if waited { 0.0 } else { decode_ms };
             record.decoded = Some(turn + Duration::from_secs_f64(decoding / 1e3));
-            let mut exchange =
-                Exchange { record, outcome: "", reply: Bytes::new(), identity: None };
+            let reply = Bytes::new();
+            let mut exchange = Exchange { record, bare, outcome: "", reply, identity: None };
             let running = Running::begin(self.shared.clone());
             let busy = self.place.as_ref().map(Place::busy);
             let ended = match request {
@@ -166,7 +168,7 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
                 }
                 Request::VlaEval(envelope) => self.act(envelope, &mut exchange, decode_ms).await,
             };
-            let Exchange { mut record, outcome, reply, identity } = exchange;
+            let Exchange { mut record, outcome, reply, identity, .. } = exchange;
             (record.sent, record.outcome) = (Instant::now(), outcome);
             drop((running, busy));
             previous_ms = Some(ms(began));
@@ -241,8 +243,10 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
         }
         if self.dialect == Dialect::VlaEval {
             let request = Request::VlaEval(map.and_then(vla_eval::read));
-            return Incoming { request, received, decode_ms: ms(decoding), message };
+            return Incoming { request, received, decode_ms: ms(decoding), bare: false, message };
         }
+        let bare =
+            self.dialect == Dialect::VllmOmni && map.as_ref().is_ok_and(|map| vllm_omni::asks(map));
         let endpoints = self.dialect != Dialect::Openpi;
         let most = options.max_batch_observations;
         let mut request = map.and_then(|map| openpi::read(map, received, most, endpoints));
@@ -258,7 +262,7 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
         for context in contexts {
             (context.decode_ms, context.ticket) = (decode_ms, ticket.clone());
         }
-        Incoming { request: Request::Openpi(request), received, decode_ms, message }
+        Incoming { request: Request::Openpi(request), received, decode_ms, bare, message }
     }
 
     /// Awaits something while the connection stays alive. An end of the connection drops it.

@@ -9,8 +9,8 @@ use std::sync::atomic::Ordering::SeqCst;
 
 use pirouette_policy::Value;
 use pirouette_server::{
-    LeftOut, RecordOptions, Recorded, Recorder, Recording, RecordingError, ServeOptions, Service,
-    msgpack,
+    Dialect, LeftOut, RecordOptions, Recorded, Recorder, Recording, RecordingError, ServeOptions,
+    Service, msgpack,
 };
 use rig::engine::EngineService;
 use rig::{Server, state, text};
@@ -112,6 +112,27 @@ async fn requests_are_written_as_they_came_and_run_again() {
         let mode = entry.unwrap().metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600, "for the owner alone");
     }
+}
+
+/// Their answers are the actions alone, as float32.
+#[tokio::test]
+async fn requests_of_vllm_omnis_clients_run_again() {
+    let temporary = tempfile::tempdir().unwrap();
+    let recorder = recorder(temporary.path(), 1 << 30);
+    let dialect = Dialect::VllmOmni;
+    let options = ServeOptions { recorder: Some(recorder.clone()), dialect, ..Default::default() };
+    let server = Server::with(EngineService::start(1.0), options, false).await;
+    let mut client = server.client().await;
+    // With the second answer the first is in the recorder's hands.
+    for _ in 0..2 {
+        client.ask(&[state(1.0), ("session_id", text("a"))]).await;
+        assert_eq!(client.frame().await.opcode, 2);
+    }
+    recorder.finish();
+    let answered = all(temporary.path())[0].answered().unwrap();
+    let [(observation, context, actions)] = <[_; 1]>::try_from(answered).unwrap();
+    let again = server.script.infer(observation, context).await.unwrap();
+    assert_eq!(again.actions.to_f32().unwrap(), actions);
 }
 
 #[tokio::test]

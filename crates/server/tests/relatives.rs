@@ -95,10 +95,62 @@ async fn openpi_is_untouched_and_paths_choose() {
     assert_eq!(keys(&client.frame().await.map()), CONFIG_KEYS);
     let mut client = served.open("/v1/realtime/robot/openpi").await;
     assert_eq!(keys(&client.frame().await.map()), CONFIG_KEYS);
-    ask(&mut client, &roboarena(&served, None)).await;
+    ask(&mut client, &sample_observation(served.arm.policy.config(), 1)).await;
     assert_eq!(keys(&client.frame().await.map()), ["actions", "policy_timing", "server_timing"]);
     ask(&mut client, &reset()).await;
     assert_eq!(client.frame().await.map(), [("status".to_string(), text("reset successful"))]);
+}
+
+/// A map with more entries.
+fn and(map: Value, entries: &[(&str, Value)]) -> Value {
+    let Value::Map(mut map) = map else { panic!("a map") };
+    map.extend(entries.iter().map(|(key, value)| (key.to_string(), value.clone())));
+    Value::Map(map)
+}
+
+#[tokio::test]
+async fn vllm_omnis_clients_get_bare_arrays_and_maps_as_errors() {
+    let served = Served::start("pi05_droid", ServeOptions::default()).await;
+    let mut client = served.open("/v1/realtime/robot/openpi").await;
+    client.frame().await.map();
+    let sample = || sample_observation(served.arm.policy.config(), 1);
+    let seed = || ("seed", Value::Int(3));
+    let session = || ("session_id", text("a"));
+    ask(&mut client, &and(sample(), &[seed()])).await;
+    let answer = client.frame().await.map();
+    let Value::Array(openpis) = get(&answer, "actions") else { panic!("{answer:?}") };
+    for mark in [session(), ("endpoint", text("infer"))] {
+        ask(&mut client, &and(sample(), &[seed(), mark])).await;
+        let frame = client.frame().await;
+        assert_eq!(frame.opcode, 2);
+        let bare = msgpack::decode(&frame.payload.into()).unwrap();
+        assert_eq!(bare, Value::Array(openpis.to_f32().unwrap()));
+    }
+    // Whatever is wrong, before the service is asked or by it.
+    let wrong =
+        [and(sample(), &[session(), ("seed", text("x"))]), and(Value::Map(vec![]), &[session()])];
+    for (request, want) in wrong.iter().zip(["ValueError: `seed` must be", "KeyError: 'obs"]) {
+        ask(&mut client, request).await;
+        let error = client.frame().await.map();
+        assert_eq!((keys(&error), get(&error, "type")), (vec!["type", "message"], &text("error")));
+        assert!(
+            matches!(get(&error, "message"), Value::Str(e) if e.starts_with(want)),
+            "{error:?}"
+        );
+    }
+    // Batches answer each for itself, in maps; and the connection is still there.
+    let batch = Value::List(vec![sample()]);
+    ask(&mut client, &and(Value::Map(vec![]), &[("batch", batch), session()])).await;
+    assert_eq!(keys(&client.frame().await.map()), ["batch", "server_timing"]);
+    // What can't be read has no session: openpi's way.
+    client.send(2, b"\xc1").await;
+    assert!(client.frame().await.text().starts_with("Traceback"));
+    assert_eq!(client.frame().await.close().0, 1011);
+    // Elsewhere a session is a key among others.
+    let mut client = served.open("/roboarena").await;
+    client.frame().await.map();
+    ask(&mut client, &and(sample(), &[session()])).await;
+    assert_eq!(keys(&client.frame().await.map())[0], "actions");
 }
 
 /// A message as the PyPI package packed it.

@@ -17,7 +17,7 @@ use tungstenite::protocol::frame::coding::Data;
 use super::{Connection, ERROR_REASON, End, INTERNAL_ERROR, ms};
 use crate::carry;
 use crate::dialect::openpi::{self, Asked};
-use crate::dialect::{Dialect, vla_eval};
+use crate::dialect::{Dialect, vla_eval, vllm_omni};
 use crate::msgpack;
 use crate::quota::Pass;
 use crate::recent::RequestRecord;
@@ -27,6 +27,8 @@ use crate::service::{Failure, Reply, ServiceError};
 /// A request on its way to its answer: what is remembered of it, and recorded.
 pub(super) struct Exchange {
     pub(super) record: RequestRecord,
+    /// Answered as vLLM-Omni answers: its actions alone, errors as maps.
+    pub(super) bare: bool,
     /// Empty while nothing has become of it.
     pub(super) outcome: &'static str,
     /// The frame or the text that it was answered with.
@@ -84,7 +86,10 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
                     Ok(reply) => {
                         exchange.inferred(&reply, seed);
                         self.done("ok", exchange);
-                        openpi::response(reply, ms(asked), previous_ms)
+                        match exchange.bare {
+                            true => vllm_omni::response(reply.actions),
+                            false => openpi::response(reply, ms(asked), previous_ms),
+                        }
                     }
                     Err(error) => return self.tell(error, exchange).await,
                 }
@@ -143,11 +148,7 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
                 vla_eval::Kind::Other => return Ok(()),
             },
         };
-        let bytes = self.encode(&response).map_err(|error| {
-            tracing::error!(%error, "an answer can't be encoded");
-            End::Close(INTERNAL_ERROR, ERROR_REASON)
-        })?;
-        self.reply(bytes, exchange).await?;
+        self.say(&response, exchange).await?;
         if unreadable { Err(End::Close(INTERNAL_ERROR, "message not understood")) } else { Ok(()) }
     }
 
@@ -256,9 +257,21 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
         bytes
     }
 
+    /// Sends what can always be encoded.
+    async fn say(&mut self, response: &Value, exchange: &mut Exchange) -> Result<(), End> {
+        let bytes = self.encode(response).map_err(|error| {
+            tracing::error!(%error, "an answer can't be encoded");
+            End::Close(INTERNAL_ERROR, ERROR_REASON)
+        })?;
+        self.reply(bytes, exchange).await
+    }
+
     /// Sends an error as text; one that openpi's server would have raised ends the connection.
     async fn tell(&mut self, error: ServiceError, exchange: &mut Exchange) -> Result<(), End> {
         self.done(error.reason, exchange);
+        if exchange.bare {
+            return self.say(&vllm_omni::failure(&error), exchange).await;
+        }
         let text = error.text();
         exchange.reply = text.into();
         self.send(Data::Text, &exchange.reply).await?;

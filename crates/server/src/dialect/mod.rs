@@ -5,6 +5,7 @@
 
 pub(crate) mod openpi;
 pub mod vla_eval;
+pub(crate) mod vllm_omni;
 
 use std::fmt;
 use std::str::FromStr;
@@ -26,7 +27,7 @@ pub enum Dialect {
     /// RoboArena's: metadata in the form of its `PolicyServerConfig`, `endpoint` in requests.
     Roboarena,
     /// vLLM-Omni's robot path: RoboArena's metadata and `endpoint`, a map as the answer to a
-    /// reset.
+    /// reset; bare arrays, and maps as errors, for requests that only its clients send.
     VllmOmni,
     /// vla-eval's: typed envelopes, the client speaks first.
     VlaEval,

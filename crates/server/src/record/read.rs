@@ -117,7 +117,12 @@ impl Recorded {
 
     /// Actions and drawn seed of each result of the answer.
     fn results(&self) -> Vec<Option<(NdArray, Option<u64>)>> {
-        let Ok(Value::Map(map)) = msgpack::decode(&self.reply) else { return Vec::new() };
+        let map = match msgpack::decode(&self.reply) {
+            Ok(Value::Map(map)) => map,
+            // As vLLM-Omni answers.
+            Ok(Value::Array(actions)) => return vec![Some((actions, None))],
+            _ => return Vec::new(),
+        };
         match map.iter().find(|(key, _)| key == "batch") {
             Some((_, Value::List(results))) => results.iter().map(result).collect(),
             _ => vec![result(&Value::Map(map))],
