@@ -47,6 +47,8 @@ pub struct ModelPlan {
     pub devices: Vec<DeviceArgs>,
     /// Most requests in one batch (default: 8 on a GPU, 1 on the CPU).
     pub max_batch: Option<usize>,
+    /// Requests that may wait for a device, and as many for their preparation.
+    pub queue: usize,
     /// Euler steps (default: the configuration's).
     pub steps: Option<usize>,
     /// One program for everybody.
@@ -149,6 +151,7 @@ impl ModelPlan {
             check_batch(most, tokens)?;
         }
         let mut options = EngineOptions::new(vec![Arc::new(table)], c.horizon, c.max_token_len);
+        options.queue_capacity = self.queue;
         options.window = self.window;
         options.busy_poll = self.busy_poll;
         options.rule = match (self.deterministic, on_gpu) {
@@ -406,6 +409,7 @@ mod tests {
             policy: PolicyArgs { tokenizer, norm_stats: None, default_prompt: None },
             devices: vec![DeviceArgs { device, precision: Precision::F32, threads: Some(1) }],
             max_batch: None,
+            queue: 256,
             steps: None,
             deterministic: false,
             rtc: false,

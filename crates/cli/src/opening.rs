@@ -92,10 +92,12 @@ fn patience(text: &str) -> Result<f64, String> {
 }
 
 /// The policy and its engine, as the flags say; the devices open on their own threads. `config`:
-/// the one that was meant; `fits` may refuse the policy before they do.
+/// the one that was meant; `queue`: how many requests may wait; `fits` may refuse the policy
+/// before the devices open.
 pub fn load(
     args: &OpenArgs,
     config: Option<&str>,
+    queue: usize,
     fits: impl FnOnce(&Policy) -> Result<()>,
 ) -> Result<PolicyService> {
     let (name, checkpoint) = what_to_open(args, config)?;
@@ -105,6 +107,7 @@ pub fn load(
         policy: args.policy.clone(),
         devices: device::targets(&args.device, args.gpus.as_deref(), args.replicas.into())?,
         max_batch: args.max_batch,
+        queue,
         steps: args.steps,
         deterministic: args.deterministic,
         rtc: args.rtc,

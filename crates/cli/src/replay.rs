@@ -77,7 +77,7 @@ pub fn run(args: &ReplayArgs) -> Result<()> {
     writable(&args.json)?;
     log::start(args.open.log_format)?;
     let recording = Recording::open(&args.dir)?;
-    let service = opening::load(&args.open, args.open.config.name(), |_| Ok(()))?;
+    let service = opening::load(&args.open, args.open.config.name(), 1, |_| Ok(()))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let ready = runtime.block_on(service.model().engine.wait_ready());
     ready.map_err(|why| anyhow::anyhow!("the model could not be loaded: {why}"))?;

@@ -103,6 +103,7 @@ mod tests {
                 policy: PolicyArgs { tokenizer, norm_stats: None, default_prompt: None },
                 devices: vec![DeviceArgs { device, precision: Precision::F32, threads: None }],
                 max_batch: None,
+                queue: 256,
                 steps: Some(steps),
                 deterministic: false,
                 rtc: false,

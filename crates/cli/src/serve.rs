@@ -78,6 +78,11 @@ pub struct ServeArgs {
     /// Most observations in one `batch` request.
     #[arg(long, default_value_t = 128, value_parser = at_least_one)]
     pub max_observations: usize,
+    /// Most requests that wait for a device, and as many for their preparation; one more is
+    /// refused at once. Each observation of a `batch` is one (default: 1024, or twice
+    /// --max-observations if that is more).
+    #[arg(long, value_parser = at_least_one)]
+    pub queue: Option<usize>,
     /// Largest message accepted, MiB.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub max_frame_mib: u16,
@@ -91,6 +96,9 @@ pub struct ServeArgs {
     #[arg(long, default_value_t = 4096, value_parser = clap::value_parser!(u64).range(1..))]
     pub record_limit_mib: u64,
 }
+
+/// Requests that may wait, if not said otherwise: one of each websocket.
+const QUEUE: usize = 1024;
 
 /// Where openpi records.
 const RECORD_DIR: &str = "policy_records";
@@ -114,6 +122,19 @@ fn rate(text: &str) -> Result<f64, String> {
     if (0.1..=1000.0).contains(&fps) { Ok(fps) } else { Err("it must be from 0.1 to 1000".into()) }
 }
 
+/// How many requests may wait. A `batch` that is accepted must find room in an empty queue.
+fn queue(args: &ServeArgs) -> Result<usize> {
+    let most = args.max_observations;
+    let queue = args.queue.unwrap_or(QUEUE.max(most.saturating_mul(2)));
+    if most > queue {
+        bail!(
+            "--max-observations {most}: such a batch never fits a queue of {queue}: raise --queue, \
+             or lower --max-observations (128 if not given)"
+        );
+    }
+    Ok(queue)
+}
+
 /// Serves until SIGTERM or Ctrl-C.
 pub fn run(args: &ServeArgs) -> Result<()> {
     log::start(args.open.log_format)?;
@@ -126,7 +147,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     let termination = Termination::new();
     let opening = ending::at_once();
     drop(context);
-    let doors = doors(args);
+    let (doors, queue) = (doors(args), queue(args)?);
     let serve = serve_options(args, &doors)?;
     let record = typed(args).1.map(|dir| RecordOptions {
         dir: dir.to_owned(),
@@ -136,7 +157,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     // checkpoint's files.
     let handshakes = serve.max_handshakes * (1 + usize::from(doors.lerobot.is_some()));
     descriptors::raise((serve.max_connections + handshakes + 256) as u64);
-    let service = load(&args.open, typed(args).0, |policy| check_clients(args, policy))?;
+    let fits = |policy: &Policy| check_clients(args, policy);
+    let service = load(&args.open, typed(args).0, queue, fits)?;
     let service = Arc::new(service);
     opening.abort();
     let served = runtime.block_on(listen(doors, &service, serve, record, termination));
@@ -343,7 +365,8 @@ mod tests {
                 format!("pirouette serve pi05_droid --admin-port 1 --lerobot-port 2 {flags}");
             Cli::try_parse_from(line.split_whitespace()).map(drop).map_err(|e| e.to_string())
         };
-        for flag in ["--max-batch", "--max-frame-mib", "--max-observations", "--vla-eval-actions"] {
+        let flags = ["--max-batch", "--max-frame-mib", "--max-observations", "--queue"];
+        for flag in flags.into_iter().chain(["--vla-eval-actions"]) {
             assert_eq!(parse(&format!("{flag} 1")), Ok(()));
             for wrong in ["0", "-1", "x"] {
                 let error = parse(&format!("{flag}={wrong}")).unwrap_err();
@@ -374,6 +397,21 @@ mod tests {
             let args = serve(&line);
             assert!(args.open.policy.tokenizer.is_some() && args.admin_port.is_some(), "{line}");
         }
+    }
+
+    #[test]
+    fn the_queue_has_room_for_the_largest_batch() {
+        for (flags, want) in [
+            ("", 1024),
+            ("--max-observations 512", 1024),
+            ("--max-observations 600", 1200),
+            ("--queue 128", 128),
+            ("--queue 3 --max-observations 3", 3),
+        ] {
+            assert_eq!(queue(&serve(format!("pi05_droid {flags}").trim())).unwrap(), want);
+        }
+        let small = serve("pi05_droid --queue 127");
+        assert!(queue(&small).unwrap_err().to_string().contains("raise --queue"));
     }
 
     #[test]

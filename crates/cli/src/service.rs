@@ -31,7 +31,7 @@ impl PolicyService {
     /// Puts a service before a model.
     pub fn new(served: Served) -> Result<Self> {
         let null = served.plan().is_null()?;
-        let preparation = Preparation::per_core();
+        let preparation = Preparation::per_core(served.plan().queue);
         let gauges = device::gauges(&served.plan().devices);
         Ok(PolicyService { served: Arc::new(served), preparation, null, gauges })
     }

@@ -31,7 +31,8 @@ fn what_would_be_open_to_all_is_refused_with_the_remedy() {
     // Keys and TLS guard the other ports; LeRobot's client knows neither.
     let open = ["--lerobot-host", "0.0.0.0", "--api-key-file", good, "--tls-cert", &first];
     let open = [&lerobot[..], &open, &["--tls-key", &own]].concat();
-    let table: [(&[&str], &str); 11] = [
+    let table: [(&[&str], &str); 12] = [
+        (&["--queue", "8", "--max-observations", "9"], "never fits a queue of 8: raise --queue"),
         (&["--host", "0.0.0.0"], "--api-key-file, a certificate with --tls-cert and --tls-key"),
         (&admin, "the admin listener on 0.0.0.0:1 can be reached from other machines"),
         (&with_tls, "name a key file with --admin-key-file"),

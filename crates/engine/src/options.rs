@@ -26,7 +26,7 @@ pub struct EngineOptions {
     pub max_prompt_tokens: usize,
     /// Rounding and batch sizes.
     pub rule: BucketRule,
-    /// Requests that may wait (default 256).
+    /// Requests that may wait (default 1024).
     pub queue_capacity: usize,
     /// How long a free device waits for more requests before it runs a batch that is not full
     /// (default zero: a batch forms from what is there).
@@ -66,7 +66,7 @@ impl EngineOptions {
             horizon,
             max_prompt_tokens,
             rule: BucketRule::gpu(1),
-            queue_capacity: 256,
+            queue_capacity: 1024,
             window: Duration::ZERO,
             lookout: lookout::usual(),
             busy_poll: Duration::ZERO,

@@ -95,7 +95,10 @@ pub(crate) async fn probe(
         // The same as vla-eval's servers say it.
         "/health" => Some(rendered(match readiness(shared, draining).await {
             Ok(()) => Page::json(200, r#"{"status": "ok"}"#),
-            Err(why) => Page::json(503, format!(r#"{{"status": "not ready: {why}"}}"#)),
+            Err(why) => {
+                let status = serde_json::json!({ "status": format!("not ready: {why}") });
+                Page::json(503, status.to_string())
+            }
         })),
         _ => None,
     }

@@ -41,9 +41,9 @@ impl Preparation {
         }
     }
 
-    /// As many at once as there are cores, 512 waiting.
-    pub fn per_core() -> Self {
-        Self::new(std::thread::available_parallelism().map_or(1, usize::from), 512)
+    /// As many at once as there are cores.
+    pub fn per_core(waiting: usize) -> Self {
+        Self::new(std::thread::available_parallelism().map_or(1, usize::from), waiting)
     }
 
     /// Runs `work` on the calling thread, for what takes less than two changes of thread would: a

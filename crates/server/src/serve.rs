@@ -221,6 +221,8 @@ pub async fn serve_doors<L: Listener>(
             }
         },
     };
+    // A LeRobot connection has one observation stretched at a time.
+    let stretching = Preparation::per_core(options.max_connections);
     let shared = Arc::new(Shared {
         service,
         options,
@@ -231,7 +233,7 @@ pub async fn serve_doors<L: Listener>(
         admin: admin.is_some(),
         busy,
         sessions: Sessions::default(),
-        stretching: Preparation::per_core(),
+        stretching,
         draining_since: OnceLock::new(),
         cut: AtomicBool::new(false),
     });
