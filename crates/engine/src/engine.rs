@@ -108,9 +108,12 @@ impl Engine {
     /// What `submit` would say.
     pub fn admit(&self, deadline: Option<Instant>) -> Result<(), EngineError> {
         let options = &self.shared.options;
-        let state = self.shared.lock();
+        let mut state = self.shared.lock();
         let bucket = state.fastest(&options.rule).unwrap_or_else(|| options.bucket(1, 1));
-        let admitted = state.admit(&options.rule, Instant::now(), bucket, deadline);
+        let mut admitted = state.admit(&options.rule, Instant::now(), bucket, deadline);
+        if admitted.is_ok() && state.queue.is_full() {
+            admitted = Err(EngineError::Overloaded { capacity: state.queue.capacity() });
+        }
         drop(state);
         admitted.inspect_err(|error| self.shared.stats.error(error))
     }

@@ -113,12 +113,17 @@ impl Queue {
         self.jobs.range(..=(Self::order(deadline, arrived), u64::MAX)).count()
     }
 
-    /// Adds a request; gives it back when the queue is full.
-    pub(crate) fn push(&mut self, job: Job) -> Result<(), Box<Job>> {
+    /// Whether it is full, once those that nobody waits for any more are forgotten.
+    pub(crate) fn is_full(&mut self) -> bool {
         if self.len() >= self.capacity {
             self.jobs.retain(|_, job| !job.reply.sender.is_closed());
         }
-        if self.len() >= self.capacity {
+        self.len() >= self.capacity
+    }
+
+    /// Adds a request; gives it back when the queue is full.
+    pub(crate) fn push(&mut self, job: Job) -> Result<(), Box<Job>> {
+        if self.is_full() {
             return Err(Box::new(job));
         }
         let order = Self::order(job.deadline, job.reply.arrived);

@@ -336,11 +336,15 @@ async fn requests_nobody_waits_for_are_not_run() {
 async fn a_full_queue_refuses() {
     let mut options = rig::options(1);
     options.queue_capacity = 4;
-    let engine = rig::engine(&[(1, 20.0)], options);
+    let engine = rig::engine(&[(1, 200.0)], options);
     engine.wait_ready().await.unwrap();
     let _running = occupy(&engine).await;
-    let _waiting: Vec<_> = (0..4).map(|i| engine.submit(request(i)).unwrap()).collect();
-    assert_eq!(engine.submit(request(4)).unwrap_err(), EngineError::Overloaded { capacity: 4 });
+    let mut waiting: Vec<_> = (0..4).map(|i| engine.submit(request(i)).unwrap()).collect();
+    let full = Err(EngineError::Overloaded { capacity: 4 });
+    assert_eq!(engine.submit(request(4)).map(drop), full);
+    assert_eq!(engine.admit(None), full, "before anything is prepared for it");
+    waiting.pop();
+    assert_eq!(engine.admit(None), Ok(()), "one was withdrawn");
 }
 
 #[tokio::test]
