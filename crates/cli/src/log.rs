@@ -51,7 +51,8 @@ pub fn start(format: LogFormat) -> io::Result<()> {
     QUEUE.get_or_init(|| queue);
     FORMAT.get_or_init(|| format);
     let wanted = std::env::var("PIROUETTE_LOG").ok();
-    let filter = filter(wanted.as_deref());
+    let wanted = wanted.as_deref().map(str::trim);
+    let filter = filter(wanted);
     let lines = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(move || Line(Arc::clone(&lines)))
@@ -62,7 +63,7 @@ pub fn start(format: LogFormat) -> io::Result<()> {
         LogFormat::Text => lines.init(),
         LogFormat::Json => lines.json().flatten_event(true).init(),
     }
-    if let Some(mistake) = wanted.as_deref().and_then(mistake) {
+    if let Some(mistake) = wanted.and_then(mistake) {
         tell(&format!("{mistake}\n"));
     }
     Ok(())
@@ -105,7 +106,7 @@ fn tell_lost(lines: u64) {
 pub fn tell(text: &str) {
     match QUEUE.get() {
         Some(queue) if FORMAT.get() == Some(&LogFormat::Json) => {
-            queue.push(object(text).as_bytes(), true);
+            queue.push(object("ERROR", text).as_bytes(), true);
         }
         Some(queue) => queue.push(text.as_bytes(), true),
         // There is nowhere else to say that it can't be said.
@@ -114,19 +115,24 @@ pub fn tell(text: &str) {
 }
 
 /// A text as a line of a log in JSON.
-fn object(text: &str) -> String {
+fn object(level: &str, text: &str) -> String {
     let mut timestamp = String::new();
     // A clock that can't be written leaves the line without its time.
     let _ = SystemTime.format_time(&mut Writer::new(&mut timestamp));
     let line = serde_json::json!({
-        "timestamp": timestamp, "level": "ERROR", "message": text.trim(), "target": "pirouette",
+        "timestamp": timestamp, "level": level, "message": text.trim(), "target": "pirouette",
     });
     line.to_string() + "\n"
 }
 
 /// Tells one line beside the results. Nobody may be there to read it: that costs no result.
 pub fn note(line: impl Display) {
-    tell(&format!("{line}\n"));
+    match QUEUE.get() {
+        Some(queue) if FORMAT.get() == Some(&LogFormat::Json) => {
+            queue.push(object("INFO", &line.to_string()).as_bytes(), true);
+        }
+        _ => tell(&format!("{line}\n")),
+    }
 }
 
 /// Waits until everything is written, for a second at most.
@@ -321,7 +327,7 @@ mod tests {
 
     #[test]
     fn a_last_word_is_an_object_too() {
-        let line = object("pirouette: no key:\n  is there\n");
+        let line = object("ERROR", "pirouette: no key:\n  is there\n");
         assert_eq!(line.matches('\n').count(), 1, "{line}");
         let line: serde_json::Value = serde_json::from_str(&line).unwrap();
         assert_eq!(line["message"], "pirouette: no key:\n  is there");

@@ -286,15 +286,18 @@ impl Engine {
                 if age.is_some_and(|age| age <= max_age) {
                     return Ok(());
                 }
-                // A canary waits for the run in hand, which the watchdog bounds. A probe need not,
-                // if the last one was young enough when that began: the next comes right after it.
+                // A canary waits for the run in hand. A probe need not, if the last one was young
+                // enough when that began: the next comes right after it, and the watchdog bounds
+                // both.
                 let running = device.running.as_ref().map(|running| running.started.elapsed());
                 if let (Some(age), Some(running)) = (age, running)
                     && age <= max_age + running
+                    && !device.canary_excused
                 {
-                    if device.canary_waiters.is_empty() {
-                        device.canary_waiters.push(oneshot::channel().0);
-                    }
+                    device.canary_excused = true;
+                    device.canary_waiters.push(oneshot::channel().0);
+                }
+                if device.canary_excused {
                     return Ok(());
                 }
                 let (sender, receiver) = oneshot::channel();

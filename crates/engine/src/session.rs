@@ -158,7 +158,9 @@ impl Session {
                     // Of one that fails or hangs, whoever notes that tells the waiting.
                     self.canary()?;
                     let mut state = self.shared.lock();
-                    for waiter in state.devices[self.index].canary_waiters.drain(..) {
+                    let device = &mut state.devices[self.index];
+                    device.canary_excused = false;
+                    for waiter in device.canary_waiters.drain(..) {
                         let _ = waiter.send(Ok(()));
                     }
                 }

@@ -94,6 +94,9 @@ pub(crate) struct DeviceState {
     pub(crate) running: Option<Running>,
     pub(crate) last_canary: Option<Instant>,
     pub(crate) canary_waiters: Vec<CanaryWaiter>,
+    /// The next canary comes after a run that began when the last one was young: no probe waits
+    /// for either.
+    pub(crate) canary_excused: bool,
     /// The canary's known answer, kept across restarts.
     pub(crate) reference: Option<Vec<f32>>,
 }
@@ -251,6 +254,7 @@ impl Shared {
         device.restarts += 1;
         device.failure = Some(reason.into());
         device.last_canary = None;
+        device.canary_excused = false;
         let replies = device.running.take().map(|r| r.replies).unwrap_or_default();
         for waiter in device.canary_waiters.drain(..) {
             let _ = waiter.send(Err(reason.into()));
@@ -285,6 +289,7 @@ impl DeviceState {
             running: None,
             last_canary: None,
             canary_waiters: Vec::new(),
+            canary_excused: false,
             reference: options.canary.expected.clone(),
         }
     }

@@ -220,7 +220,18 @@ async fn a_probe_does_not_wait_for_a_run_that_began_when_the_canary_was_young() 
     engine.readiness().await.unwrap();
     assert!(asked.elapsed() < Duration::from_millis(100), "{:?}", asked.elapsed());
     pending.await.unwrap();
+    // The canary takes as long as a run, and comes now.
+    for _ in 0..5 {
+        let asked = Instant::now();
+        engine.readiness().await.unwrap();
+        assert!(asked.elapsed() < Duration::from_millis(100), "{:?}", asked.elapsed());
+        tokio::time::sleep(Duration::from_millis(40)).await;
+    }
     eventually("the canary ran", || engine.stats().canaries == canaries + 1).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let asked = Instant::now();
+    engine.readiness().await.unwrap();
+    assert!(asked.elapsed() > Duration::from_millis(200), "an idle device is asked");
 }
 
 #[tokio::test]

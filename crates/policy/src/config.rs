@@ -92,10 +92,12 @@ impl PolicyConfig {
             return wrong("robot.output_dims", format!("is {dims}; it must be 1 to {columns}"));
         }
         self.robot.check().or_else(|problem| wrong("robot", problem))?;
-        let covered = self.absolute_mask.len();
-        if covered > dims {
+        // Absolute columns beyond what the robot receives say nothing.
+        if let Some(last) = self.absolute_mask.iter().rposition(|&relative| relative)
+            && last >= dims
+        {
             let problem =
-                format!("covers {covered} columns, the robot receives {dims} (`output_dims`)");
+                format!("makes column {last} relative, the robot receives {dims} (`output_dims`)");
             return wrong("absolute", problem);
         }
         self.check_relative().or_else(|problem| wrong("absolute", problem))?;

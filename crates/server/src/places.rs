@@ -2,8 +2,7 @@
 //! taken the one that has been silent longest makes room, so that silent ones keep nobody out.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::{AbortHandle, JoinSet};
@@ -13,30 +12,32 @@ pub(crate) struct Places {
     free: Arc<Semaphore>,
     limit: usize,
     /// In the order they came; some have asked or ended since.
-    taken: VecDeque<Taken>,
+    taken: VecDeque<(AbortHandle, Arc<Mutex<Slot>>)>,
 }
 
-struct Taken {
-    task: AbortHandle,
-    asked: Arc<AtomicBool>,
+struct Slot {
+    /// None: taken away from it, or given back.
+    permit: Option<OwnedSemaphorePermit>,
+    asked: bool,
 }
 
-impl Taken {
-    fn is_silent(&self) -> bool {
-        !self.asked.load(Relaxed) && !self.task.is_finished()
-    }
+fn lock(slot: &Mutex<Slot>) -> MutexGuard<'_, Slot> {
+    slot.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A place among them, given back when it is dropped.
-pub(crate) struct Place {
-    asked: Arc<AtomicBool>,
-    _permit: OwnedSemaphorePermit,
-}
+pub(crate) struct Place(Arc<Mutex<Slot>>);
 
 impl Place {
     /// The request is there: the connection no longer makes room for others.
     pub(crate) fn asked(&self) {
-        self.asked.store(true, Relaxed);
+        lock(&self.0).asked = true;
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        lock(&self.0).permit = None;
     }
 }
 
@@ -51,42 +52,40 @@ impl Places {
     pub(crate) fn spawn<F>(
         &mut self,
         tasks: &mut JoinSet<()>,
-        converse: impl FnOnce(Place) -> F + Send + 'static,
+        converse: impl FnOnce(Place) -> F,
     ) -> bool
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        let permit = self.free.clone().try_acquire_owned().ok();
-        let free = permit.is_some();
-        if !free {
-            let Some(silent) = self.oldest_silent() else { return false };
-            silent.abort();
+        let gone = |slot: &Mutex<Slot>| {
+            let slot = lock(slot);
+            slot.asked || slot.permit.is_none()
+        };
+        while self.taken.front().is_some_and(|(_, slot)| gone(slot)) {
+            self.taken.pop_front();
         }
-        let (asked, waiting) = (Arc::new(AtomicBool::new(false)), self.free.clone());
-        let own = asked.clone();
-        let task = tasks.spawn(async move {
-            let permit = match permit {
-                Some(permit) => permit,
-                // Of the one that is dropped. The semaphore is never closed.
-                None => match waiting.acquire_owned().await {
-                    Ok(permit) => permit,
-                    Err(_) => return,
-                },
-            };
-            converse(Place { asked: own, _permit: permit }).await;
-        });
         if self.taken.len() >= 2 * self.limit {
-            self.taken.retain(Taken::is_silent);
+            self.taken.retain(|(_, slot)| !gone(slot));
         }
-        self.taken.push_back(Taken { task, asked });
-        free
+        let free = self.free.clone().try_acquire_owned().ok();
+        let was_free = free.is_some();
+        let Some(permit) = free.or_else(|| self.oldest_silent()) else { return false };
+        let slot = Arc::new(Mutex::new(Slot { permit: Some(permit), asked: false }));
+        let task = tasks.spawn(converse(Place(slot.clone())));
+        self.taken.push_back((task, slot));
+        was_free
     }
 
-    fn oldest_silent(&mut self) -> Option<AbortHandle> {
+    /// Ends it, and takes its place away.
+    fn oldest_silent(&mut self) -> Option<OwnedSemaphorePermit> {
         loop {
-            let oldest = self.taken.pop_front()?;
-            if oldest.is_silent() {
-                return Some(oldest.task);
+            let (task, slot) = self.taken.pop_front()?;
+            let mut slot = lock(&slot);
+            if !slot.asked
+                && let Some(permit) = slot.permit.take()
+            {
+                task.abort();
+                return Some(permit);
             }
         }
     }

@@ -183,6 +183,13 @@ async fn too_many_half_open_connections_are_dropped_and_keep_nobody_out() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
+    // As many as come at once.
+    for _ in 0..20 {
+        held.push(Raw(server.tcp().await));
+    }
+    let asked = Instant::now();
+    assert_eq!(server.get(&get("/livez", "")).await.0, "HTTP/1.1 200 OK");
+    assert!(asked.elapsed() < Duration::from_secs(1), "{:?}", asked.elapsed());
     robot.ask(&[state(1.0)]).await;
     assert_eq!(first_action(&robot.frame().await.map()), 1.0);
     let (_, _, metrics) = server.get(&get("/metrics", "")).await;
@@ -331,7 +338,7 @@ async fn a_process_that_can_not_answer_again_says_that_it_should_be_restarted() 
         [server.get(&get("/health", "")).await, server.admin(&get("/health", "")).await]
     {
         assert_eq!(status, "HTTP/1.1 503 Service Unavailable");
-        assert_eq!(body, r#"{"status": "not ready: no device is ready"}"#);
+        assert_eq!(body, r#"{"status":"not ready: no device is ready"}"#);
     }
     assert!(server.get(&get("/healthz", "")).await.0.contains(" 200 "));
 }
@@ -352,7 +359,7 @@ async fn shutdown_answers_what_runs_then_says_goodbye() {
     assert_eq!(body, "not ready: shutting down\n");
     let (status, _, body) = server.get(&get("/health", "")).await;
     assert_eq!(status, "HTTP/1.1 503 Service Unavailable");
-    assert_eq!(body, r#"{"status": "not ready: shutting down"}"#);
+    assert_eq!(body, r#"{"status":"not ready: shutting down"}"#);
     assert!(server.get(&get("/livez", "")).await.0.contains("200"));
     let upgrade = "Upgrade: websocket\r\nConnection: Upgrade\r\n\
         Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n";

@@ -309,13 +309,14 @@ mod tests {
             ),
             (&[(absolute, "absolute = [6]"), ("dims = 1\n", "")], ""),
             (&[(absolute, "absolute = [6]")], ""),
+            (&[(absolute, "absolute = [5, -27]")], ""),
             (
                 &[(absolute, "absolute = [6]"), (five, "dims = 4 ")],
                 "`absolute` makes action column 5 relative to the state, which has 5 numbers",
             ),
             (
-                &[(absolute, "absolute = [5, -2]")],
-                "`absolute` covers 7 columns, the robot receives 6 (`output_dims`)",
+                &[(absolute, "absolute = [5, 2]")],
+                "`absolute` makes column 6 relative, the robot receives 6 (`output_dims`)",
             ),
             (&[(five, "dims = 0 ")], "the key `observation/joint_position` with `dims` 0; it must"),
             (&[(five, "dims = 9999999 ")], "with `dims` 9999999; it must be 1 to 4096"),

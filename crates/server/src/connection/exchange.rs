@@ -110,7 +110,7 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
         };
         self.shared.metrics.stage("decode").record_ms(decode_ms);
         self.shared.metrics.stage("infer").record_ms(ms(asked));
-        match self.encode(&response) {
+        match self.encode(&response, true) {
             Ok(bytes) => self.reply(bytes, exchange).await?,
             Err(error) => return self.tell(error, exchange).await,
         }
@@ -246,20 +246,23 @@ impl<S: AsyncRead + AsyncWrite> Connection<S> {
         }
     }
 
-    fn encode(&self, response: &Value) -> Result<Vec<u8>, ServiceError> {
+    /// `answered`: a chunk was inferred for it, whose stages are counted.
+    fn encode(&self, response: &Value, answered: bool) -> Result<Vec<u8>, ServiceError> {
         let encoding = Instant::now();
         let bytes = msgpack::encode(response).map_err(|error| {
             let mut failure = ServiceError::exception("ValueError", error.to_string());
             failure.reason = "internal";
             failure
         });
-        self.shared.metrics.stage("encode").record_ms(ms(encoding));
+        if answered {
+            self.shared.metrics.stage("encode").record_ms(ms(encoding));
+        }
         bytes
     }
 
     /// Sends what can always be encoded.
     async fn say(&mut self, response: &Value, exchange: &mut Exchange) -> Result<(), End> {
-        let bytes = self.encode(response).map_err(|error| {
+        let bytes = self.encode(response, exchange.outcome == "ok").map_err(|error| {
             tracing::error!(%error, "an answer can't be encoded");
             End::Close(INTERNAL_ERROR, ERROR_REASON)
         })?;
