@@ -1,6 +1,6 @@
 //! `pirouette load`: many clients against a server → latencies, goodput, refusals.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -87,22 +87,35 @@ async fn measure(args: &LoadArgs) -> Result<()> {
         "{} clients · {} · {request_bytes} bytes a request",
         args.clients, args.url
     ));
-    let measured = load::run(&options).await?;
-    if let Some(path) = &args.json {
-        let report = Report {
-            provenance: Provenance::here(),
-            url: &args.url,
-            clients: args.clients,
-            rate: args.rate,
-            deadline_ms: args.deadline_ms,
-            request_bytes,
-            goodput_per_s: measured.goodput(),
-            measured: &measured,
-        };
-        return write_json(path, &report);
+    let (measured, failed) = match load::run(&options).await {
+        Ok(measured) => (measured, None),
+        // Told before it fails: an older file must not be read as this run's.
+        Err(LoadError::Nothing { error, report }) => {
+            let measured = (*report).clone();
+            (measured, Some(LoadError::Nothing { error, report }))
+        }
+        Err(error) => return Err(error.into()),
+    };
+    match &args.json {
+        Some(path) => save(path, args, request_bytes, &measured)?,
+        None if failed.is_none() => print(&measured, args.rate),
+        None => {}
     }
-    print(&measured);
-    Ok(())
+    failed.map_or(Ok(()), |error| Err(error.into()))
+}
+
+fn save(path: &Path, args: &LoadArgs, request_bytes: usize, measured: &LoadReport) -> Result<()> {
+    let report = Report {
+        provenance: Provenance::here(),
+        url: &args.url,
+        clients: args.clients,
+        rate: args.rate,
+        deadline_ms: args.deadline_ms,
+        request_bytes,
+        goodput_per_s: measured.goodput(),
+        measured,
+    };
+    write_json(path, &report)
 }
 
 async fn options(args: &LoadArgs) -> Result<LoadOptions> {
@@ -152,7 +165,7 @@ fn advised(error: LoadError) -> anyhow::Error {
 }
 
 /// The first line of a key file that is one.
-fn first_key(path: &std::path::Path) -> Result<String> {
+fn first_key(path: &Path) -> Result<String> {
     let text = std::fs::read_to_string(path)
         .with_context(|| format!("can't read the key file {}", path.display()))?;
     let mut lines = text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#'));
@@ -161,15 +174,27 @@ fn first_key(path: &std::path::Path) -> Result<String> {
     Ok(line.split_whitespace().next().unwrap_or(line).to_string())
 }
 
-fn print(report: &LoadReport) {
+/// What was sent, where it is less than what was asked for: the clients wait for their answers.
+fn shortfall(report: &LoadReport, rate: f64) -> Option<String> {
+    let sent = report.sent_per_s?;
+    let short = report.unsent > 0 || sent < 0.99 * rate;
+    let unsent = report.unsent;
+    short.then(|| format!("offered {rate:.1}/s, sent {sent:.1}/s: {unsent} due were never sent"))
+}
+
+fn print(report: &LoadReport, rate: Option<f64>) {
     println!(
-        "{} sent, {} answered, {} good in {:.2} s: {:.1} good answers a second\n",
+        "{} sent, {} answered, {} good in {:.2} s: {:.1} good answers a second",
         report.sent,
         report.answered,
         report.good,
         report.seconds,
         report.goodput()
     );
+    if let Some(line) = rate.and_then(|rate| shortfall(report, rate)) {
+        println!("{line}");
+    }
+    println!();
     let row = |name: &str, p: &Percentiles| {
         let values = [p.p50_ms, p.p90_ms, p.p99_ms, p.p999_ms, p.max_ms, p.mean_ms];
         let cells = values.iter().map(|ms| format!("{ms:.3}"));
@@ -189,5 +214,44 @@ fn print(report: &LoadReport) {
     }
     if let Some(error) = &report.first_error {
         println!("the first: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::{Cli, Command};
+
+    #[test]
+    fn where_nothing_was_answered_the_file_says_so() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("ws://{}", listener.local_addr().unwrap());
+        // Takes connections, and drops them.
+        std::thread::spawn(move || listener.incoming().for_each(drop));
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("load.json");
+        std::fs::write(&file, r#"{"goodput_per_s": 70.0}"#).unwrap();
+        let line = ["pirouette", "load", &url, "--config", "pi05_droid", "--requests", "2"];
+        let file = file.to_str().unwrap();
+        let cli = Cli::try_parse_from(line.into_iter().chain(["--json", file])).unwrap();
+        let Command::Load(args) = cli.command else { panic!("load was typed") };
+        let error = format!("{:#}", run(&args).unwrap_err());
+        assert!(error.starts_with("no request was answered"), "{error}");
+        let text = std::fs::read_to_string(file).unwrap();
+        let report: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(report["goodput_per_s"], 0.0, "{report}");
+        assert_eq!((&report["sent"], &report["errors"]["transport"]), (&2.into(), &2.into()));
+    }
+
+    #[test]
+    fn a_rate_that_was_not_sent_is_told() {
+        let report =
+            |unsent, sent| LoadReport { unsent, sent_per_s: Some(sent), ..LoadReport::default() };
+        let told = shortfall(&report(180, 20.0), 200.0).unwrap();
+        assert_eq!(told, "offered 200.0/s, sent 20.0/s: 180 due were never sent");
+        assert!(shortfall(&report(0, 150.0), 200.0).is_some());
+        assert_eq!(shortfall(&report(0, 199.9), 200.0), None);
     }
 }

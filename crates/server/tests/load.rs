@@ -49,6 +49,32 @@ impl Service for InTurn {
     }
 }
 
+/// One answer at a time, each after 50 ms.
+struct Slow(tokio::sync::Mutex<()>);
+
+impl Service for Slow {
+    fn warm(&self) -> ServiceFuture<'_, ()> {
+        Box::pin(async {})
+    }
+
+    fn metadata(&self) -> Value {
+        Value::Map(vec![])
+    }
+
+    fn infer(&self, _: Value, _: RequestContext) -> ServiceFuture<'_, Result<Reply, ServiceError>> {
+        Box::pin(async {
+            let _turn = self.0.lock().await;
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            let actions = NdArray::from_f64(vec![1, 1], &[0.5]).unwrap();
+            Ok(Reply { actions, model_ms: 50.0, timing: None, extras: vec![], identity: None })
+        })
+    }
+
+    fn readiness(&self) -> ServiceFuture<'_, Result<(), String>> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
 fn options(address: std::net::SocketAddr, requests: usize) -> LoadOptions {
     LoadOptions {
         url: format!("ws://{address}"),
@@ -103,4 +129,38 @@ async fn a_server_without_a_contract_is_told_from_none() {
     let error = ask(address).await;
     assert!(matches!(&error, LoadError::Unreachable { .. }), "{error}");
     assert!(error.to_string().contains("nothing answers at ws://127.0.0.1:"), "{error}");
+}
+
+/// It went on until each due request was sent: ten times as long.
+#[tokio::test]
+async fn a_rate_above_what_the_server_does_still_ends_in_time() {
+    let service = Arc::new(Slow(tokio::sync::Mutex::new(())));
+    let server = Server::with(service, ServeOptions::default(), false).await;
+    let asked = LoadOptions {
+        clients: 2,
+        rate: Some(200.0),
+        duration: Some(Duration::from_secs(1)),
+        ..options(server.address, usize::MAX)
+    };
+    let report = load::run(&asked).await.unwrap();
+    assert!(report.seconds < 1.3, "{report:?}");
+    assert!(report.unsent > 0 && report.sent + report.unsent == 200, "{report:?}");
+    let sent = report.sent_per_s.unwrap();
+    assert!(sent > 0.0 && sent < 50.0, "{report:?}");
+    // Late from when they were due, but not on the wire.
+    assert!(report.latency.max_ms > 500.0, "{report:?}");
+    assert!(report.over_server.p50_ms < 50.0, "{report:?}");
+}
+
+#[tokio::test]
+async fn a_rate_that_the_server_does_is_sent_whole() {
+    let service = Arc::new(Slow(tokio::sync::Mutex::new(())));
+    let server = Server::with(service, ServeOptions::default(), false).await;
+    let asked = LoadOptions {
+        rate: Some(5.0),
+        duration: Some(Duration::from_secs(1)),
+        ..options(server.address, usize::MAX)
+    };
+    let report = load::run(&asked).await.unwrap();
+    assert_eq!((report.sent, report.unsent), (5, 0), "{report:?}");
 }

@@ -1,9 +1,9 @@
 //! The other side of the wire: many clients, measured. Speaks openpi's dialect.
 
 mod observe;
+mod report;
 pub mod socket;
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -11,10 +11,12 @@ use pirouette_engine::draw_seed;
 use pirouette_policy::{NdArray, Scalar, Value};
 use tokio::time::{Instant, sleep_until, timeout};
 
+use self::report::{Outcome, Seen, report};
 use self::socket::{Address, Received, Socket, frame};
 use crate::msgpack;
 
 pub use self::observe::observation_of;
+pub use self::report::{LoadReport, Percentiles};
 
 /// How long a server may take to tell its contract.
 const CONTRACT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -73,78 +75,17 @@ pub enum LoadError {
     /// The server does not tell what it takes.
     #[error("the server's /contract: {0}")]
     Contract(String),
+    /// A client's task ended without telling what it saw.
+    #[error("a client ended early: {0}")]
+    Client(String),
     /// No client got through.
-    #[error("no request was answered; first error: {0}")]
-    Nothing(String),
-}
-
-/// Percentiles of a set of durations, in milliseconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, serde::Serialize)]
-pub struct Percentiles {
-    /// Median.
-    pub p50_ms: f64,
-    /// 90 %.
-    pub p90_ms: f64,
-    /// 99 %.
-    pub p99_ms: f64,
-    /// 99.9 %.
-    pub p999_ms: f64,
-    /// The longest.
-    pub max_ms: f64,
-    /// The mean.
-    pub mean_ms: f64,
-}
-
-/// What was measured.
-#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
-pub struct LoadReport {
-    /// Requests sent.
-    pub sent: u64,
-    /// Requests answered with actions.
-    pub answered: u64,
-    /// Of those, within the deadline (all, when there is none).
-    pub good: u64,
-    /// Requests that failed, by the last line's exception type or by transport error.
-    pub errors: BTreeMap<String, u64>,
-    /// First error, in full.
-    pub first_error: Option<String>,
-    /// Duration of the measurement.
-    pub seconds: f64,
-    /// From sending a request (or from when it was due) to having the answer's frame.
-    pub latency: Percentiles,
-    /// Latency minus the server's `infer_ms`: wire, codec, scheduling.
-    pub over_server: Percentiles,
-    /// Latency minus the model's `infer_ms`: everything but the model.
-    pub over_model: Percentiles,
-    /// Time until a refusal (an error text) arrived.
-    pub refusal: Percentiles,
-}
-
-impl LoadReport {
-    /// Good answers per second.
-    pub fn goodput(&self) -> f64 {
-        self.good as f64 / self.seconds.max(1e-9)
-    }
-}
-
-impl Percentiles {
-    /// Of any values; zeros for none.
-    pub fn of(mut values: Vec<f64>) -> Self {
-        values.sort_by(f64::total_cmp);
-        let Some(&max_ms) = values.last() else { return Percentiles::default() };
-        let at = |q: f64| {
-            let rank = (q * values.len() as f64).ceil() as usize;
-            values[rank.clamp(1, values.len()) - 1]
-        };
-        Percentiles {
-            p50_ms: at(0.5),
-            p90_ms: at(0.9),
-            p99_ms: at(0.99),
-            p999_ms: at(0.999),
-            max_ms,
-            mean_ms: values.iter().sum::<f64>() / values.len() as f64,
-        }
-    }
+    #[error("no request was answered; first error: {error}")]
+    Nothing {
+        /// The first reason.
+        error: String,
+        /// What was counted all the same.
+        report: Box<LoadReport>,
+    },
 }
 
 /// Asks a server for its contract card, JSON text.
@@ -183,13 +124,6 @@ pub fn sample_observation(cameras: usize, side: usize) -> Value {
     Value::Map(map)
 }
 
-/// One request's fate.
-enum Outcome {
-    Answer { latency_ms: f64, server_ms: f64, model_ms: f64 },
-    Refusal { latency_ms: f64, text: String },
-    Broken(String),
-}
-
 /// Runs all clients and adds up what they saw.
 ///
 /// # Errors
@@ -218,74 +152,50 @@ pub async fn run(options: &LoadOptions) -> Result<LoadReport, LoadError> {
             }
             barrier.wait().await;
             let start = *began.get_or_init(async || Instant::now()).await;
-            let mut outcomes = Vec::new();
-            let end = options.duration.map(|d| start + d);
-            for i in 0..options.requests {
-                let due = options.rate.map(|rate| {
-                    let place = (i * options.clients.max(1) + index) as f64;
-                    start + Duration::from_secs_f64(place / rate.max(1e-6))
-                });
-                let begins = due.unwrap_or_else(Instant::now);
-                if end.is_some_and(|end| begins >= end) {
-                    break;
-                }
-                if options.rate.is_some() {
-                    sleep_until(begins).await;
-                }
-                outcomes.push(client.ask(begins).await);
-            }
-            let seconds = start.elapsed().as_secs_f64();
+            let seen = measured(&mut client, start, index).await;
             client.goodbye().await;
-            (outcomes, seconds)
+            seen
         });
     }
-    let mut outcomes = Vec::new();
-    let mut seconds = 0.0f64;
+    let mut all =
+        Seen { outcomes: vec![], unsent: 0, sending: Duration::ZERO, took: Duration::ZERO };
     while let Some(client) = clients.join_next().await {
-        let (more, took) = client.map_err(|e| LoadError::Nothing(e.to_string()))?;
-        outcomes.extend(more);
-        seconds = seconds.max(took);
+        let seen = client.map_err(|e| LoadError::Client(e.to_string()))?;
+        all.outcomes.extend(seen.outcomes);
+        all.unsent += seen.unsent;
+        all.sending = all.sending.max(seen.sending);
+        all.took = all.took.max(seen.took);
     }
-    report(outcomes, seconds, options.deadline)
+    report(all, options)
 }
 
-fn report(
-    outcomes: Vec<Outcome>,
-    seconds: f64,
-    deadline: Option<Duration>,
-) -> Result<LoadReport, LoadError> {
-    let mut report = LoadReport { sent: outcomes.len() as u64, seconds, ..Default::default() };
-    let limit_ms = deadline.map_or(f64::INFINITY, |d| d.as_secs_f64() * 1e3);
-    let (mut latency, mut over_server, mut over_model) = (Vec::new(), Vec::new(), Vec::new());
-    let mut refusal = Vec::new();
-    for outcome in outcomes {
-        let (kind, text) = match outcome {
-            Outcome::Answer { latency_ms, server_ms, model_ms } => {
-                report.answered += 1;
-                report.good += u64::from(latency_ms <= limit_ms);
-                latency.push(latency_ms);
-                over_server.push(latency_ms - server_ms);
-                over_model.push(latency_ms - model_ms);
-                continue;
-            }
-            Outcome::Refusal { latency_ms, text } => {
-                refusal.push(latency_ms);
-                let last = text.lines().last().unwrap_or_default().to_owned();
-                (last.split(':').next().unwrap_or_default().to_owned(), last)
-            }
-            Outcome::Broken(text) => ("transport".to_owned(), text),
-        };
-        *report.errors.entry(kind).or_default() += 1;
-        report.first_error.get_or_insert(text);
+/// The requests of one client that count.
+async fn measured(client: &mut Client<'_>, start: Instant, index: usize) -> Seen {
+    let options = client.options;
+    let due = |i: usize, rate: f64| {
+        let place = (i * options.clients.max(1) + index) as f64;
+        start + Duration::from_secs_f64(place / rate.max(1e-6))
+    };
+    let end = options.duration.map(|d| start + d);
+    let over = |at: Instant| end.is_some_and(|end| at >= end);
+    let (mut outcomes, mut sending) = (Vec::new(), Duration::ZERO);
+    for i in 0..options.requests {
+        let now = Instant::now();
+        let begins = options.rate.map_or(now, |rate| due(i, rate));
+        if over(begins) || over(now) {
+            break;
+        }
+        if options.rate.is_some() {
+            sleep_until(begins).await;
+        }
+        sending = start.elapsed();
+        outcomes.push(client.ask(begins).await);
     }
-    if report.answered == 0 {
-        return Err(LoadError::Nothing(report.first_error.unwrap_or_default()));
-    }
-    report.latency = Percentiles::of(latency);
-    report.over_server = Percentiles::of(over_server);
-    report.over_model = Percentiles::of(over_model);
-    report.refusal = Percentiles::of(refusal);
-    Ok(report)
+    let took = start.elapsed();
+    let unsent = options.rate.filter(|_| end.is_some()).map_or(0, |rate| {
+        (outcomes.len()..options.requests).take_while(|&i| !over(due(i, rate))).count() as u64
+    });
+    Seen { outcomes, unsent, sending, took }
 }
 
 struct Client<'a> {
@@ -300,13 +210,14 @@ struct Client<'a> {
 impl Client<'_> {
     /// One request; a broken connection is reopened at the next one.
     async fn ask(&mut self, due: Instant) -> Outcome {
-        let limit = self.options.timeout;
+        let (limit, sent) = (self.options.timeout, Instant::now());
         match timeout(limit, self.exchange()).await {
             Ok(Ok(Received::Answer(bytes))) => {
-                let latency_ms = due.elapsed().as_secs_f64() * 1e3;
+                let [latency_ms, exchange_ms] =
+                    [due, sent].map(|from| from.elapsed().as_secs_f64() * 1e3);
                 match timings(&bytes) {
                     Some((server_ms, model_ms)) => {
-                        Outcome::Answer { latency_ms, server_ms, model_ms }
+                        Outcome::Answer { latency_ms, exchange_ms, server_ms, model_ms }
                     }
                     None => Outcome::Broken("the answer is not openpi's".into()),
                 }
@@ -392,18 +303,4 @@ pub fn timings(answer: &Bytes) -> Option<(f64, f64)> {
         _ => None,
     };
     Some((infer_ms("server_timing")?, infer_ms("policy_timing")?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn percentiles_are_of_the_values_seen() {
-        let p = Percentiles::of((1..=1000).rev().map(f64::from).collect());
-        assert_eq!((p.p50_ms, p.p90_ms, p.p99_ms, p.p999_ms), (500.0, 900.0, 990.0, 999.0));
-        assert_eq!((p.max_ms, p.mean_ms), (1000.0, 500.5));
-        assert_eq!(Percentiles::of(vec![3.0]).p999_ms, 3.0);
-        assert_eq!(Percentiles::of(vec![]), Percentiles::default());
-    }
 }
