@@ -453,11 +453,11 @@ pub struct ReportArgs {
     /// Numbers published by others, shown beside ours and labelled as theirs.
     #[arg(long, conflicts_with = "compare")]
     pub published: Option<PathBuf>,
-    /// Write the page as HTML to this file.
+    /// Write the page as HTML to this file (`-` for standard output).
     #[arg(long)]
     pub html: Option<PathBuf>,
-    /// Write it as Markdown to this file (default: to standard output, if nothing else is asked
-    /// for).
+    /// Write it as Markdown to this file (`-`, and the default if nothing else is asked for:
+    /// standard output).
     #[arg(long)]
     pub markdown: Option<PathBuf>,
     /// Write the measurements as JSON to this file (`-` for standard output).

@@ -7,17 +7,17 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use pirouette_cuda::gauge::Gauge;
 use pirouette_cuda::{CudaDevice, CudaExecutable};
-use pirouette_engine::standard_normal;
-use pirouette_model::{
-    Config, Executable, Family, Images, Inputs, Shape, StageTimes, WeightTable, record_with,
-};
+use pirouette_model::{Executable, Family, Inputs, Shape, StageTimes, WeightTable, record_with};
 use serde::Serialize;
 
 use crate::args::BenchArgs;
 use crate::device;
+use crate::energy;
 use crate::log;
 use crate::meanwhile::Meanwhile;
 use crate::provenance::Provenance;
+use crate::quantile::quantile;
+use crate::random::RandomInputs;
 use crate::text::{table, writable, write_json};
 use crate::weights::Weights;
 
@@ -31,7 +31,7 @@ struct Report {
     precision: &'static str,
     weight_bytes: u64,
     clock: &'static str,
-    /// Runs a second; none: one after another.
+    /// Runs a second that were asked for; none: one after another.
     #[serde(skip_serializing_if = "Option::is_none")]
     rate_hz: Option<f64>,
     results: Vec<Row>,
@@ -60,7 +60,14 @@ struct Row {
     mean_ms: f64,
     p99_ms: f64,
     min_ms: f64,
+    /// Of runs one after another by the median, of those at a pace by what was reached.
     samples_per_s: f64,
+    /// Of runs at a pace: runs a second that were reached, and how many began late, by more than a
+    /// tenth of the time between two.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    achieved_hz: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    late_runs: Option<usize>,
     vision_ms: f64,
     prefill_ms: f64,
     denoise_ms: f64,
@@ -163,10 +170,11 @@ pub fn run(args: &BenchArgs) -> Result<()> {
                 };
                 let (runs, meanwhile) =
                     Meanwhile::of(|| time(run, &sample, [warmup, runs], period, gauge.as_ref()))?;
-                Measured { gpu: Some(gpu(cuda, &mut executable, &runs)?), runs, meanwhile }
+                let gpu = Some(gpu(cuda, &mut executable, &runs, period)?);
+                Measured { gpu, runs, meanwhile }
             }
         };
-        Ok(row(shape, &measured))
+        Ok(row(shape, &measured, period.is_some()))
     };
     for &batch in &args.batch {
         report.results.push(measure(args.shape.shape(batch))?);
@@ -208,13 +216,15 @@ struct Run {
     /// Until its graph was queued, and of the GPU.
     parts_ms: Option<[f64; 2]>,
     at_s: f64,
+    is_late: bool,
     sm_mhz: Option<u32>,
     clock_limits: Vec<&'static str>,
 }
 
 impl Run {
     fn new(times: StageTimes, parts_ms: Option<[f64; 2]>) -> Run {
-        Run { times, parts_ms, at_s: 0.0, sm_mhz: None, clock_limits: vec![] }
+        let (at_s, is_late) = (0.0, false);
+        Run { times, parts_ms, at_s, is_late, sm_mhz: None, clock_limits: vec![] }
     }
 }
 
@@ -252,8 +262,11 @@ fn time(
     let (mut warm, mut measured) = (Vec::new(), Vec::new());
     let (mut due, mut first) = (Instant::now(), Instant::now());
     for i in 0..warmup + runs {
+        let mut is_late = false;
         if let Some(period) = period {
-            thread::sleep(due.saturating_duration_since(Instant::now()));
+            let now = Instant::now();
+            is_late = now > due + period / 10;
+            thread::sleep(due.saturating_duration_since(now));
             due += period;
         }
         let begin = Instant::now();
@@ -266,7 +279,7 @@ fn time(
             warm.sort_by(f64::total_cmp);
             first = begin;
         }
-        ran.at_s = (begin - first).as_secs_f64();
+        (ran.at_s, ran.is_late) = ((begin - first).as_secs_f64(), is_late);
         let is_slow = !warm.is_empty() && slow(ran.times.total_ms, quantile(&warm, 0.5));
         if let (true, Some(_), Some(gauge)) = (is_slow, period, gauge) {
             ran.sm_mhz = gauge.read().sm_mhz;
@@ -280,8 +293,14 @@ fn time(
     }
 }
 
-/// Replays without copies, stages as graphs of their own, sensors after a second of load.
-fn gpu(device: &CudaDevice, executable: &mut CudaExecutable, measured: &[Run]) -> Result<Gpu> {
+/// Replays without copies, stages as graphs of their own, sensors after two seconds of load, at the
+/// pace of the runs.
+fn gpu(
+    device: &CudaDevice,
+    executable: &mut CudaExecutable,
+    measured: &[Run],
+    period: Option<Duration>,
+) -> Result<Gpu> {
     let part = |i: usize| {
         let mut ms: Vec<f64> = measured.iter().filter_map(|r| r.parts_ms.map(|p| p[i])).collect();
         ms.sort_by(f64::total_cmp);
@@ -298,14 +317,22 @@ fn gpu(device: &CudaDevice, executable: &mut CudaExecutable, measured: &[Run]) -
         quantile(&ms, 0.5)
     };
     let gauge = Gauge::open(&device.context().properties).ok();
-    let energy = |g: &Option<Gauge>| g.as_ref().and_then(|g| g.read().energy_joules);
-    let (before, begun, mut samples) = (energy(&gauge), Instant::now(), 0);
-    while begun.elapsed().as_secs_f64() < 1.0 {
-        samples += executable.replay_ms(8)?.len() * executable.program().shape.batch;
-    }
-    let seconds = begun.elapsed().as_secs_f64();
+    let mut due = Instant::now();
+    let work = || {
+        thread::sleep(due.saturating_duration_since(Instant::now()));
+        due += period.unwrap_or_default();
+        let replays = executable.replay_ms(if period.is_some() { 1 } else { 8 })?;
+        Ok(replays.len() * executable.program().shape.batch)
+    };
+    let counter = || gauge.as_ref().and_then(Gauge::energy_joules);
+    // Two seconds have to be enough for a few runs.
+    let power = match period {
+        Some(period) if period > Duration::from_secs(1) => None,
+        _ => energy::of(counter, work)?,
+    };
+    let apart = period.unwrap_or_default().as_secs_f64() / executable.program().shape.batch as f64;
+    let joules = |power: energy::Power| power.watts * power.seconds_per_sample.max(apart);
     let reading = gauge.as_ref().map(Gauge::read).unwrap_or_default();
-    let joules = energy(&gauge).zip(before).map(|(after, before)| after - before);
     let (free, total) = device.memory_info()?;
     Ok(Gpu {
         queued_p50_ms: quantile(&queued_ms, 0.5),
@@ -316,72 +343,15 @@ fn gpu(device: &CudaDevice, executable: &mut CudaExecutable, measured: &[Run]) -
         kernels: executable.kernel_count(),
         memory_used_bytes: total - free,
         activation_bytes: executable.activation_bytes(),
-        power_watts: joules.map(|j| j / seconds),
-        joules_per_sample: joules.map(|j| j / samples as f64),
+        power_watts: power.map(|power| power.watts),
+        joules_per_sample: power.map(joules),
         sm_mhz: reading.sm_mhz,
         temperature_celsius: reading.temperature_celsius,
         stages: [stage(0), stage(1), stage(2)],
     })
 }
 
-/// A batch of random observations: every pixel, token and number is drawn, none is zero by rule.
-pub struct RandomInputs {
-    images: Vec<u8>,
-    cameras: Vec<u32>,
-    tokens: Vec<u32>,
-    prompt_len: Vec<u32>,
-    state: Vec<f32>,
-    /// Initial noise.
-    pub noise: Vec<f32>,
-}
-
-impl RandomInputs {
-    /// For a shape, all slots filled; a seed gives the same observations everywhere.
-    pub fn new(config: &Config, shape: Shape, seed: u64) -> Self {
-        let mut state = 0x9E37_79B9_7F4A_7C15u64 ^ seed.rotate_left(32);
-        let mut next = move || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state
-        };
-        let pixels = shape.batch * shape.cameras * config.vision.image.pow(2) * 3;
-        let prompts = shape.batch * shape.prompt_tokens;
-        let mut noise = vec![0.0; shape.batch * shape.horizon * config.action_dim];
-        standard_normal(seed.wrapping_mul(2), &mut noise);
-        let mut robot = vec![0.0; shape.batch * config.action_dim];
-        standard_normal(seed.wrapping_mul(2) | 1, &mut robot);
-        RandomInputs {
-            images: (0..pixels).map(|_| (next() >> 32) as u8).collect(),
-            cameras: vec![shape.cameras as u32; shape.batch],
-            tokens: (0..prompts).map(|_| (next() % config.vocab as u64) as u32).collect(),
-            prompt_len: vec![shape.prompt_tokens as u32; shape.batch],
-            state: robot,
-            noise,
-        }
-    }
-
-    /// Borrowed for a run.
-    pub fn inputs(&self) -> Inputs<'_> {
-        Inputs {
-            images: Images::Packed(&self.images),
-            cameras: &self.cameras,
-            tokens: &self.tokens,
-            prompt_len: &self.prompt_len,
-            state: &self.state,
-            noise: &self.noise,
-            previous: None,
-        }
-    }
-}
-
-/// The value below which the fraction `q` of sorted values lies.
-pub fn quantile(sorted: &[f64], q: f64) -> f64 {
-    let at = (q * (sorted.len() - 1) as f64).round() as usize;
-    sorted[at.min(sorted.len() - 1)]
-}
-
-fn row(shape: Shape, measured: &Measured) -> Row {
+fn row(shape: Shape, measured: &Measured, paced: bool) -> Row {
     let runs = &measured.runs;
     let sorted = |f: fn(&StageTimes) -> f64| {
         let mut values: Vec<f64> = runs.iter().map(|run| f(&run.times)).collect();
@@ -392,6 +362,9 @@ fn row(shape: Shape, measured: &Measured) -> Row {
     let total = sorted(|t| t.total_ms);
     let mean = total.iter().sum::<f64>() / total.len() as f64;
     let own = [median(|t| t.vision_ms), median(|t| t.prefill_ms), median(|t| t.denoise_ms)];
+    let time = runs.last().filter(|last| paced && last.at_s > 0.0).map(|last| last.at_s);
+    let achieved_hz = time.map(|seconds| (runs.len() - 1) as f64 / seconds);
+    let own_rate = 1e3 / quantile(&total, 0.5);
     let [vision_ms, prefill_ms, denoise_ms] = measured.gpu.as_ref().map_or(own, |g| g.stages);
     Row {
         batch: shape.batch,
@@ -404,7 +377,9 @@ fn row(shape: Shape, measured: &Measured) -> Row {
         mean_ms: mean,
         p99_ms: quantile(&total, 0.99),
         min_ms: total[0],
-        samples_per_s: shape.batch as f64 / quantile(&total, 0.5) * 1e3,
+        samples_per_s: shape.batch as f64 * achieved_hz.unwrap_or(own_rate),
+        achieved_hz,
+        late_runs: paced.then(|| runs.iter().filter(|run| run.is_late).count()),
         vision_ms,
         prefill_ms,
         denoise_ms,
@@ -475,6 +450,16 @@ fn print(report: &Report) {
         );
     }
     for r in &report.results {
+        if let (Some(rate), Some(reached), Some(late)) =
+            (report.rate_hz, r.achieved_hz, r.late_runs)
+        {
+            let of = r.runs;
+            println!(
+                "batch {}: {rate} runs a second asked for, {reached:.2} reached; {late} of {of} \
+                 began late",
+                r.batch
+            );
+        }
         if let Some(s) = r.meanwhile.stolen_s.filter(|&s| s > 0.0) {
             println!("batch {}: this machine's host took {s:.2} s of its cores meanwhile", r.batch);
         }
@@ -516,6 +501,8 @@ fn print(report: &Report) {
 
 #[cfg(test)]
 mod tests {
+    use pirouette_model::Config;
+
     use super::*;
 
     fn of(times: &[f64]) -> Vec<Run> {
@@ -525,11 +512,14 @@ mod tests {
         times.iter().map(run).collect()
     }
 
-    fn sample() -> RandomInputs {
+    fn shape() -> Shape {
         let (cameras, prompt_tokens, horizon) = (1, 1, 1);
         let rtc = pirouette_model::Rtc::Off;
-        let shape = Shape { batch: 1, cameras, prompt_tokens, horizon, steps: 1, rtc };
-        RandomInputs::new(&Config::pi0(), shape, 1)
+        Shape { batch: 1, cameras, prompt_tokens, horizon, steps: 1, rtc }
+    }
+
+    fn sample() -> RandomInputs {
+        RandomInputs::new(&Config::pi0(), shape(), 1)
     }
 
     #[test]
@@ -572,6 +562,22 @@ mod tests {
         // The seventh is due then, however late another began.
         assert!(began.elapsed() >= 6 * period, "{:?}", began.elapsed());
         assert!(runs.is_sorted_by(|a, b| a.at_s < b.at_s));
+    }
+
+    #[test]
+    fn a_pace_that_is_not_reached_is_told() {
+        let run = |_: &Inputs<'_>, actions: &mut [f32]| {
+            actions.fill(1.0);
+            thread::sleep(Duration::from_millis(5));
+            Ok(Run::new(StageTimes::default(), None))
+        };
+        let runs = time(run, &sample(), [1, 9], Some(Duration::from_millis(1)), None).unwrap();
+        let program = Shape { batch: 2, ..shape() };
+        let row =
+            row(program, &Measured { runs, meanwhile: Meanwhile::default(), gpu: None }, true);
+        assert!(row.achieved_hz.unwrap() <= 200.0, "{:?}", row.achieved_hz);
+        assert_eq!(row.late_runs, Some(9));
+        assert_eq!(row.samples_per_s, 2.0 * row.achieved_hz.unwrap());
     }
 
     #[test]

@@ -9,11 +9,16 @@ use serde::Serialize;
 use crate::args::{DeviceArgs, GoldenArgs, ModelName, Precision};
 use crate::device;
 use crate::log;
+use crate::provenance::Provenance;
 use crate::text::{table, writable, write_json};
 use crate::weights::Weights;
 
 #[derive(Serialize)]
 struct Row {
+    #[serde(flatten)]
+    provenance: Provenance,
+    device: String,
+    precision: &'static str,
     case: String,
     relative_l2: f64,
     max_abs: f64,
@@ -35,8 +40,11 @@ pub fn run(args: &GoldenArgs) -> Result<()> {
         None => vec![ModelName::Pi0, ModelName::Pi05],
     };
     let mut rows = Vec::new();
+    let mut name = String::new();
     for &model in &models {
-        rows.extend(tiny(model.config().family, &args.device, bar)?);
+        let (device, cases) = tiny(model.config().family, &args.device, bar)?;
+        rows.extend(cases);
+        name = device;
     }
     if args.full {
         for &model in &models {
@@ -53,6 +61,8 @@ pub fn run(args: &GoldenArgs) -> Result<()> {
     }
     let failed: Vec<&str> = rows.iter().filter(|p| !p.holds()).map(|p| p.case.as_str()).collect();
     let failed = failed.join(", ");
+    let (provenance, precision) = (Provenance::here(), args.device.precision.name());
+    let row = |p| row(p, provenance.clone(), name.clone(), precision);
     let rows: Vec<Row> = rows.iter().map(row).collect();
     match &args.json {
         Some(path) => write_json(path, &rows)?,
@@ -64,19 +74,26 @@ pub fn run(args: &GoldenArgs) -> Result<()> {
     Ok(())
 }
 
-fn tiny(family: Family, args: &DeviceArgs, bar: Bar) -> Result<Vec<Parity>> {
+/// The device's name, and its cases.
+fn tiny(family: Family, args: &DeviceArgs, bar: Bar) -> Result<(String, Vec<Parity>)> {
     let config = tiny_config(family)?;
     let source = tiny_source(family)?;
+    let mut name = String::new();
     let mut reload = |steps: usize| -> Result<Box<dyn Device>, BackendError> {
-        device::open(args, config, steps, &source)
-            .map(device::Opened::boxed)
-            .map_err(|e| BackendError::Unavailable(format!("{e:#}")))
+        let opened = device::open(args, config, steps, &source);
+        let device = opened.map_err(|e| BackendError::Unavailable(format!("{e:#}")))?.boxed();
+        name = device.name();
+        Ok(device)
     };
-    Ok(parity::tiny(&mut reload, &config, bar)?)
+    let cases = parity::tiny(&mut reload, &config, bar)?;
+    Ok((name, cases))
 }
 
-fn row(p: &Parity) -> Row {
+fn row(p: &Parity, provenance: Provenance, device: String, precision: &'static str) -> Row {
     Row {
+        provenance,
+        device,
+        precision,
         case: p.case.clone(),
         relative_l2: p.relative_l2,
         max_abs: p.max_abs,

@@ -9,6 +9,7 @@ mod descriptors;
 mod device;
 mod doctor;
 mod ending;
+mod energy;
 #[cfg(feature = "fault-injection")]
 mod fault;
 mod golden;
@@ -25,6 +26,8 @@ mod opening;
 mod plan;
 mod profile;
 mod provenance;
+mod quantile;
+mod random;
 mod replay;
 mod report;
 mod rtc;

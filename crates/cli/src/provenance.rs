@@ -11,23 +11,26 @@ pub struct Provenance {
     pub version: String,
     /// Day of the measurement, UTC.
     pub date: String,
-    /// Of the working tree that the command ran in, where that is a git one.
+    /// Of the working tree that this program was built in, with `-changed` where files differed
+    /// from it; none of builds without optimisation or outside git. (Until 2026-11-27: of the
+    /// folder that the command ran in.)
     #[serde(default)]
-    commit: Option<String>,
+    pub commit: Option<String>,
     #[serde(default)]
-    machine: Machine,
+    pub machine: Machine,
+    /// As it was typed.
     #[serde(default)]
-    command: String,
+    pub command: String,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
-struct Machine {
-    cpu: Option<String>,
+pub struct Machine {
+    pub cpu: Option<String>,
     /// That this process may use.
-    cores: usize,
-    memory_bytes: Option<u64>,
-    load_average: Option<String>,
+    pub cores: usize,
+    pub memory_bytes: Option<u64>,
+    pub load_average: Option<String>,
 }
 
 impl Provenance {
@@ -38,7 +41,7 @@ impl Provenance {
         Provenance {
             version: env!("CARGO_PKG_VERSION").into(),
             date: today(),
-            commit: commit(),
+            commit: option_env!("PIROUETTE_COMMIT").map(String::from),
             machine: Machine::here(),
             command: words.join(" "),
         }
@@ -61,10 +64,4 @@ impl Machine {
             load_average: std::fs::read_to_string("/proc/loadavg").ok().map(|l| l.trim().into()),
         }
     }
-}
-
-fn commit() -> Option<String> {
-    let git = std::process::Command::new("git").args(["rev-parse", "HEAD"]).output().ok()?;
-    let text = String::from_utf8(git.stdout).ok()?;
-    git.status.success().then(|| text.trim().to_string())
 }

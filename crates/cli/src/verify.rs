@@ -17,9 +17,10 @@ use pirouette_testing::fixture::relative_l2;
 use serde::Serialize;
 
 use crate::args::{DeviceArgs, Precision, VerifyArgs, WeightArgs};
-use crate::bench::RandomInputs;
 use crate::device::{self, Opened};
 use crate::log;
+use crate::provenance::Provenance;
+use crate::random::RandomInputs;
 use crate::text::{table, writable, write_json};
 use crate::weights::Weights;
 
@@ -40,9 +41,12 @@ struct Row {
 
 #[derive(Serialize)]
 struct Report {
+    #[serde(flatten)]
+    provenance: Provenance,
     weights: String,
     reference: String,
     device: String,
+    precision: &'static str,
     steps: Vec<Row>,
     actions_relative_l2: f64,
     first_diverging: Option<String>,
@@ -78,11 +82,8 @@ pub fn run(args: &VerifyArgs) -> Result<()> {
             (name, observe_cuda(&mut cuda, &program, &inputs)?)
         }
     };
-    let bound = match args.device.precision {
-        Precision::Fp8 => DIVERGED_FP8,
-        Precision::F32 | Precision::Bf16 => DIVERGED,
-    };
-    let report = compare(&reference, &tested, bound, weights.origin, name);
+    let precision = args.device.precision;
+    let report = compare(&reference, &tested, precision, weights.origin, name);
     match &args.json {
         Some(path) => write_json(path, &report)?,
         None => print(&report),
@@ -184,7 +185,17 @@ fn observe_cuda(
     Ok(Run { steps, actions })
 }
 
-fn compare(reference: &Run, tested: &Run, bound: f64, weights: String, device: String) -> Report {
+fn compare(
+    reference: &Run,
+    tested: &Run,
+    precision: Precision,
+    weights: String,
+    device: String,
+) -> Report {
+    let bound = match precision {
+        Precision::Fp8 => DIVERGED_FP8,
+        Precision::F32 | Precision::Bf16 => DIVERGED,
+    };
     let mut steps: Vec<Row> = Vec::new();
     let mut first_diverging = None;
     // In the order of the program, but not every device tells of every step.
@@ -205,9 +216,11 @@ fn compare(reference: &Run, tested: &Run, bound: f64, weights: String, device: S
         first_diverging = first_diverging.or(Some("actions".into()));
     }
     Report {
+        provenance: Provenance::here(),
         weights,
         reference: "cpu f32".into(),
         device,
+        precision: precision.name(),
         steps,
         actions_relative_l2,
         first_diverging,
@@ -235,7 +248,8 @@ fn print(report: &Report) {
         .filter_map(|s| stages.get(s).map(|w| (s, w)))
         .map(|(s, (error, step))| vec![s.to_string(), format!("{error:.2e}"), step.to_string()])
         .collect();
-    println!("{} on {}, against {}", report.weights, report.device, report.reference);
+    let Report { weights, precision, device, reference, .. } = report;
+    println!("{weights}, {precision} on {device}, against {reference}");
     print!("{}", table(&["stage", "worst relative L2", "at step"], &rows));
     println!("actions: {:.3e}", report.actions_relative_l2);
     match &report.first_diverging {
@@ -255,24 +269,24 @@ mod tests {
         Run { steps: steps.collect(), actions: vec![actions; 4] }
     }
 
-    fn diverging_past(bound: f64, tested: &Run) -> Option<String> {
+    fn diverging_at(precision: Precision, tested: &Run) -> Option<String> {
         let reference = run(&[("a", 1.0), ("b.state", 2.0), ("c", 3.0)], 1.0);
-        compare(&reference, tested, bound, String::new(), String::new()).first_diverging
+        compare(&reference, tested, precision, String::new(), String::new()).first_diverging
     }
 
     fn diverging(tested: &Run) -> Option<String> {
-        diverging_past(DIVERGED, tested)
+        diverging_at(Precision::Bf16, tested)
     }
 
     #[test]
     fn fp8_may_err_more_but_not_its_actions() {
         let rounded = run(&[("a", 1.004), ("c", 3.13)], 1.04);
         assert_eq!(diverging(&rounded).unwrap(), "c");
-        assert_eq!(diverging_past(DIVERGED_FP8, &rounded), None);
+        assert_eq!(diverging_at(Precision::Fp8, &rounded), None);
         let jumps = run(&[("a", 1.004), ("c", 3.3)], 1.04);
-        assert_eq!(diverging_past(DIVERGED_FP8, &jumps).unwrap(), "c");
+        assert_eq!(diverging_at(Precision::Fp8, &jumps).unwrap(), "c");
         let far = run(&[("a", 1.2), ("c", 3.6)], 1.12);
-        assert_eq!(diverging_past(DIVERGED_FP8, &far).unwrap(), "actions");
+        assert_eq!(diverging_at(Precision::Fp8, &far).unwrap(), "actions");
     }
 
     #[test]

@@ -62,8 +62,14 @@ impl Gauge {
             temperature_celsius: device.temperature(TemperatureSensor::Gpu).ok(),
             memory_used_bytes: memory.as_ref().map(|m| m.used),
             memory_free_bytes: memory.as_ref().map(|m| m.free),
-            energy_joules: device.total_energy_consumption().ok().map(|mj| mj as f64 / 1e3),
+            energy_joules: self.energy_joules(),
         }
+    }
+
+    /// Energy used since the driver was loaded, joules. The counter moves some ten times a second.
+    pub fn energy_joules(&self) -> Option<f64> {
+        let device = self.nvml.device_by_uuid(self.uuid.as_str()).ok()?;
+        device.total_energy_consumption().ok().map(|mj| mj as f64 / 1e3)
     }
 
     /// What holds the clocks down now, in NVML's words (`SW_POWER_CAP`, …); empty: nothing known.

@@ -9,8 +9,8 @@ use pirouette_cuda::{Choices, CudaDevice, CudaExecutable, Tier};
 use pirouette_model::{Config, Executable, Program, Shape, WeightTable, record_with};
 
 use super::{Ladder, Rung};
-use crate::bench::RandomInputs;
 use crate::profile::{Repeats, Timing, summary};
+use crate::random::RandomInputs;
 
 /// Measures the rungs this GPU has kernels for.
 pub fn choices(

@@ -47,6 +47,7 @@ struct Output {
     provenance: Provenance,
     weights: String,
     model: &'static str,
+    device: String,
     precision: &'static str,
     ladders: Vec<Ladder>,
 }
@@ -59,15 +60,15 @@ pub fn run(args: &LadderArgs) -> Result<()> {
     writable(&args.json)?;
     let weights = Weights::open(&args.weights)?;
     let shape = args.shape.shape(1);
-    let ladders = climb(&weights, &args.device, shape, args.runs, args.warmup)?;
+    let (device, ladders) = climb(&weights, &args.device, shape, args.runs, args.warmup)?;
     let (model, precision) = (weights.config.family.name(), args.device.precision.name());
     match &args.json {
         Some(path) => {
             let (provenance, weights) = (Provenance::here(), weights.origin);
-            write_json(path, &Output { provenance, weights, model, precision, ladders })
+            write_json(path, &Output { provenance, weights, model, device, precision, ladders })
         }
         None => {
-            println!("{model} · {precision} · {}", weights.origin);
+            println!("{model} · {precision} · {device} · {}", weights.origin);
             for ladder in &ladders {
                 println!("\n{}\nmilliseconds, {}\n", ladder.title, ladder.clock);
                 print!("{}", table(&HEADER, &rows(ladder)));
@@ -80,14 +81,14 @@ pub fn run(args: &LadderArgs) -> Result<()> {
     }
 }
 
-/// Measures every ladder that the device has.
+/// The device's name, and every ladder that it has, measured.
 pub fn climb(
     weights: &Weights,
     args: &DeviceArgs,
     shape: Shape,
     runs: Option<usize>,
     warmup: Option<usize>,
-) -> Result<Vec<Ladder>> {
+) -> Result<(String, Vec<Ladder>)> {
     let mut opened = device::open(args, weights.config, shape.steps, weights.source())?;
     let name = opened.device().name();
     let mut repeats = Repeats::choose(&name, runs, warmup)?;
@@ -105,7 +106,7 @@ pub fn climb(
             cuda::choices(device.as_mut(), &weights.config, shape, repeats)?
         }
     };
-    Ok(vec![choices, work])
+    Ok((name, vec![choices, work]))
 }
 
 /// Padding computed → dropped, with everything else on.

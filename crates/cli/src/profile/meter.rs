@@ -10,8 +10,8 @@ use pirouette_model::{BackendError, Executable, Inputs, Program, StageTimes};
 
 use super::cuda::CudaMeter;
 use crate::args::TracingArgs;
-use crate::bench::quantile;
 use crate::device::Opened;
+use crate::quantile::quantile;
 
 /// What every step takes.
 pub struct StepTimes {

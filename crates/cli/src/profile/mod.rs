@@ -25,10 +25,10 @@ pub use rates::{Limits, limits};
 pub use timing::{Repeats, Timing, Workload, summary, time};
 
 use crate::args::{ProfileArgs, TracingArgs};
-use crate::bench::RandomInputs;
 use crate::device;
 use crate::log;
 use crate::provenance::Provenance;
+use crate::random::RandomInputs;
 use crate::text::{scaled, table, writable, write_json};
 use crate::weights::Weights;
 

@@ -10,26 +10,34 @@ pub fn page(a: &Report, b: &Report, names: [&str; 2]) -> Vec<Block> {
     let mut blocks = vec![
         Block::Heading(1, "Pirouette comparison".into()),
         Block::List(vec![
-            format!("A: {} (Pirouette {}, {})", names[0], a.provenance.version, a.provenance.date),
-            format!("B: {} (Pirouette {}, {})", names[1], b.provenance.version, b.provenance.date),
+            format!("A: {} ({})", names[0], a.measured()),
+            format!("B: {} ({})", names[1], b.measured()),
         ]),
         Block::Text("A / B above 1: B is that many times faster.".into()),
     ];
+    let pairs: Vec<_> = a.models.iter().map(|m| (m, partner(m, a, b))).collect();
     let mut alone = Vec::new();
-    for m in &a.models {
-        // The same device if both have it; else the comparison is of devices.
-        let same = b.models.iter().find(|n| n.model == m.model && n.device == m.device);
-        match same.or_else(|| b.models.iter().find(|n| n.model == m.model)) {
+    for &(m, n) in &pairs {
+        match n {
             Some(n) => blocks.extend(models(m, n)),
             None => alone.push(format!("{} is in A only", m.title())),
         }
     }
-    let new = b.models.iter().filter(|n| a.models.iter().all(|m| m.model != n.model));
+    let new = b.models.iter().filter(|&n| pairs.iter().all(|&(_, p)| p != Some(n)));
     alone.extend(new.map(|n| format!("{} is in B only", n.title())));
     if !alone.is_empty() {
         blocks.push(Block::List(alone));
     }
     blocks
+}
+
+/// What of B a model of A is compared with: itself; else the same at this precision on another
+/// device, or else at another one, unless that is something else of A.
+fn partner<'a>(m: &ModelReport, a: &Report, b: &'a Report) -> Option<&'a ModelReport> {
+    let same = |m: &ModelReport, n: &ModelReport| m.title() == n.title();
+    let free = |n: &&ModelReport| same(m, n) || a.models.iter().all(|other| !same(other, n));
+    let of_model = b.models.iter().filter(|n| n.model == m.model).filter(free);
+    of_model.min_by_key(|n| (!same(m, n), n.precision != m.precision))
 }
 
 fn models(a: &ModelReport, b: &ModelReport) -> Vec<Block> {
@@ -63,8 +71,12 @@ fn models(a: &ModelReport, b: &ModelReport) -> Vec<Block> {
         Some(row)
     };
     let rungs: Vec<Vec<String>> = rungs(a).into_iter().filter_map(rung_row).collect();
+    let title = match a.precision == b.precision {
+        true => a.name(),
+        false => format!("{} against {}", a.name(), b.name()),
+    };
     let mut blocks = vec![
-        Block::Heading(2, a.model.clone()),
+        Block::Heading(2, title),
         Block::List(vec![
             format!("A: {}, {}, {}", a.device, a.precision, a.weights),
             format!("B: {}, {}, {}", b.device, b.precision, b.weights),

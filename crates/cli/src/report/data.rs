@@ -22,9 +22,12 @@ pub struct Report {
     pub models: Vec<ModelReport>,
 }
 
-/// Measurements of one model on one device.
+/// Measurements of one model on one device at one precision.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelReport {
+    /// Where it was measured, and when; absent from older files, whose own then holds.
+    #[serde(default)]
+    pub provenance: Provenance,
     /// `pi0` or `pi05`.
     pub model: String,
     /// Whether every size is the released model's: only then do others' numbers compare.
@@ -47,10 +50,39 @@ pub struct ModelReport {
     pub ladders: Vec<Ladder>,
 }
 
+impl Report {
+    /// Reads a saved report; each model then has its provenance.
+    pub fn read(path: &Path) -> Result<Self> {
+        let mut report: Report = read(path)?;
+        let unset = |m: &&mut ModelReport| m.provenance == Provenance::default();
+        for model in report.models.iter_mut().filter(unset) {
+            model.provenance = report.provenance.clone();
+        }
+        Ok(report)
+    }
+
+    /// `Pirouette 0.1.0 · 2026-11-22`, for each version and day of its models.
+    pub fn measured(&self) -> String {
+        let mut all: Vec<String> = Vec::new();
+        for m in &self.models {
+            let one = format!("Pirouette {} · {}", m.provenance.version, m.provenance.date);
+            if !all.contains(&one) {
+                all.push(one);
+            }
+        }
+        all.join(", ")
+    }
+}
+
 impl ModelReport {
-    /// `pi0 on cuda:0 NVIDIA H200`.
+    /// `pi0 bf16`.
+    pub fn name(&self) -> String {
+        format!("{} {}", self.model, self.precision)
+    }
+
+    /// `pi0 bf16 on cuda:0 NVIDIA H200`.
     pub fn title(&self) -> String {
-        format!("{} on {}", self.model, self.device)
+        format!("{} on {}", self.name(), self.device)
     }
 
     /// Every whole-run timing.
@@ -120,6 +152,16 @@ impl PublishedRow {
             && (self.batch, self.cameras) == (w.batch, w.cameras)
             && (self.prompt_tokens, self.horizon) == (w.prompt_tokens, w.horizon)
             && self.euler_steps == w.euler_steps
+    }
+
+    /// Ours to set beside it: on the row's GPU and at bf16, as others run, where there is a choice.
+    pub fn ours<'a>(&self, models: &'a [ModelReport]) -> Option<(&'a ModelReport, &'a Timing)> {
+        let matching =
+            models.iter().filter_map(|m| Some((m, m.timings().find(|t| self.matches(m, t))?)));
+        matching.min_by_key(|(m, _)| {
+            let same_gpu = m.device.split_whitespace().any(|word| word == self.gpu);
+            (!same_gpu, m.precision != "bf16")
+        })
     }
 }
 

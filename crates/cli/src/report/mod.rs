@@ -31,7 +31,7 @@ pub fn run(args: &ReportArgs) -> Result<()> {
     writable(args.json.iter().chain(&args.html).chain(&args.markdown))?;
     if let [a, b] = args.compare.as_slice() {
         let names = [a, b].map(|p| p.display().to_string());
-        let (left, right): (Report, Report) = (read(a)?, read(b)?);
+        let (left, right): (Report, Report) = (Report::read(a)?, Report::read(b)?);
         let page = compare::page(&left, &right, [&names[0], &names[1]]);
         return write_page(args, "Pirouette comparison", &page);
     }
@@ -45,6 +45,10 @@ pub fn run(args: &ReportArgs) -> Result<()> {
 
 fn write_page(args: &ReportArgs, title: &str, page: &[Block]) -> Result<()> {
     let write = |path: &Path, text: String| {
+        if path.as_os_str() == "-" {
+            print!("{text}");
+            return Ok(());
+        }
         std::fs::write(path, text).with_context(|| format!("can't write {}", path.display()))
     };
     if let Some(path) = &args.html {
@@ -60,18 +64,12 @@ fn write_page(args: &ReportArgs, title: &str, page: &[Block]) -> Result<()> {
 }
 
 fn merge(files: &[std::path::PathBuf]) -> Result<Report> {
-    let mut whole = Report::default();
-    for file in files {
-        let part: Report = read(file)?;
-        if whole.models.is_empty() {
-            whole = part;
-        } else {
-            let (all, one) = (&mut whole.provenance, &part.provenance);
-            if one.version != all.version || one.date != all.date {
-                all.date = format!("{} and {} (Pirouette {})", all.date, one.date, one.version);
-            }
-            whole.models.extend(part.models);
-        }
+    let mut parts = files.iter().map(|file| Report::read(file)).collect::<Result<Vec<_>>>()?;
+    let mut whole = parts.remove(0);
+    for part in parts {
+        // Each model says where it is from; together they are from here.
+        whole.provenance = Provenance::here();
+        whole.models.extend(part.models);
     }
     Ok(whole)
 }
@@ -145,9 +143,10 @@ fn measure_model(args: &ReportArgs, weights: &Weights) -> Result<ModelReport> {
     let ladders = if args.no_ladder {
         vec![]
     } else {
-        ladder::climb(weights, &args.device, shape, args.runs, args.warmup)?
+        ladder::climb(weights, &args.device, shape, args.runs, args.warmup)?.1
     };
     Ok(ModelReport {
+        provenance: Provenance::here(),
         model: config.family.name().into(),
         full_size: is_full_size(&config),
         device: name,

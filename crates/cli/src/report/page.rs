@@ -8,16 +8,14 @@ use crate::profile::{
     GROUP_HEADER, Group, KERNEL_HEADER, STAGES, Timing, gaps, kernel_rows, milliseconds, percent,
     rows as group_rows,
 };
+use crate::provenance::Provenance;
 use crate::text::scaled;
 
 /// The whole page.
 pub fn page(report: &Report, published: Option<&Published>) -> Vec<Block> {
     let mut page = vec![
         Block::Heading(1, "Pirouette report".into()),
-        Block::Text(format!(
-            "Pirouette {} · {}",
-            report.provenance.version, report.provenance.date
-        )),
+        Block::Text(report.measured()),
         Block::Text(format!(
             "Milliseconds of a run: {}, unless a column says otherwise.",
             report.clock
@@ -82,7 +80,7 @@ fn sweep_plots(report: &Report) -> Vec<Block> {
     let one_device = swept.windows(2).all(|w| w[0].device == w[1].device);
     let lines = |title: &str, value: fn(&Timing) -> f64| {
         let series = |m: &&ModelReport| {
-            let name = if one_device { m.model.clone() } else { m.title() };
+            let name = if one_device { m.name() } else { m.title() };
             let point = |t: &Timing| (t.workload.batch as f64, value(t));
             (name, m.batches.iter().map(point).collect())
         };
@@ -108,6 +106,28 @@ fn timing_row(name: String, t: &Timing) -> Vec<String> {
     row
 }
 
+/// When and by what, on which machine, with which command; older files tell less.
+fn origin(provenance: &Provenance) -> Vec<String> {
+    let mut made = format!("Measured on {} by Pirouette {}", provenance.date, provenance.version);
+    if let Some(commit) = &provenance.commit {
+        made.push_str(&format!(", commit {commit}"));
+    }
+    let machine = &provenance.machine;
+    let cores = Some(machine.cores).filter(|&n| n > 0).map(|n| format!("{n} cores"));
+    let memory = machine.memory_bytes.map(|n| format!("{}B of memory", scaled(n as f64)));
+    let load = machine.load_average.as_ref().map(|load| format!("load average {load}"));
+    let parts: Vec<String> =
+        [machine.cpu.clone(), cores, memory, load].into_iter().flatten().collect();
+    let mut lines = vec![made];
+    if !parts.is_empty() {
+        lines.push(format!("Machine: {}", parts.join(", ")));
+    }
+    if !provenance.command.is_empty() {
+        lines.push(format!("Command: {}", provenance.command));
+    }
+    lines
+}
+
 fn model_section(m: &ModelReport) -> Vec<Block> {
     let p = &m.profile;
     let mut blocks = vec![
@@ -119,6 +139,7 @@ fn model_section(m: &ModelReport) -> Vec<Block> {
             scaled(m.weight_bytes as f64),
             p.workload.text()
         )),
+        Block::List(origin(&m.provenance)),
     ];
     blocks.push(Block::Heading(3, "Batch sizes, ms".into()));
     let mut header = TIMING_HEADER;
@@ -153,7 +174,7 @@ fn stages(m: &ModelReport) -> Vec<Block> {
         rows.push(vec![name.into(), milliseconds(ms), milliseconds(limit), of]);
         bars.push(Bar { label: name.into(), value: ms, mark: Some(limit) });
     }
-    let title = format!("{}: stages, ms", m.model);
+    let title = format!("{}: stages, ms", m.name());
     let mark = Some("the limit: all arithmetic, or all weight traffic".into());
     vec![
         Block::Heading(3, "Stages against their limits".into()),
@@ -229,12 +250,13 @@ fn published_section(report: &Report, published: &Published) -> Vec<Block> {
         "how",
         "ours, ms",
         "ours is × faster",
+        "ours is",
         "source",
     ]);
     let mut rows = Vec::new();
     for r in &published.rows {
-        let ours = report.models.iter().find_map(|m| m.timings().find(|t| r.matches(m, t)));
-        let factor = ours.and_then(|t| Some(r.run_ms()? / t.p50_ms));
+        let ours = r.ours(&report.models);
+        let factor = ours.and_then(|(_, t)| Some(r.run_ms()? / t.p50_ms));
         let source = match &r.note {
             Some(note) => format!("{} ({note})", r.source),
             None => r.source.clone(),
@@ -247,8 +269,9 @@ fn published_section(report: &Report, published: &Published) -> Vec<Block> {
             optional(r.ms),
             optional(r.samples_per_s),
             r.measured.clone(),
-            optional(ours.map(|t| t.p50_ms)),
+            optional(ours.map(|(_, t)| t.p50_ms)),
             factor.map_or("–".into(), |f| format!("{f:.2}")),
+            ours.map_or("–".into(), |(m, _)| format!("{} on {}", m.precision, m.device)),
             source,
         ]);
     }
@@ -256,7 +279,7 @@ fn published_section(report: &Report, published: &Published) -> Vec<Block> {
         Block::Heading(2, "Published by others".into()),
         Block::Text(format!(
             "{} Clocks and cards differ from system to system; “ours” is the median above at the \
-             same full-size model and shape.",
+             same full-size model and shape, on the same GPU where that was measured.",
             published.note
         )),
         filled(header, rows),

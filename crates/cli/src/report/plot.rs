@@ -47,6 +47,13 @@ pub struct Bar {
 
 const WIDTH: f64 = 720.0;
 
+/// Length of the piece of a line that stands before its name.
+const SWATCH: f64 = 22.0;
+
+/// Of lines from the fifth on, whose colours are those of the first four again.
+const DASHES: [&str; 4] =
+    ["", " stroke-dasharray=\"7 4\"", " stroke-dasharray=\"2 3\"", " stroke-dasharray=\"9 3 2 3\""];
+
 impl Plot {
     /// The picture.
     pub fn svg(&self) -> String {
@@ -59,7 +66,10 @@ impl Plot {
 
 impl Lines {
     fn svg(&self) -> String {
-        let (height, left, right, top, bottom) = (280.0, 56.0, 16.0, 44.0, 36.0);
+        let (left, right, bottom) = (56.0, 16.0, 36.0);
+        let (legend, rows) = self.legend(left);
+        let top = 26.0 + 18.0 * rows as f64;
+        let height = 236.0 + top;
         let points = || self.series.iter().flat_map(|(_, p)| p.iter().copied());
         let most = points().map(|p| p.1).fold(0.0, f64::max);
         let (ticks, end) = axis(most);
@@ -84,13 +94,15 @@ impl Lines {
             text(&mut out, "tick", "middle", x(v), height - bottom + 18.0, &short(v));
         }
         text(&mut out, "tick", "end", WIDTH - right, height - 4.0, "batch");
-        let mut legend = left;
         for (i, (name, points)) in self.series.iter().enumerate() {
-            let colour = i % 4;
+            let (colour, dash) = (i % 4, DASHES[i / 4 % 4]);
             let path: Vec<String> =
                 points.iter().map(|p| format!("{:.1},{:.1}", x(p.0), y(p.1))).collect();
-            let _ =
-                write!(out, "<polyline class=\"line s{colour}\" points=\"{}\"/>", path.join(" "));
+            let _ = write!(
+                out,
+                "<polyline class=\"line s{colour}\"{dash} points=\"{}\"/>",
+                path.join(" ")
+            );
             for p in points {
                 let (cx, cy) = (x(p.0), y(p.1));
                 let _ = write!(
@@ -98,14 +110,32 @@ impl Lines {
                     "<circle class=\"dot s{colour}\" cx=\"{cx:.1}\" cy=\"{cy:.1}\" r=\"3.5\"/>"
                 );
             }
+            let (at, y) = legend[i];
             let _ = write!(
                 out,
-                "<rect class=\"s{colour}\" x=\"{legend}\" y=\"25\" width=\"14\" height=\"3\"/>"
+                "<line class=\"line s{colour}\"{dash} x1=\"{at:.1}\" x2=\"{:.1}\" \
+                 y1=\"{y:.1}\" y2=\"{y:.1}\"/>",
+                at + SWATCH
             );
-            text(&mut out, "label", "start", legend + 20.0, 31.0, name);
-            legend += 44.0 + 6.6 * name.chars().count() as f64;
+            text(&mut out, "label", "start", at + SWATCH + 6.0, y + 4.5, name);
         }
         out + "</svg>"
+    }
+
+    /// Where each name of the legend goes, and the rows they take.
+    fn legend(&self, left: f64) -> (Vec<(f64, f64)>, usize) {
+        let (mut x, mut row) = (left, 0);
+        let place = |(name, _): &(String, _)| {
+            let width = SWATCH + 6.0 + 6.6 * name.chars().count() as f64;
+            if x > left && x + width > WIDTH {
+                (x, row) = (left, row + 1);
+            }
+            let at = (x, 26.5 + 18.0 * row as f64);
+            x += width + 16.0;
+            at
+        };
+        let places = self.series.iter().map(place).collect();
+        (places, row + 1)
     }
 }
 
@@ -200,6 +230,26 @@ mod tests {
         }
         assert_eq!(axis(0.0).1, 1.0);
         assert_eq!([short(0.25), short(20.0), short(0.0)], ["0.25", "20", "0"]);
+    }
+
+    #[test]
+    fn a_long_legend_stays_in_the_picture_and_no_two_lines_look_alike() {
+        let name = |i| format!("pi05 bf16 on cuda:{i} NVIDIA H100 80GB HBM3");
+        let series: Vec<_> = (0..9).map(|i| (name(i), vec![(1.0, 2.0), (2.0, 3.0)])).collect();
+        let lines = Lines { title: "t".into(), series };
+        let (places, rows) = lines.legend(56.0);
+        assert_eq!((places.len(), rows), (9, 5));
+        for ((x, y), (name, _)) in places.iter().zip(&lines.series) {
+            assert!(x + SWATCH + 6.0 + 6.6 * name.len() as f64 <= WIDTH, "{name} at {x}");
+            // The largest value is below the last row.
+            assert!(y + 4.5 < 26.0 + 18.0 * rows as f64);
+        }
+        let svg = Plot::Lines(lines).svg();
+        let mut looks: Vec<&str> =
+            svg.split("<polyline ").skip(1).filter_map(|p| p.split(" points").next()).collect();
+        looks.sort();
+        looks.dedup();
+        assert_eq!(looks.len(), 9, "{looks:?}");
     }
 
     #[test]
