@@ -19,8 +19,9 @@ pub struct ServeOptions {
     pub limits: Limits,
     /// Open websockets; one more gets 503 (default 1024).
     pub max_connections: usize,
-    /// Connections that have not finished their HTTP request; one more is dropped. Apart from
-    /// `max_connections`, so that half-open ones can't keep robots out (default 1024).
+    /// Connections whose HTTP request is not answered yet; for one more the one that has been
+    /// silent longest is dropped, or itself where all have asked. Apart from `max_connections`, so
+    /// that half-open ones can't keep robots out (default 1024).
     pub max_handshakes: usize,
     /// Time to send the HTTP request (default 10 s).
     pub handshake_timeout: Duration,
